@@ -1,0 +1,1 @@
+"""Programs around hvbackup: the demonstration, benchmarks, the lab guest and the independent reader."""
