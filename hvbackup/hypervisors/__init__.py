@@ -1,0 +1,125 @@
+"""The adapter contract: how a hypervisor shows us a machine at one moment.
+
+    machines()                      what is there
+    snapshot(machine, lease, ...)   every disk frozen at one moment; a context manager, released on leaving
+    release(lease, ...)             the same after a crash: undo what a lease made, keep what is committed
+
+Two orders exist among platforms.  QEMU, libvirt and Proxmox VE must be told "changes since what" when the snapshot begins;
+vSphere, Xen and Hyper-V are asked afterwards.  So the tokens go to `snapshot(since=...)`, and `FrozenDisk.changes()` is
+asked later: an adapter binds them at whichever time its platform wants.  Where the platform begins the session itself
+(Proxmox's backup provider), it hands us the ready `Frozen` and there is no call to `snapshot`: capture takes a `Frozen`
+and never cares who made it.
+
+Rules every adapter obeys, checked by one conformance suite (`tests/hypervisors/conformance.py`):
+
+1. Never guess.  If continuity can't be proved for a disk, that disk says UNKNOWN with a reason, and it is read and compared.
+2. Nothing that records changes is disabled or removed before its successor is named by a committed point: `release`
+   is told which tokens are committed (`keep`), and removes only what our own store made.
+3. A lease is written before anything is made, and everything made carries its name.  `release` is idempotent.
+4. Every remote call has a timeout and raises HostUnreachable naming the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from hvbackup.extents import Spans
+from hvbackup.model import Consistency, Continuity, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Can:
+    """What an adapter is able to do, as data."""
+
+    changed_extents: bool = False  # knows what changed since a token
+    allocated_extents: bool = False  # knows what is allocated
+    freeze: bool = False  # can quiesce file systems in the guest
+    several_disks_at_once: bool = False  # all disks of a machine at one moment
+    pushed_session: bool = False  # the platform begins the session
+    readers: int = 1  # how many readers of one disk make sense in parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What became of one disk since a token.  Bytes in neither set are unchanged.
+
+    With `Continuity.UNKNOWN` the two sets describe the whole disk: `data` is what is allocated, `zero` all the rest.
+    """
+
+    continuity: Continuity
+    data: Spans  # must be read
+    zero: Spans  # known to read as zeroes
+    reason: str = ""  # why continuity is unknown, for the user
+
+
+class Reader(Protocol):
+    """One connection to a frozen disk.  Thread safety: used by one thread at a time."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`.  Raises ReadFailed, HostUnreachable."""
+
+    def close(self) -> None:
+        """Give the connection back; idempotent."""
+
+
+class FrozenDisk(Protocol):
+    """One disk at the moment of the snapshot."""
+
+    disk: Disk
+    token: Token | None  # "changes since this moment"; durable only once a point that names it is committed
+
+    def changes(self, since: Token | None) -> Changes:
+        """What changed since `since` (None: everything).  Raises HostUnreachable."""
+
+    def open(self) -> Reader:
+        """A new connection.  Raises HostUnreachable."""
+
+
+class Frozen(Protocol):
+    """A machine at one moment, all disks together."""
+
+    machine: Machine
+    t: Instant
+    consistency: Consistency
+    config: MachineConfig
+    notes: Sequence[str]  # expected trouble, for the outcome
+
+    @property
+    def disks(self) -> Sequence[FrozenDisk]:
+        """The disks that are captured, in the machine's order."""
+
+    def verify(self) -> Sequence[str]:
+        """Prove that the view held to its end: called once, after the last read and before the commit.
+
+        Returns notes for the outcome when the bytes are complete but may be of more than one moment (somebody wrote to
+        the image meanwhile).  Raises ReadFailed when what was read can't be trusted at all: the copy-before-write job
+        broke off, the scratch ran full, the disk shrank; then there must be no point.
+        """
+
+
+class Hypervisor(Protocol):
+    """One connection to a platform."""
+
+    platform: str
+    can: Can
+
+    def machines(self) -> Sequence[Machine]:
+        """Every machine this source can see.  Raises HostUnreachable."""
+
+    def snapshot(
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+    ) -> AbstractContextManager[Frozen]:
+        """Freeze all disks of the machine at one moment.
+
+        Leaving the context ends the frozen view; bitmaps stay until `release`.  `consistency` is the least wanted, None the
+        best the platform offers.  Raises HostUnreachable, Busy, NotFound.
+        """
+
+    def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
+        """Remove all that `lease` made (None: all that our store ever made on this machine) except the tokens in `keep`.
+
+        Callable from another process after a crash, and twice.  Raises HostUnreachable.
+        """
