@@ -1,4 +1,4 @@
-"""What every test run shares: hypothesis profiles, and the rule that a skip is a failure where it would hide something."""
+"""What every test run shares: hypothesis profiles, and skips that fail where they would hide something."""
 
 from __future__ import annotations
 
