@@ -13,8 +13,11 @@ help:             ## this list
 demo: setup       ## watch a running machine being protected, destroyed and booted back
 	@$(BIN)/python labs/demo.py
 
-test: setup lint  ## every test, with real QEMU and NBD programs and guests
-	$(PYTEST) -n 2 --dist worksteal -m "not soak" --cov --cov-report=term
+test: setup       ## style, types, layers and every test, with real QEMU, NBD programs and guests
+	@failed=0; \
+	$(MAKE) --no-print-directory lint || failed=1; \
+	$(PYTEST) -n 2 --dist worksteal -m "not soak" --cov --cov-report=term || failed=1; \
+	exit $$failed
 
 quick: venv lint  ## style, types, layers and the unit tests
 	$(PYTEST) -n 2 --dist worksteal -m "$(UNIT)"
