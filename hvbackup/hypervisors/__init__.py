@@ -4,15 +4,15 @@
     snapshot(machine, lease, ...)   every disk frozen at one moment; a context manager, released on leaving
     release(lease, ...)             the same after a crash: undo what a lease made, keep what is committed
 
-Two orders exist among platforms.  QEMU, libvirt and Proxmox VE must be told "changes since what" when the snapshot begins;
-vSphere, Xen and Hyper-V are asked afterwards.  So the tokens go to `snapshot(since=...)`, and `FrozenDisk.changes()` is
+Two orders exist among platforms.  QEMU, libvirt and Proxmox VE must be told "changes since what" when the snapshot
+begins; vSphere, Xen and Hyper-V are asked afterwards.  So the tokens go to `snapshot(since=...)`, and `changes()` is
 asked later: an adapter binds them at whichever time its platform wants.  Where the platform begins the session itself
 (Proxmox's backup provider), it hands us the ready `Frozen` and there is no call to `snapshot`: capture takes a `Frozen`
 and never cares who made it.
 
 Rules every adapter obeys, checked by one conformance suite (`tests/hypervisors/conformance.py`):
 
-1. Never guess.  If continuity can't be proved for a disk, that disk says UNKNOWN with a reason, and it is read and compared.
+1. Never guess.  If continuity can't be proved for a disk, it says UNKNOWN with a reason, and is read and compared.
 2. Nothing that records changes is disabled or removed before its successor is named by a committed point: `release`
    is told which tokens are committed (`keep`), and removes only what our own store made.
 3. A lease is written before anything is made, and everything made carries its name.  `release` is idempotent.
@@ -114,12 +114,13 @@ class Hypervisor(Protocol):
     ) -> AbstractContextManager[Frozen]:
         """Freeze all disks of the machine at one moment.
 
-        Leaving the context ends the frozen view; bitmaps stay until `release`.  `consistency` is the least wanted, None the
-        best the platform offers.  Raises HostUnreachable, Busy, NotFound.
+        Leaving the context ends the frozen view; checkpoints stay until `release`.  `consistency`
+        is the least wanted, None the best the platform offers.  Raises HostUnreachable, Busy, NotFound, UsageError.
         """
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
-        """Remove all that `lease` made (None: all that our store ever made on this machine) except the tokens in `keep`.
+        """End what `lease` has open (None: every lease of our store) and remove our checkpoints that are not in `keep`.
 
+        `keep` names every token that a committed point or barrier of this store still needs, whichever run made it.
         Callable from another process after a crash, and twice.  Raises HostUnreachable.
         """
