@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu-storage-daemon
           nbdkit libnbd-bin                              # the NBD programs the tests compare ours with
-          busybox-static cpio e2fsprogs                  # what the lab guest is made of
+          e2fsprogs gcc libc6-dev                        # the lab guest's file systems and its one C program
           ca-certificates)
 BENCH_PACKAGES=(restic)
 LAB=.lab
@@ -103,7 +103,7 @@ venv_fingerprint() {    # what the environment was made from; it is made anew wh
 
 # --- the lab guest ----------------------------------------------------------------------------------------------------
 # The guest boots a distribution kernel that is unpacked under .lab and never installed: the boot of this machine is not
-# touched.  What the guest's builder reads: .lab/kernel/vmlinuz, and .lab/kernel/modules/ (kernel/**/*.ko, no modules.dep).
+# touched.  What the guest's builder reads: .lab/kernel/vmlinuz, and .lab/kernel/modules/ (plain kernel/**/*.ko, no modules.dep).
 
 kernel_packages() {     # the kernel image behind the distribution's meta-package, and its modules where they are apart
     local meta=linux-image-cloud-amd64 image
@@ -137,6 +137,7 @@ step_kernel() {
     mv "$tmp"/tree/boot/vmlinuz-* "$tmp/kernel/vmlinuz"
     chmod 0644 "$tmp/kernel/vmlinuz"
     mv "$(modules_folder "$tmp/tree")" "$tmp/kernel/modules"
+    plain_modules "$tmp/kernel/modules"
     mv "$tmp/kernel" "$LAB/kernel"
     rm -rf "$tmp"
 }
@@ -149,6 +150,15 @@ modules_folder() {
     return 1
 }
 
+plain_modules() {       # Debian's newer and Ubuntu's modules are compressed
+    local suffix tool
+    for suffix in xz zst; do
+        [ -n "$(find "$1" -name "*.ko.$suffix" -print -quit)" ] || continue
+        if [ "$suffix" = xz ]; then tool=(xz -d); apt_install xz-utils; else tool=(zstd -dq --rm); apt_install zstd; fi
+        find "$1" -name "*.ko.$suffix" -exec "${tool[@]}" {} +
+    done
+}
+
 download() {
     local folder=$1
     shift
@@ -157,7 +167,11 @@ download() {
 
 step_guest() {
     [ -f labs/guest.py ] || return 0
-    .venv/bin/python labs/guest.py build
+    [ -e "$LAB/guest/stamp" ] || {
+        apt-cache show busybox-static qemu-guest-agent >/dev/null 2>&1 || apt_update    # the builder unpacks these
+        say "Building the lab guest in $LAB/guest"
+    }
+    .venv/bin/python labs/guest.py build >/dev/null
 }
 
 main() {
