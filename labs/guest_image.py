@@ -63,7 +63,9 @@ def _build_in(work: Path) -> None:
 
 
 def _kernel(work: Path) -> tuple[Path, Path]:
-    """A Debian cloud kernel and its modules: this machine's when they can be read, else downloaded and unpacked."""
+    """A Debian cloud kernel and its modules: the set-up's, this machine's, else downloaded and unpacked."""
+    if (HOME.parent / "kernel" / "vmlinuz").exists():
+        return HOME.parent / "kernel" / "vmlinuz", HOME.parent / "kernel" / "modules"
     for kernel in sorted(Path("/boot").glob("vmlinuz-*-cloud-amd64"), reverse=True):
         modules = Path("/lib/modules") / kernel.name.removeprefix("vmlinuz-")
         if os.access(kernel, os.R_OK) and modules.is_dir():
@@ -80,7 +82,7 @@ def _unpacked(package: str, work: Path) -> Path:
     """The files of a Debian package, which is not installed on this machine."""
     into = Path(tempfile.mkdtemp(dir=work))
     try:
-        run("apt-get", "download", package, cwd=into)
+        run("apt-get", "download", "-o", "APT::Sandbox::User=root", package, cwd=into)
     except GuestError as error:
         raise GuestError(f"Package {package} cannot be downloaded: run `apt-get update`\n{error}") from None
     (deb,) = into.glob("*.deb")

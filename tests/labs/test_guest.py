@@ -15,6 +15,8 @@ import pytest
 from labs.guest import Guest, GuestError, build, make_disk, verify_on_host
 from labs.guest_image import HOME
 
+pytestmark = pytest.mark.real
+
 BLOCK = 4096
 
 
