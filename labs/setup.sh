@@ -18,9 +18,9 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"
-    elif ! command -v sudo >/dev/null; then die "Installing packages needs root and there is no sudo; run as root: $*"
+    elif ! command -v sudo >/dev/null; then die "That needs root, and there is no sudo here; run first, as root: $0 packages"
     elif [ -t 0 ]; then sudo "$@"
-    else sudo -n "$@" || die "Installing packages needs root and sudo wants a password; run first: sudo $*"
+    else sudo -n "$@" || die "That needs root, and nobody is here to give sudo a password; run first: sudo $0 packages"
     fi
 }
 
@@ -34,8 +34,8 @@ missing_packages() {
 APT_UPDATED=
 apt_update() {
     [ -z "$APT_UPDATED" ] || return 0
-    say "Refreshing the package lists (apt-get update)"
-    as_root apt-get update -qq
+    say "Refreshing apt's package lists"
+    as_root apt-get update -qq || say "That failed; going on with the lists that are here"
     APT_UPDATED=yes
 }
 
@@ -44,8 +44,9 @@ apt_install() {
     mapfile -t missing < <(missing_packages "$@")
     [ "${#missing[@]}" -gt 0 ] || return 0
     command -v apt-get >/dev/null || die "This is not Debian or Ubuntu; install these yourself: ${missing[*]}"
-    apt_update
     say "Installing Debian packages: ${missing[*]}"
+    apt_update
+    rm -f "$LAB/apt.log"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "${missing[@]}" </dev/null >"$LAB/apt.log" 2>&1 \
         || { tail -n 20 "$LAB/apt.log" >&2; die "apt-get could not install: ${missing[*]}"; }
@@ -178,6 +179,7 @@ main() {
     [ $# -gt 0 ] || set -- packages venv kernel guest
     mkdir -p "$LAB"
     exec 9>"$LAB/lock"
+    if [ -n "${SUDO_UID:-}" ]; then chown "$SUDO_UID:$SUDO_GID" "$LAB" "$LAB/lock"; fi      # theirs, not root's
     flock -w 900 9 || die "Another set-up of this checkout is still running after 15 minutes"
     local step
     for step in "$@"; do
