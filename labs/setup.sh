@@ -19,8 +19,8 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"
     elif ! command -v sudo >/dev/null; then die "That needs root, and there is no sudo here; run first, as root: $0 packages"
-    elif [ -t 0 ]; then sudo "$@"
-    else sudo -n "$@" || die "That needs root, and nobody is here to give sudo a password; run first: sudo $0 packages"
+    elif [ -t 0 ] || sudo -n true 2>/dev/null; then sudo "$@"
+    else die "That needs root, and nobody is here to give sudo a password; run first: sudo $0 packages"
     fi
 }
 
