@@ -1,0 +1,89 @@
+"""Every error hvbackup raises: one class for each thing the reader can do about it.
+
+    HvbackupError                 1   failed
+    ├── UsageError                2   what was asked makes no sense; nothing was touched
+    │   ├── NotFound                  a machine, disk, point or moment that does not exist
+    │   └── StoreMissing              no store there, or a store of another kind or version
+    ├── HostUnreachable           4   a hypervisor, disk server or host does not answer
+    │   └── ReadFailed                it answered, and could not read or write these bytes
+    ├── Busy                      5   somebody else holds the store, the machine or the disk
+    ├── SpaceExhausted            1   no room left; what was committed is untouched
+    ├── KeyRefused                2   no key, a wrong key, or a damaged key file
+    └── StoreDamage              20   stored bytes are missing or wrong
+        ├── ChunkDamaged              one chunk; `check` names what needs it
+        └── PointDamaged              one point file
+
+The class carries the exit code, the message says what, which one, and what to do now.
+"""
+
+from __future__ import annotations
+
+
+class HvbackupError(Exception):
+    """Base of all errors meant for a person; `str()` is the whole message."""
+
+    exit_code = 1
+
+
+class UsageError(HvbackupError):
+    """What was asked for makes no sense; nothing was touched."""
+
+    exit_code = 2
+
+
+class NotFound(UsageError):
+    """The named machine, disk, point or moment does not exist."""
+
+
+class StoreMissing(UsageError):
+    """There is no store at this place, or it is not one this version can open."""
+
+
+class KeyRefused(UsageError):
+    """No key was given, or the key does not open this store; nothing was written."""
+
+
+class HostUnreachable(HvbackupError):
+    """A hypervisor, disk server or host refused, broke off or did not answer in time."""
+
+    exit_code = 4
+
+
+class ReadFailed(HostUnreachable):
+    """The other side answered, and could not read (or write) these bytes of a disk."""
+
+
+class Busy(HvbackupError):
+    """Somebody else holds what we need; try again when they are done."""
+
+    exit_code = 5
+
+
+class SpaceExhausted(HvbackupError):
+    """The store, the scratch or the target has no room left; committed points are untouched."""
+
+
+class PartlyFailed(HvbackupError):
+    """Some of what was asked was done, some was not; the message says which."""
+
+    exit_code = 3
+
+
+class Interrupted(HvbackupError):
+    """Stopped by a person (ctrl-C) or by the system; nothing committed was lost."""
+
+    exit_code = 130
+
+
+class StoreDamage(HvbackupError):
+    """Bytes in the store are missing or are not what was written."""
+
+    exit_code = 20
+
+
+class ChunkDamaged(StoreDamage):
+    """A chunk cannot be read back; `hvbackup check` names every point that needs it."""
+
+
+class PointDamaged(StoreDamage):
+    """A point file cannot be read, or its signature does not match."""

@@ -1,0 +1,283 @@
+"""The only module that makes bytes durable: nobody else calls fsync, rename, unlink or flock.
+
+A file of a store is created complete and never edited: bytes go to `tmp/XXXX`, fsync, rename to its name, fsync of the
+directory it is in.  When `write_new`, `NewFile.commit`, `replace` or `remove` returns, its effect survives a power cut.
+
+    killed after            left behind                         cleaned by
+    create, write, fsync    a file in tmp/ nobody reads         sweep(), when the owner opens the store
+    rename                  the file, under either name         a power cut may take the new name back: sweep()
+    fsync of the directory  the file
+
+`Kernel` holds the calls themselves; the tests put a recording one in its place, and replay every prefix of what it
+recorded, with unsynced writes dropped and reordered.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+TMP = "tmp"  # the directory of files that are not finished
+OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
+
+
+class Kernel:
+    """The system calls that change a disk, one method each, so that tests can record and refuse them."""
+
+    def create(self, path: str, mode: int) -> int:
+        """Open a new file for writing; it must not exist."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+    def write(self, fd: int, data: Buffer) -> None:
+        """Append all of `data`."""
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(fd, view) :]
+
+    def fsync(self, fd: int) -> None:
+        """Make the file's bytes durable."""
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        """Close; never the place where an error is first seen, because fsync came before."""
+        os.close(fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a finished file its name."""
+        os.rename(old, new)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def mkdir(self, path: str, mode: int) -> None:
+        """Make a directory."""
+        os.mkdir(path, mode)
+
+    def sync_dir(self, path: str) -> None:
+        """Make the names in a directory durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _named_errors(what: str, path: Path) -> Iterator[None]:
+    """System errors become ours, with the path and what to do."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceExhausted(
+                f"No room left on {path.parent} while writing {path.name}; free some space and run again: "
+                "nothing that was committed is lost"
+            ) from e
+        if isinstance(e, FileNotFoundError | FileExistsError):
+            raise
+        raise HvbackupError(f"Cannot {what} {path}: {e.strerror}") from e
+
+
+class NewFile:
+    """A file being written.  It exists under its name only after `commit`; leaving the context without it removes it."""
+
+    def __init__(self, files: Files, mode: int) -> None:
+        self._files = files
+        files.make_dir(TMP)
+        self._tmp = files.path(TMP) / secrets.token_hex(8)
+        with _named_errors("create", self._tmp):
+            self._fd = files.kernel.create(str(self._tmp), mode)
+        self._open = True
+        self.size = 0
+
+    def write(self, data: Buffer) -> None:
+        """Append `data`."""
+        with _named_errors("write", self._tmp):
+            self._files.kernel.write(self._fd, data)
+        self.size += memoryview(data).nbytes
+
+    def commit(self, name: str) -> None:
+        """The file exists as `name`, durably, when this returns."""
+        target = self._files.path(name)
+        self._files.make_dir(os.path.dirname(name))
+        with _named_errors("write", target):
+            self._files.kernel.fsync(self._fd)
+            self._close()
+            self._files.kernel.rename(str(self._tmp), str(target))
+            self._files.kernel.sync_dir(str(target.parent))
+
+    def abandon(self) -> None:
+        """Remove what was written; nothing happens after `commit`."""
+        if self._open:
+            self._close()
+            with _named_errors("remove", self._tmp):
+                self._files.kernel.unlink(str(self._tmp))
+
+    def _close(self) -> None:
+        self._open = False
+        self._files.kernel.close(self._fd)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+
+class _Handle:
+    """A file open for reading; closed when the last thread that uses it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class Files:
+    """A directory tree of write-once files; names are relative, with `/`.
+
+    Thread safety: every method may be called from any thread.
+    """
+
+    def __init__(self, root: Path | str, kernel: Kernel | None = None, mode: int = 0o600) -> None:
+        self.root = Path(root)
+        self.kernel = kernel or Kernel()
+        self._mode = mode
+        self._handles: OrderedDict[str, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def path(self, name: str) -> Path:
+        """Where a name lives."""
+        return self.root / name if name else self.root
+
+    def make_dir(self, name: str) -> None:
+        """The directory exists, durably, when this returns."""
+        path = self.path(name)
+        if path.is_dir():
+            return
+        if name:
+            self.make_dir(os.path.dirname(name))
+        elif not path.parent.is_dir():
+            Files(path.parent, self.kernel, self._mode).make_dir("")
+        with _named_errors("make directory", path):
+            try:
+                self.kernel.mkdir(str(path), 0o700)
+            except FileExistsError:
+                return
+            self.kernel.sync_dir(str(path.parent))
+
+    def new(self) -> NewFile:
+        """Begin a file; it gets its name when it is committed."""
+        return NewFile(self, self._mode)
+
+    def write_new(self, name: str, data: Buffer) -> None:
+        """The file exists with this content when this returns.  Raises HvbackupError when it exists with another."""
+        if self.exists(name):
+            if self.read(name) == bytes(data):
+                return
+            raise HvbackupError(f"{self.path(name)} exists already with other content; nothing was overwritten")
+        self.replace(name, data)
+
+    def replace(self, name: str, data: Buffer) -> None:
+        """The file has this content when this returns, and its old content (if any) until then."""
+        with self.new() as f:
+            f.write(data)
+            f.commit(name)
+        self.forget(name)
+
+    def remove(self, name: str) -> None:
+        """The file is gone, durably, when this returns; nothing happens when it was."""
+        path = self.path(name)
+        self.forget(name)
+        with _named_errors("remove", path):
+            try:
+                self.kernel.unlink(str(path))
+            except FileNotFoundError:
+                return
+            self.kernel.sync_dir(str(path.parent))
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+        return self.path(name).is_file()
+
+    def size(self, name: str) -> int:
+        """Length in bytes.  Raises FileNotFoundError."""
+        return self.path(name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file.  Raises FileNotFoundError, HvbackupError."""
+        path = self.path(name)
+        with _named_errors("read", path):
+            return path.read_bytes()
+
+    def read_at(self, name: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises FileNotFoundError, HvbackupError."""
+        with _named_errors("read", self.path(name)):
+            return os.pread(self._handle(name).fd, length, offset)
+
+    def _handle(self, name: str) -> _Handle:
+        with self._lock:
+            handle = self._handles.pop(name, None) or _Handle(self.path(name))
+            self._handles[name] = handle
+            if len(self._handles) > OPEN_FILES_MAX:
+                self._handles.popitem(last=False)
+            return handle
+
+    def forget(self, name: str) -> None:
+        """Drop a cached handle, so that the next read sees the file of that name as it is now."""
+        with self._lock:
+            self._handles.pop(name, None)
+
+    def close(self) -> None:
+        """Drop all cached handles; the object stays usable."""
+        with self._lock:
+            self._handles.clear()
+
+    def names(self, directory: str) -> list[str]:
+        """Everything directly in a directory, sorted, without the directory; [] when there is none."""
+        try:
+            with os.scandir(self.path(directory)) as entries:
+                return sorted(e.name for e in entries)
+        except FileNotFoundError:
+            return []
+
+    def sweep(self) -> int:
+        """Remove what a killed writer left unfinished; only for the owner.  Returns how many files."""
+        left = self.names(TMP)
+        for name in left:
+            self.kernel.unlink(str(self.path(TMP) / name))
+        return len(left)
+
+    @contextmanager
+    def owner(self, name: str, what: str) -> Iterator[None]:
+        """Hold a lock file for as long as the context lasts.  Raises Busy, naming `what` and the process that holds it."""
+        path = self.path(name)
+        self.make_dir(os.path.dirname(name))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise Busy(f"{what} is in use by process {holder}; wait for it to end, or stop it") from None
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(fd)

@@ -1,0 +1,99 @@
+"""Byte layouts of format 1, shared by every module of the store.  `docs/format.md` says the same for strangers.
+
+All integers are little-endian.  Magic, version and checksum come first; an unknown version is refused by its number.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+FORMAT = 1
+PAGE_IDS = 256  # ids in one page of a block map: 8 KiB, the best trade for scattered writes (decision 0002)
+BLOCK_SIZES = (64 * 1024, 256 * 1024)
+ID_BYTES = 32
+
+FLAG_ENCRYPTED = 1
+
+KIND_DATA = 1  # a pack of blocks
+KIND_META = 2  # a pack of map pages and copies of points
+KIND_POINT = 3  # a sealed file: recovery point
+KIND_RUN = 4  # a sealed file: run record
+KIND_LEASE = 5  # a sealed file: lease
+
+# File header, of packs and sealed files alike, 64 bytes.
+#   0  4  magic b"hvF1"
+#   4  1  format 1
+#   5  1  kind, KIND_*
+#   6  1  flags: 1 encrypted
+#   7  1  zero
+#   8 16  store id
+#  24 32  salt: the file's key is HKDF-SHA256(master key, salt, kind)
+#  56  4  sealed files: length of the payload; packs: zero
+#  60  4  crc32 of bytes 0 to 60
+HEADER = struct.Struct("<4sBBBx16s32sI")
+HEADER_BYTES = 64
+HEADER_MAGIC = b"hvF1"
+
+# Record of a pack: one compressed frame of one or more chunks.  Self-describing, so a pack can be read without its footer.
+#   0  4  magic b"hvC1": resynchronise here after damage
+#   4  4  ordinal in this pack, from 0: the nonce
+#   8  1  codec, CODEC_*
+#   9  1  what the chunks are, CHUNK_*
+#  10  2  number of chunks, n >= 1
+#  12  4  stored length: bytes that follow the ids, with the 16 bytes of the tag when encrypted
+#  16  4  plain length: of all chunks together
+#  20  4  crc32 of bytes 0 to 20, then of the n entries
+#  24 36n n entries: chunk id (32), plain length (4); chunks follow each other in the plain frame
+#   ..    the frame
+RECORD = struct.Struct("<4sIBBHII")
+RECORD_BYTES = 24
+RECORD_MAGIC = b"hvC1"
+ENTRY = np.dtype([("id", "V32"), ("plain", "<u4")])
+
+CODEC_RAW = 0
+CODEC_ZSTD = 1
+
+CHUNK_BLOCK = 1
+CHUNK_PAGE = 2
+CHUNK_POINT = 3  # a copy of a point file, for repair only; its id is BLAKE3 of the file
+RECORD_PLAIN_MAX = 16 * 1024 * 1024  # nothing larger is believed when read back
+
+# Footer of a pack: rows sorted by id, one for each chunk, then the trailer.
+ROW = np.dtype(
+    [
+        ("id", "V32"),
+        ("offset", "<u8"),  # of the record in the pack
+        ("stored", "<u4"),  # length of the record in the pack, header and entries included
+        ("at", "<u4"),  # where the chunk begins in the plain frame
+        ("plain", "<u4"),  # length of the chunk
+        ("kind", "<u4"),  # CHUNK_*
+    ]
+)
+
+# Trailer, the last 64 bytes of a pack.
+#   0  4  magic b"hvE1"
+#   4  4  zero
+#   8  8  offset of the footer
+#  16  8  number of rows
+#  24 32  BLAKE3 of the footer
+#  56  4  zero
+#  60  4  crc32 of bytes 0 to 60
+TRAILER = struct.Struct("<4s4xQQ32s4x")
+TRAILER_BYTES = 64
+TRAILER_MAGIC = b"hvE1"
+
+
+def with_crc(head: bytes, *more: bytes) -> bytes:
+    """`head` with the crc32 of itself and of `more` behind it."""
+    crc = zlib.crc32(head)
+    for part in more:
+        crc = zlib.crc32(part, crc)
+    return head + struct.pack("<I", crc)
+
+
+def crc_matches(head: bytes, crc: bytes, *more: bytes) -> bool:
+    """Whether `crc` is what `with_crc` would put behind `head`."""
+    return with_crc(head, *more)[-4:] == crc

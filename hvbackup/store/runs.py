@@ -1,0 +1,124 @@
+"""Run records: what happened to the store, in a chain.
+
+`runs/WRITER/SEQ` is a sealed file with the hash of the record before it, so that a record (and the point it tells of) can't
+vanish or come back unnoticed.  The hash of the newest record is kept at a second place, under STATE: when the store is put back
+from an old copy, its chain ends before that hash.
+
+    killed after            left behind                     mended by
+    point committed         a point no record tells of      adopt(), when the owner opens the store
+    record written          the head under STATE is older   the next record
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import blake3
+
+from hvbackup.errors import StoreDamage
+from hvbackup.files import Files
+from hvbackup.store import format as f
+from hvbackup.store.backend import Backend
+from hvbackup.store.keys import Keyring
+from hvbackup.store.sealed import seal, unseal
+
+FOLDER = "runs"
+HEAD = "head.json"  # under STATE: the writer's name, and the newest record it wrote
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of the chain; `value` has at least `kind` and `t`."""
+
+    path: str
+    digest: str
+    value: dict[str, Any]
+
+
+class Runs:
+    """The chain of one writer, and all others to read.  Thread safety: one thread."""
+
+    def __init__(self, backend: Backend, ring: Keyring, state: Files) -> None:
+        self._backend, self._ring, self._state = backend, ring, state
+        self._head = self._load_head()
+
+    def _load_head(self) -> dict[str, Any]:
+        try:
+            head = json.loads(self._state.read(HEAD))
+            return {"writer": str(head["writer"]), "seq": int(head["seq"]), "digest": str(head["digest"])}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {"writer": secrets.token_hex(8), "seq": -1, "digest": ""}
+
+    def append(self, value: dict[str, Any]) -> None:
+        """The record is in the chain when this returns."""
+        self._catch_up()
+        seq = self._head["seq"] + 1
+        path = f"{FOLDER}/{self._head['writer']}/{seq:010d}"
+        data = seal(self._ring, f.KIND_RUN, path, {**value, "previous": self._head["digest"]})
+        self._backend.write_new(path, data)
+        self._keep(seq, blake3.blake3(data).hexdigest())
+
+    def _catch_up(self) -> None:
+        """Step over records that were written when the head could not be."""
+        names = self._backend.names(f"{FOLDER}/{self._head['writer']}")
+        if names and int(names[-1]) > self._head["seq"]:
+            data = self._backend.read(f"{FOLDER}/{self._head['writer']}/{names[-1]}")
+            self._keep(int(names[-1]), blake3.blake3(data).hexdigest())
+
+    def _keep(self, seq: int, digest: str) -> None:
+        self._head = {"writer": self._head["writer"], "seq": seq, "digest": digest}
+        self._state.replace(HEAD, json.dumps(self._head).encode())
+
+    def __iter__(self) -> Iterator[Record]:
+        """Every readable record, by writer and sequence."""
+        for record in self._read():
+            if isinstance(record, Record):
+                yield record
+
+    def recent(self, count: int) -> list[Record]:
+        """The newest readable records of every writer, at most `count` of each."""
+        found = []
+        for writer in self._backend.names(FOLDER):
+            for name in self._backend.names(f"{FOLDER}/{writer}")[-count:]:
+                record = self._one(f"{FOLDER}/{writer}/{name}")
+                found += [record] if isinstance(record, Record) else []
+        return found
+
+    def _read(self) -> Iterator[Record | str]:
+        for writer in self._backend.names(FOLDER):
+            for name in self._backend.names(f"{FOLDER}/{writer}"):
+                yield self._one(f"{FOLDER}/{writer}/{name}")
+
+    def _one(self, path: str) -> Record | str:
+        """A record, or what is wrong with it."""
+        data = self._backend.read(path)
+        try:
+            return Record(path, blake3.blake3(data).hexdigest(), unseal(self._ring, f.KIND_RUN, path, data))
+        except StoreDamage as e:
+            return str(e)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the chains: damaged or missing records, and a store that was put back from an old copy."""
+        found: list[str] = []
+        previous: dict[str, tuple[int, str]] = {}
+        digests = set()
+        for record in self._read():
+            if isinstance(record, str):
+                found.append(record)
+                continue
+            writer, seq = record.path.split("/")[1], int(record.path.split("/")[2])
+            last_seq, last = previous.get(writer, (-1, ""))
+            if seq != last_seq + 1 or record.value.get("previous") != last:
+                found.append(f"{FOLDER}/{writer} is broken between records {last_seq} and {seq}")
+            previous[writer] = (seq, record.digest)
+            digests.add(record.digest)
+        if self._head["seq"] >= 0 and self._head["digest"] not in digests:
+            found.append(
+                f"Record {self._head['seq']} of {FOLDER}/{self._head['writer']}, which this machine wrote, is gone: "
+                "the store was put back from an older copy, or its newest files were removed"
+            )
+        return found

@@ -1,0 +1,252 @@
+"""Opens a store, commits points, and hands out views.
+
+STORE/                      the truth; everything here is written once, except keys/ and leases/
+  HVBACKUP                  what this is: format, id, block size, cipher
+  keys/  packs/  points/  runs/  leases/  tmp/
+STATE/<store id>/           a cache of one machine: index, catalog, lock; may be removed at any time
+
+commit: killed after        left behind                     cleaned by
+1 packs sealed              chunks no point refers to       the next run refers to them; reclaim
+2 point file in place       the point: it is committed
+3 run record                the point, told of              adopt() on the next open
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvbackup.errors import NotFound, StoreDamage, StoreMissing, UsageError
+from hvbackup.files import Files, Kernel
+from hvbackup.model import DiskRoot, Instant, MachineId, RecoveryPoint
+from hvbackup.store import format as f
+from hvbackup.store import keys
+from hvbackup.store import point as points
+from hvbackup.store.index import Index
+from hvbackup.store.reader import ChunkReader
+from hvbackup.store.runs import Runs
+from hvbackup.store.view import DiskView
+from hvbackup.store.writer import ChunkWriter
+
+DESCRIPTOR = "HVBACKUP"
+ADOPT_RECORDS = 256  # how far back the chain is read for a point that a crash left untold
+CIPHERS = ("none", "aes-256-gcm")
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What the file HVBACKUP says; readable without a key."""
+
+    id: bytes
+    block: int
+    cipher: str
+    verify_key: str  # Ed25519 public key, hex: checks signatures of points without any secret
+
+    def dump(self) -> bytes:
+        """The bytes of the file."""
+        value = {
+            "hvbackup": "a backup store; see docs/format.md",
+            "format": f.FORMAT,
+            "id": self.id.hex(),
+            "block": self.block,
+            "page": f.PAGE_IDS,
+            "cipher": self.cipher,
+            "verify_key": self.verify_key,
+        }
+        return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def describe(files: Files) -> Descriptor:
+    """Read HVBACKUP.  Raises StoreMissing when it is absent, foreign, or of a version we can't read."""
+    try:
+        value = json.loads(files.read(DESCRIPTOR))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreMissing(f"No hvbackup store at {files.root}; `hvbackup init {files.root}` makes one") from None
+    except ValueError as e:
+        raise StoreMissing(f"{files.path(DESCRIPTOR)} is not readable: put a copy of this one file back") from e
+    try:
+        if value["format"] != f.FORMAT:
+            raise StoreMissing(
+                f"The store at {files.root} has format {value['format']}, and this version reads format {f.FORMAT}: "
+                "use a newer hvbackup"
+            )
+        found = Descriptor(bytes.fromhex(value["id"]), int(value["block"]), value["cipher"], value["verify_key"])
+        if len(found.id) != 16 or found.block not in f.BLOCK_SIZES or value["page"] != f.PAGE_IDS:
+            raise ValueError("a size is unknown")
+    except (KeyError, TypeError, ValueError) as e:
+        raise StoreMissing(f"{files.path(DESCRIPTOR)} is not the description of a store: {e}") from e
+    if found.cipher not in CIPHERS:
+        raise StoreMissing(f"The store at {files.root} uses cipher {found.cipher}, unknown to this version")
+    return found
+
+
+def init(
+    path: Path | str, secret: keys.Secret | None, block: int = f.BLOCK_SIZES[0], kernel: Kernel | None = None
+) -> str:
+    """A new, empty store exists at `path` when this returns its id; encrypted unless `secret` is None.
+
+    HVBACKUP is written last.  Raises UsageError when the directory holds anything else.
+    """
+    files = Files(path, kernel)
+    if files.exists(DESCRIPTOR):
+        raise UsageError(f"There is a store at {path} already ({describe(files).id.hex()})")
+    left = [n for n in files.names("") if n not in ("keys", "tmp")]  # these two: an `init` that was killed
+    if left:
+        raise UsageError(f"{path} is not empty (it has {left[0]}); a store wants a directory of its own")
+    if block not in f.BLOCK_SIZES:
+        raise UsageError(f"A block has {' or '.join(str(b // 1024) + ' KiB' for b in f.BLOCK_SIZES)}")
+    store = secrets.token_bytes(16)
+    ring = keys.Keyring.generate(store, encrypted=secret is not None)
+    for name in files.names("keys"):
+        files.remove(f"keys/{name}")
+    keys.add_wrapping(files, ring, secret, "made with the store")
+    cipher = CIPHERS[1] if secret else CIPHERS[0]
+    files.write_new(DESCRIPTOR, Descriptor(store, block, cipher, ring.verifier.public_bytes_raw().hex()).dump())
+    return store.hex()
+
+
+class Store:
+    """An open store.  `owner=True` for the one process of this machine that writes; readers may be many.
+
+    Thread safety: views and readers from any thread; everything that writes from one.
+    """
+
+    def __init__(self, files: Files, state: Files, ring: keys.Keyring, descriptor: Descriptor, *, owner: bool) -> None:
+        self.files, self.state, self.ring, self.descriptor, self.owner = files, state, ring, descriptor, owner
+        self.id, self.block = descriptor.id, descriptor.block
+        self.index = Index(files, state, keep=owner)
+        self.chunks = ChunkReader(files, ring, self.index)
+        self.runs = Runs(files, ring, state)
+        self._exit = ExitStack()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        state: Path | str,
+        secrets_: Sequence[keys.Secret] = (),
+        *,
+        owner: bool = False,
+        kernel: Kernel | None = None,
+    ) -> Store:
+        """An open store.  Raises StoreMissing, KeyRefused, Busy (another owner on this machine)."""
+        files = Files(path, kernel)
+        descriptor = describe(files)
+        ring = keys.unlock(files, descriptor.id, list(secrets_), encrypted=descriptor.cipher != CIPHERS[0])
+        store = cls(files, Files(Path(state) / descriptor.id.hex(), kernel), ring, descriptor, owner=owner)
+        if owner:
+            store._exit.enter_context(store.state.owner("owner.lock", f"The store at {path}"))
+            files.sweep()
+            store.state.sweep()
+        store.index.sync()
+        if owner:
+            store._adopt()
+        return store
+
+    def close(self) -> None:
+        """Give the lock and all handles back; idempotent."""
+        self.files.close()
+        self._exit.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- machines and points -------------------------------------------------------------------------------------------
+
+    def machine_folders(self) -> list[str]:
+        """The keyed names of all machines that have points."""
+        return self.files.names(points.FOLDER)
+
+    def point_paths(self, folder: str) -> list[str]:
+        """The paths of all points of one machine, oldest first."""
+        return [f"{points.FOLDER}/{folder}/{n}" for n in self.files.names(f"{points.FOLDER}/{folder}")]
+
+    def load_point(self, path: str) -> RecoveryPoint:
+        """The point in one file.  Raises StoreDamage."""
+        return points.load(self.ring, path, self.files.read(path))
+
+    def points(self, machine: MachineId | None = None) -> Iterator[RecoveryPoint]:
+        """Every readable point (of one machine), oldest first within a machine; damaged ones are named by `check`."""
+        folders = self.machine_folders() if machine is None else [self.ring.machine_name(machine)]
+        for folder in folders:
+            for path in self.point_paths(folder):
+                try:
+                    yield self.load_point(path)
+                except StoreDamage:
+                    continue
+
+    def newest(self, machine: MachineId) -> RecoveryPoint | None:
+        """The newest readable point of a machine, or None."""
+        for path in reversed(self.point_paths(self.ring.machine_name(machine))):
+            try:
+                return self.load_point(path)
+            except StoreDamage:
+                continue
+        return None
+
+    def find_machine(self, text: str) -> MachineId:
+        """The machine people call `text`: its id or its newest name.  Raises NotFound, UsageError when two have it."""
+        newest = [p for f_ in self.machine_folders() if (p := self._newest_in(f_))]
+        found = {p.machine.id for p in newest if text in (p.machine.id, p.machine.name)}
+        if not found:
+            known = ", ".join(sorted(p.machine.name for p in newest)) or "none yet"
+            raise NotFound(f"No machine {text} in this store; it has: {known}")
+        if len(found) > 1:
+            raise UsageError(
+                f"{len(found)} machines are called {text}; say which by its id: {', '.join(sorted(found))}"
+            )
+        return found.pop()
+
+    def _newest_in(self, folder: str) -> RecoveryPoint | None:
+        for path in reversed(self.point_paths(folder)):
+            try:
+                return self.load_point(path)
+            except StoreDamage:
+                continue
+        return None
+
+    # -- reading and writing -------------------------------------------------------------------------------------------
+
+    def view(self, root: DiskRoot) -> DiskView:
+        """A disk of a recovery point, read-only."""
+        return DiskView(self.chunks, root, self.block)
+
+    def writer(self) -> ChunkWriter:
+        """A writer for one capture."""
+        return ChunkWriter(self.files, self.ring, self.index)
+
+    def commit(self, point: RecoveryPoint, writer: ChunkWriter) -> None:
+        """The point exists when this returns, and did not exist before it was called."""
+        data = points.dump(self.ring, point)
+        writer.put_point_copy(data)
+        writer.seal()
+        self.files.write_new(points.path_of(self.ring, point), data)
+
+    def tell(self, kind: str, t: Instant, **value: Any) -> None:
+        """Append a run record."""
+        self.runs.append({"kind": kind, "t": t, **value})
+
+    def _adopt(self) -> None:
+        """Tell of points whose run record was lost by a crash, so that their absence would be noticed from now on."""
+        recent = self.runs.recent(ADOPT_RECORDS)
+        told = {r.value.get("point") for r in recent}
+        since = min((r.value["t"] for r in recent), default=0) if len(recent) == ADOPT_RECORDS else 0
+        for folder in self.machine_folders():
+            for path in self.point_paths(folder)[-1:]:  # a crash leaves at most the newest one untold
+                if path not in told and int(path.rsplit("/", 1)[1].split("-")[0]) >= since:
+                    self._adopt_one(path)
+
+    def _adopt_one(self, path: str) -> None:
+        try:
+            point = self.load_point(path)
+        except StoreDamage:
+            return
+        self.tell("adopted", point.t, point=path, machine=point.machine.id)
