@@ -99,7 +99,7 @@ step_venv() {
 
 venv_fingerprint() {    # what the environment was made from; it is made anew when one of these lines changes
     echo "home $PWD"
-    sha256sum pyproject.toml constraints.txt
+    { sed '/^# --- /,$d' pyproject.toml; cat constraints.txt; } | sha256sum    # not the tools' settings
 }
 
 # --- the lab guest ----------------------------------------------------------------------------------------------------
