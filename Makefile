@@ -24,7 +24,7 @@ quick: venv lint  ## style, types, layers and the unit tests
 
 bench: setup      ## what a backup and a restore cost here
 	@labs/setup.sh bench
-	@$(BIN)/python labs/bench.py
+	@$(BIN)/python -m labs.bench
 
 soak: setup       ## the long tests, and the property tests with many more examples
 	HYPOTHESIS_PROFILE=soak $(PYTEST) -n 2 --dist worksteal -m "soak or hypothesis" --timeout=7200
