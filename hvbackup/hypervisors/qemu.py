@@ -1,0 +1,370 @@
+"""Any running QEMU, or qemu-storage-daemon, by the path of its QMP socket.
+
+    hypervisor = QemuHypervisor("/run/vm/qmp.sock", "1a2b3c4d", scratch_dir=Path("/var/lib/hvbackup/scratch"))
+    [machine] = hypervisor.machines()
+    with hypervisor.snapshot(machine, lease, since, None) as frozen:
+        ...
+
+QEMU serves a monitor to one client at a time, so no connection is kept: each call opens one and lets it go.  Only the
+names of what was made carry over, which is why `release` works from any process.
+
+Thread safety: calls on one machine must not overlap; the frozen disks may be read from any number of threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvbackup import extents
+from hvbackup.errors import HostUnreachable, NotFound, ReadFailed, UsageError
+from hvbackup.hypervisors import Can, Changes, qemu_config, qemu_fleece, qemu_server
+from hvbackup.hypervisors.qemu_config import CommandLine, Facts
+from hvbackup.hypervisors.qemu_graph import (
+    Bitmap,
+    BlockGraph,
+    Device,
+    Drive,
+    daemon_devices,
+    device_id,
+    qom_path,
+    why_skipped,
+)
+from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames, StoreNames
+from hvbackup.hypervisors.qemu_watch import Watch
+from hvbackup.hypervisors.qmp import CommandRefused, Qmp
+from hvbackup.model import (
+    Consistency,
+    Continuity,
+    Disk,
+    DiskId,
+    Instant,
+    LeaseId,
+    Machine,
+    MachineConfig,
+    MachineId,
+    MiB,
+    Token,
+)
+from hvbackup.nbd.client import NbdClient
+from hvbackup.nbd.uri import NbdUri
+
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+_ALLOCATION = "base:allocation"
+_ZERO = 2  # base:allocation: reads as zeroes
+_DIRTY = 1  # qemu:dirty-bitmap: changed
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How long to wait, and how much room to leave."""
+
+    reply_seconds: float = 20.0  # one QMP command
+    settle_seconds: float = 30.0  # until QEMU let go of an export, a job, a node
+    scratch_reserve_bytes: int = 256 * MiB  # below this the guest is set free and the snapshot given up
+
+
+class QemuHypervisor:
+    """The machine behind one QMP socket."""
+
+    platform = "qemu"
+    can = Can(changed_extents=True, allocated_extents=True, several_disks_at_once=True, readers=2)
+
+    def __init__(
+        self,
+        socket_path: str | Path,
+        store_id: str,
+        *,
+        scratch_dir: Path,
+        machine_file: Path | None = None,
+        settings: Settings | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.path = Path(socket_path)
+        self._names = StoreNames(store_id)
+        self._scratch_dir = scratch_dir.absolute()
+        self._machine_file = machine_file
+        self._settings = settings or Settings()
+        self._clock = clock
+
+    def machines(self) -> Sequence[Machine]:
+        with self._connect() as qmp:
+            return [self._look(qmp).machine]
+
+    @contextmanager
+    def snapshot(
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+    ) -> Generator[QemuFrozen]:
+        if consistency not in (None, Consistency.CRASH):
+            raise UsageError(
+                f"Machine {machine.name} can't be captured {consistency}-consistent by its QMP socket alone, "
+                "which does not reach into the guest; ask for crash consistency"
+            )
+        frozen = self._begin(machine, lease, since)
+        try:
+            with frozen.watch:
+                yield frozen
+        finally:
+            self._end(frozen)
+
+    def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
+        folders = self._folders(machine, lease)
+        prefix = self._names.prefix if lease is None else self._names.of(lease).prefix
+        keeping = {token.value for token in keep if token.kind == TOKEN_KIND}
+        try:
+            with self._connect() as qmp:
+                qemu_fleece.sweep(qmp, prefix, self._settings.settle_seconds)
+                self._remove_bitmaps(qmp, keeping)
+                qemu_fleece.remove_folders(qmp, folders)
+        except HostUnreachable:
+            self._remove_dead(folders)
+            raise
+
+    # --- a snapshot begins and ends ---------------------------------------------------------------------------------
+
+    def _begin(self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token]) -> QemuFrozen:
+        names = self._names.of(lease)
+        folder = self._scratch_dir / names.folder(machine.id)
+        with self._connect() as qmp:
+            seen = self._look(qmp)
+            if seen.machine.id != machine.id:
+                raise NotFound(f"QEMU at {self.path} is machine {seen.machine.id} now, not {machine.id}")
+            qemu_fleece.refuse_leftovers(qmp, self._names)
+            qemu_fleece.make_folder(folder, qmp.peer)
+            try:
+                return self._freeze(qmp, names, folder, seen, since)
+            except BaseException:
+                qemu_fleece.sweep(qmp, names.prefix, self._settings.settle_seconds)
+                qemu_fleece.remove_folders(qmp, [folder])
+                raise
+
+    def _freeze(
+        self, qmp: Qmp, names: LeaseNames, folder: Path, seen: _Seen, since: Mapping[DiskId, Token]
+    ) -> QemuFrozen:
+        qemu_fleece.refuse_full(folder, self._settings.scratch_reserve_bytes)
+        for index, drive in enumerate(seen.drives):
+            qemu_fleece.add_scratch(qmp, names, folder, index, drive, self._settings.settle_seconds)
+        doubts = {d.disk.id: _doubt(d, since.get(d.disk.id)) for d in seen.drives}
+        old = {d.disk.id: d.bitmaps[since[d.disk.id].value] for d in seen.drives if not doubts[d.disk.id]}
+        server = qemu_server.start(qmp, folder, seen.line, self._names)
+        checkpoint = self._names.new_checkpoint()
+        notes = [*seen.notes, *qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint)]
+        # Labelled when it is certain to be over: nothing the guest wrote after `t` is in it.
+        t = Instant(self._clock())
+        disks = []
+        for index, drive in enumerate(seen.drives):
+            name = drive.disk.id
+            merged = names.merged if name in old else ""
+            uri = server.export(qemu_fleece.export(qmp, names, index, drive, merged))
+            token = Token(TOKEN_KIND, checkpoint, f"size={drive.disk.size}")
+            disks.append(QemuFrozenDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
+        watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
+        return QemuFrozen(self, seen.machine, t, seen.config, notes, disks, names, folder, watch)
+
+    def _end(self, frozen: QemuFrozen) -> None:
+        with self._connect() as qmp:
+            qemu_fleece.sweep(qmp, frozen.names.prefix, self._settings.settle_seconds)
+            drives = self._look(qmp).drives
+            qemu_fleece.remove_bitmaps(qmp, drives, lambda name: name == frozen.names.merged)
+            qemu_fleece.remove_folders(qmp, [frozen.folder])
+
+    def verify(self, frozen: QemuFrozen) -> Sequence[str]:
+        """What `QemuFrozen.verify` promises."""
+        with self._connect() as qmp:
+            broken = frozen.watch.reason or qemu_fleece.broken_jobs(qmp, frozen.names, len(frozen.disks))
+        if broken:
+            raise ReadFailed(
+                f"The snapshot of machine {frozen.machine.name} did not hold: {broken}; "
+                "nothing read from it is used, run the capture again"
+            )
+        return []
+
+    # --- release ----------------------------------------------------------------------------------------------------
+
+    def _remove_bitmaps(self, qmp: Qmp, keeping: Collection[str]) -> None:
+        """Merged copies of leases that are over, and checkpoints that no committed point names."""
+        still_open = any(str(job["id"]).startswith(self._names.prefix) for job in qmp.command("query-jobs"))
+
+        def unwanted(name: str) -> bool:
+            if self._names.is_merged(name):
+                return not still_open
+            return self._names.is_checkpoint(name) and name not in keeping
+
+        qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, unwanted)
+
+    def _folders(self, machine: Machine, lease: LeaseId | None) -> Sequence[Path]:
+        if lease is not None:
+            return [self._scratch_dir / self._names.of(lease).folder(machine.id)]
+        return sorted(self._scratch_dir.glob(self._names.folder_prefix(machine.id) + "*"))
+
+    def _remove_dead(self, folders: Sequence[Path]) -> None:
+        """Without anybody at the socket no QEMU uses the scratch any more; what it had in memory is gone with it."""
+        if qemu_server.is_dead(self.path):
+            for folder in folders:
+                qemu_fleece.remove_folder(folder)
+
+    # --- looking at the machine -------------------------------------------------------------------------------------
+
+    def _connect(self) -> Qmp:
+        return Qmp(self.path, timeout_seconds=self._settings.reply_seconds)
+
+    def _look(self, qmp: Qmp) -> _Seen:
+        line = qemu_config.of_peer(qmp.peer)
+        graph = BlockGraph.parse(qmp.command("query-named-block-nodes", flat=True), _optional(qmp, _GRAPH))
+        uuid = _optional(qmp, "query-uuid")
+        skipped: dict[str, str] = {}
+        devices = self._daemon(qmp, graph) if uuid is None else _devices(qmp, skipped)
+        drives = [graph.drive(device) for device in devices]
+        known = uuid is not None and uuid["UUID"] != _NO_UUID
+        machine = Machine(
+            id=MachineId(uuid["UUID"] if known else f"qemu:{self.path.resolve()}"),
+            name=(_optional(qmp, "query-name") or {}).get("name") or self.path.stem,
+            platform=self.platform,
+            disks=tuple(drive.disk for drive in drives),
+        )
+        given = qemu_config.of_file(self._machine_file) if self._machine_file else line
+        config = qemu_config.config(given, drives, _facts(qmp, skipped))
+        return _Seen(machine, drives, line, config, [given.note] if given.note else [])
+
+    def _daemon(self, qmp: Qmp, graph: BlockGraph) -> Sequence[Device]:
+        return daemon_devices(graph, qmp.command("query-block-exports"), self._names.prefix)
+
+
+_GRAPH = "x-debug-query-block-graph"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One look at a machine."""
+
+    machine: Machine
+    drives: Sequence[Drive]
+    line: CommandLine
+    config: MachineConfig
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class QemuFrozen:
+    """All disks of a machine at one moment."""
+
+    hypervisor: QemuHypervisor
+    machine: Machine
+    t: Instant
+    config: MachineConfig
+    notes: Sequence[str]
+    disks: Sequence[QemuFrozenDisk]
+    names: LeaseNames
+    folder: Path
+    watch: Watch
+    consistency: Consistency = Consistency.CRASH
+
+    def verify(self) -> Sequence[str]:
+        """Every disk was copied before each write until now.  Raises ReadFailed when not."""
+        return self.hypervisor.verify(self)
+
+
+@dataclass(frozen=True, slots=True)
+class QemuFrozenDisk:
+    """One disk at the moment of the snapshot, behind QEMU's NBD server."""
+
+    disk: Disk
+    token: Token | None
+    uri: NbdUri
+    merged: str  # the exported bitmap, when continuity is proved
+    since: Token | None
+    doubt: str  # why it is not
+
+    def changes(self, since: Token | None) -> Changes:
+        if since is not None and since != self.since:
+            doubt = f"Checkpoint {since.value} was not asked for when the snapshot began"
+        else:
+            doubt = self.doubt if since is not None else "No earlier checkpoint was given"
+        context = "" if doubt else f"qemu:dirty-bitmap:{self.merged}"
+        with NbdClient.open(self.uri, contexts=[_ALLOCATION, context] if context else [_ALLOCATION]) as client:
+            zero, dirty = self._statuses(client, context)
+        if since is None or doubt:
+            return Changes(Continuity.UNKNOWN, extents.complement(zero, self.disk.size), zero, doubt)
+        grown = extents.spans([(_size_of(since), max(0, self.disk.size - _size_of(since)))])
+        changed = extents.union(dirty, grown)
+        return Changes(Continuity.INCREMENTAL, extents.subtract(changed, zero), extents.intersect(changed, zero))
+
+    def _statuses(self, client: NbdClient, context: str) -> tuple[extents.Spans, extents.Spans]:
+        """What reads as zeroes, and what the bitmap says has changed."""
+        missing = {_ALLOCATION, context} - {"", *client.contexts}
+        if missing:
+            raise HostUnreachable(
+                f"{self.uri}: QEMU does not offer {', '.join(sorted(missing))} on disk {self.disk.id}"
+            )
+        first = client.statuses()
+        dirty = _where(first[context], _DIRTY) if context else extents.EMPTY
+        # QEMU looks at the scratch first and at the live disk after it.  A discard between the two looks shows a zero that
+        # was none at the moment of the snapshot; by the second time the old bytes are in the scratch and are seen.
+        zero = extents.intersect(_where(first[_ALLOCATION], _ZERO), _where(client.status(_ALLOCATION), _ZERO))
+        return zero, dirty
+
+    def open(self) -> NbdClient:
+        return NbdClient.open(self.uri)
+
+
+def _where(rows: Any, flag: int) -> extents.Spans:
+    return extents.spans(rows[(rows[:, 2] & flag) != 0, :2])
+
+
+def _size_of(token: Token) -> int:
+    """How large the disk was at the token; its bitmap says nothing about what grew since."""
+    return int(token.life.removeprefix("size="))
+
+
+def _doubt(drive: Drive, token: Token | None) -> str:
+    """Why changes since the token can't be proved; empty when they can."""
+    if token is None:
+        return "No earlier checkpoint was given"
+    bitmap = drive.bitmaps.get(token.value)
+    if token.kind != TOKEN_KIND or not token.life.removeprefix("size=").isdigit():
+        return f"{token.kind} {token.value} is not a checkpoint of QEMU"
+    if bitmap is None:
+        return f"Checkpoint {token.value} is gone from disk {drive.disk.id}: the machine or the disk was restarted or replaced"
+    return _bitmap_doubt(bitmap, drive.disk.id)
+
+
+def _bitmap_doubt(bitmap: Bitmap, disk: str) -> str:
+    if bitmap.inconsistent:
+        return f"Checkpoint {bitmap.name} on disk {disk} is inconsistent: the machine was not stopped cleanly"
+    if not bitmap.recording:
+        return f"Checkpoint {bitmap.name} on disk {disk} was switched off and missed changes"
+    return f"Checkpoint {bitmap.name} on disk {disk} is in use by another job" if bitmap.busy else ""
+
+
+def _optional(qmp: Qmp, command: str, **arguments: Any) -> Any:
+    """The answer, or None when this QEMU has no such command, object or property."""
+    try:
+        return qmp.command(command, **arguments)
+    except CommandRefused:
+        return None
+
+
+def _devices(qmp: Qmp, skipped: dict[str, str]) -> Sequence[Device]:
+    """The devices whose disks are captured; the others land in `skipped` with the reason."""
+    found = []
+    for block in qmp.command("query-block"):
+        path = qom_path(block)
+        qom_type = _optional(qmp, "qom-get", path=path, property="type") if path else None
+        name = device_id(block)
+        if reason := why_skipped(block, qom_type or ""):
+            skipped[name] = reason
+            continue
+        sector = _optional(qmp, "qom-get", path=path, property="logical_block_size") or 512
+        found.append(Device(block["inserted"]["node-name"], name, int(sector)))
+    return found
+
+
+def _facts(qmp: Qmp, skipped: Mapping[str, str]) -> Facts:
+    memory = _optional(qmp, "query-memory-size-summary") or {}
+    cpus = _optional(qmp, "query-cpus-fast") or []
+    machine_type = _optional(qmp, "qom-get", path="/machine", property="type") or ""
+    return Facts(int(memory.get("base-memory", 0)), len(cpus), str(machine_type).removesuffix("-machine"), skipped)
