@@ -53,6 +53,16 @@ class Runs:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {"writer": secrets.token_hex(8), "seq": -1, "digest": ""}
 
+    @property
+    def writer(self) -> str:
+        """The name of this machine's chain: who we are to other writers of the store."""
+        return str(self._head["writer"])
+
+    def settle(self) -> None:
+        """This machine has a name in the chain, on disk, when this returns; only for the owner."""
+        if not self._state.exists(HEAD):
+            self._keep(self._head["seq"], self._head["digest"])
+
     def append(self, value: dict[str, Any]) -> None:
         """The record is in the chain when this returns."""
         self._catch_up()

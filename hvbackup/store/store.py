@@ -23,7 +23,7 @@ from typing import Any
 
 from hvbackup.errors import NotFound, StoreDamage, StoreMissing, UsageError
 from hvbackup.files import Files, Kernel
-from hvbackup.model import DiskRoot, Instant, MachineId, RecoveryPoint
+from hvbackup.model import DiskId, DiskRoot, Instant, MachineId, RecoveryPoint
 from hvbackup.store import format as f
 from hvbackup.store import keys
 from hvbackup.store import point as points
@@ -34,6 +34,7 @@ from hvbackup.store.view import DiskView
 from hvbackup.store.writer import ChunkWriter
 
 DESCRIPTOR = "HVBACKUP"
+DAMAGED_DISKS = "damaged-disks.json"  # under STATE
 ADOPT_RECORDS = 256  # how far back the chain is read for a point that a crash left untold
 CIPHERS = ("none", "aes-256-gcm")
 
@@ -145,6 +146,7 @@ class Store:
             store.state.sweep()
         store.index.sync()
         if owner:
+            store.runs.settle()
             store._adopt()
         return store
 
@@ -212,6 +214,27 @@ class Store:
             except StoreDamage:
                 continue
         return None
+
+    def path_of(self, point: RecoveryPoint) -> str:
+        """Where a point lives in the store: what run records call it."""
+        return points.path_of(self.ring, point)
+
+    # -- damage --------------------------------------------------------------------------------------------------------
+
+    def is_damaged(self, point: RecoveryPoint, disk: DiskId) -> bool:
+        """Whether the last `check` found chunks lost that this disk of this point needs."""
+        return [self.path_of(point), disk] in self._damaged_disks()
+
+    def _damaged_disks(self) -> list[list[str]]:
+        try:
+            found: list[list[str]] = json.loads(self.state.read(DAMAGED_DISKS))
+            return found
+        except (FileNotFoundError, ValueError):
+            return []
+
+    def set_damaged_disks(self, disks: Sequence[tuple[str, DiskId]]) -> None:
+        """Remember what `check` found, for the next capture to heal."""
+        self.state.replace(DAMAGED_DISKS, json.dumps(sorted(disks)).encode())
 
     # -- reading and writing -------------------------------------------------------------------------------------------
 

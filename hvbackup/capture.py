@@ -1,0 +1,413 @@
+"""Capture: a frozen machine becomes a recovery point.
+
+    killed after                        left behind                             cleaned by
+    1 lease written                     nothing on the host                     leases.settle() before the next capture
+    2 snapshot and new bitmap made      both bitmaps recording, the snapshot    leases.settle(): what is committed stays
+    3 packs sealed                      chunks no point refers to               the next run refers to them; reclaim
+    4 point file in place = commit      old bitmap, snapshot, lease             leases.settle(); the next run
+    5 run record written                the same                                the same
+    6 old bitmap released               the lease                               leases.settle()
+
+What is read: with proof of continuity the blocks that changed; without it every allocated block, hashed and compared with the
+parent point at the same place, so that lost tracking costs reading time and never space.  A sample of the blocks a hypervisor
+calls unchanged is read as well: trackers can lie, and one lie makes the disk be compared whole.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+
+import blake3
+import numpy as np
+from numpy.typing import NDArray
+
+from hvbackup import extents
+from hvbackup.errors import ChunkDamaged, HvbackupError
+from hvbackup.extents import Spans
+from hvbackup.hypervisors import Changes, Frozen, FrozenDisk, Hypervisor, Reader
+from hvbackup.leases import Lease, Leases, committed_tokens
+from hvbackup.model import (
+    ChunkId,
+    Consistency,
+    Continuity,
+    DiskId,
+    DiskRoot,
+    Figures,
+    Instant,
+    Machine,
+    MiB,
+    Outcome,
+    RecoveryPoint,
+    Token,
+)
+from hvbackup.pipeline import ordered
+from hvbackup.store.blockmap import BlockMap, Ids, MapEditor
+from hvbackup.store.format import ID_BYTES
+from hvbackup.store.point import new_id
+from hvbackup.store.store import Store
+from hvbackup.store.writer import ChunkWriter, Frame
+
+BATCH_BYTES = 4 * MiB  # read and hashed by one worker at a time: amortises every per-call cost
+THREADS = 2  # workers of one disk: read, hash and compress release the interpreter lock
+BATCHES_AHEAD = 6  # bounds memory: at most so many batches of compressed blocks wait for the writer
+GROUP_BLOCKS = 1  # blocks compressed together; decision 0003 has the measurements
+SAMPLE_BLOCKS = 32  # re-read at each incremental capture of a disk
+
+Clock = Callable[[], Instant]
+
+
+def system_clock() -> Instant:
+    """Now, by this machine's clock."""
+    return Instant(time.time_ns())
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a capture is."""
+
+    disk: DiskId
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a capture is to be made."""
+
+    source: str = ""  # how to reach the hypervisor again, for the lease
+    consistency: Consistency | None = None  # the least wanted; None: the best there is
+    name: str = ""  # what people call the machine, if not what the platform says
+    full: bool = False  # read and compare everything, whatever the tracker says
+    sample_blocks: int = SAMPLE_BLOCKS
+    clock: Clock = system_clock
+    progress: Callable[[Progress], None] = lambda _: None
+    rng: random.Random = field(default_factory=random.Random)
+
+
+def capture(store: Store, hypervisor: Hypervisor, machine: Machine, options: Options) -> Outcome:
+    """Make a recovery point of a machine.  It exists when this returns an outcome with a point.
+
+    Raises HostUnreachable, ReadFailed, Busy, SpaceExhausted, UsageError; then there is no new point.
+    """
+    began, cpu = time.monotonic(), time.process_time()
+    outcome = Outcome()
+    leases = Leases(store, options.clock)
+    for note in leases.settle(hypervisor, machine):
+        outcome.degrade(note)
+    with leases.hold(machine.id, options.source) as lease:
+        try:
+            _captured(store, hypervisor, machine, options, outcome, leases, lease)
+        except BaseException:
+            # Undo at once what can be undone; the lease stays for what can't.
+            _release(hypervisor, machine, lease, committed_tokens(store, machine.id), outcome)
+            raise
+        _measure(outcome.figures, began, cpu)
+        _tell(store, machine, outcome, options)
+    return outcome
+
+
+def _captured(
+    store: Store,
+    hypervisor: Hypervisor,
+    machine: Machine,
+    options: Options,
+    outcome: Outcome,
+    leases: Leases,
+    lease: Lease,
+) -> None:
+    """Steps 2 to 4 and 6 of the crash table."""
+    parent = store.newest(machine.id)
+    since = {} if parent is None or options.full else {d.disk.id: d.token for d in parent.disks if d.token}
+    writer = store.writer()
+    try:
+        with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
+            run = _Run(store, writer, outcome, options, lambda: leases.renew(lease))
+            roots = [run.disk(d, parent, since.get(d.disk.id)) for d in frozen.disks]
+            for note in [*frozen.notes, *frozen.verify()]:
+                outcome.degrade(note)
+        point = _point(frozen, roots, options, outcome)
+        store.commit(point, writer)
+    except BaseException:
+        writer.abandon()
+        raise
+    outcome.point = point
+    outcome.figures.stored_bytes = writer.stored_bytes
+    _release(hypervisor, machine, lease, [r.token for r in roots if r.token], outcome)
+
+
+def _point(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcome: Outcome) -> RecoveryPoint:
+    machine = replace(frozen.machine, name=options.name) if options.name else frozen.machine
+    return RecoveryPoint(
+        new_id(),
+        machine,
+        frozen.t,
+        frozen.consistency,
+        tuple(roots),
+        frozen.config,
+        {k: v for k, v in asdict(outcome.figures).items() if not k.endswith("seconds")},
+        tuple(outcome.notes),
+    )
+
+
+def _release(hypervisor: Hypervisor, machine: Machine, lease: Lease, keep: Sequence[Token], outcome: Outcome) -> None:
+    try:
+        hypervisor.release(machine, lease.id, keep)
+    except HvbackupError as e:
+        outcome.degrade(f"Could not clean up on the host yet ({e}); the next run does it")
+
+
+def _measure(figures: Figures, began: float, cpu: float) -> None:
+    figures.seconds = round(time.monotonic() - began, 3)
+    figures.cpu_seconds = round(time.process_time() - cpu, 3)
+
+
+def _tell(store: Store, machine: Machine, outcome: Outcome, options: Options) -> None:
+    point = outcome.point
+    assert point is not None  # every other way out of `_captured` raises
+    store.tell(
+        "capture",
+        options.clock(),
+        machine=machine.id,
+        point=store.path_of(point),
+        status=outcome.status.name.lower(),
+        notes=outcome.notes,
+        figures=asdict(outcome.figures),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do with one disk."""
+
+    read: Spans  # whole blocks (the last one may be short)
+    zero: Spans  # whole blocks that are zero without being read
+    unchanged: Spans  # what the hypervisor says did not change
+    how: str
+
+
+def plan(changes: Changes, size: int, parent_size: int | None, block: int) -> Plan:
+    """Decide what to read of a disk.  Pure."""
+    data, zero = extents.clip(changes.data, 0, size), extents.clip(changes.zero, 0, size)
+    if parent_size is not None and parent_size != size:
+        # The block at the smaller end was padded with zeroes, and trackers call a grown tail clean.
+        edge = min(size, parent_size) // block * block
+        tail = extents.spans([(edge, size - edge)])
+        data = extents.union(data, extents.subtract(tail, zero))
+    data = extents.align(data, block, size)
+    touched = extents.align(extents.union(data, zero), block, size)
+    zero = extents.subtract(extents.shrink(zero, block, size), data)
+    known = changes.continuity is Continuity.INCREMENTAL
+    how = "incremental" if known else "full" if parent_size is None else "compared"
+    unchanged = extents.complement(touched, size) if known else extents.EMPTY
+    return Plan(extents.subtract(touched, zero), zero, unchanged, how)
+
+
+Batch = tuple[tuple[int, int], ...]  # runs of whole blocks, (offset, length) in bytes, read and hashed together
+
+
+def batches(read: Spans, block: int) -> Iterator[Batch]:
+    """Cut what is to be read into batches of at most BATCH_BYTES, in ascending order."""
+    runs: list[tuple[int, int]] = []
+    room = BATCH_BYTES
+    for offset, length in extents.pieces(read, BATCH_BYTES):
+        padded = -(-length // block) * block
+        if padded > room:
+            yield tuple(runs)
+            runs, room = [], BATCH_BYTES
+        runs.append((offset, length))
+        room -= padded
+    if runs:
+        yield tuple(runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A batch that was read and hashed."""
+
+    batch: Batch
+    ids: Ids
+    changed: NDArray[np.bool_]
+    frames: list[Frame]
+    zero_blocks: int
+    reused_blocks: int
+
+
+class _Run:
+    """The capture of one machine's disks, one after the other."""
+
+    def __init__(
+        self, store: Store, writer: ChunkWriter, outcome: Outcome, options: Options, renew: Callable[[], object]
+    ) -> None:
+        self._store, self._writer, self._outcome, self._options = store, writer, outcome, options
+        self._renew = renew
+        self._block, self._key = store.block, store.ring.block_key
+        self._local = threading.local()
+
+    def disk(self, frozen: FrozenDisk, parent: RecoveryPoint | None, since: Token | None) -> DiskRoot:
+        """Bring one disk into the store.  Raises ReadFailed, HostUnreachable, SpaceExhausted."""
+        old = parent.disk(frozen.disk.id) if parent else None
+        with ExitStack() as stack:
+            readers = _Readers(frozen, stack)
+            if parent is None or old is None:
+                return self._fold(frozen, readers, None, self._plan(frozen, None, None))
+            if self._store.is_damaged(parent, old.disk.id):
+                return self._healed(frozen, readers, "its newest point has lost chunks")
+            try:
+                base = BlockMap(old.root, -(-old.disk.size // self._block), self._page)
+                return self._fold(frozen, readers, base, self._trusted(frozen, readers, base, old.disk.size, since))
+            except ChunkDamaged as e:
+                return self._healed(frozen, readers, f"the map of its newest point can't be read ({e})")
+
+    def _healed(self, frozen: FrozenDisk, readers: _Readers, why: str) -> DiskRoot:
+        """A disk whose parent can't be built upon: every block is looked up again, and what is lost is stored again."""
+        self._outcome.degrade(f"Disk {frozen.disk.id}: {why}; it was read whole")
+        return self._fold(frozen, readers, None, self._plan(frozen, None, None))
+
+    def _plan(self, frozen: FrozenDisk, since: Token | None, parent_size: int | None) -> Plan:
+        changes = frozen.changes(since)
+        if since is None:
+            changes = replace(changes, continuity=Continuity.UNKNOWN)
+        if changes.reason and parent_size is not None:
+            self._outcome.degrade(f"Disk {frozen.disk.id}: {changes.reason}; it was read whole and compared")
+        return plan(changes, frozen.disk.size, parent_size, self._block)
+
+    def _trusted(
+        self, frozen: FrozenDisk, readers: _Readers, base: BlockMap, parent_size: int, since: Token | None
+    ) -> Plan:
+        """What to read, after the hypervisor's word was tested on a sample."""
+        found = self._plan(frozen, since, parent_size)
+        sample = sampled(found.unchanged, self._block, self._options.sample_blocks, self._options.rng)
+        for batch in batches(sample, self._block):
+            if self._work(readers, base, batch).changed.any():
+                self._outcome.degrade(
+                    f"Disk {frozen.disk.id}: blocks the hypervisor called unchanged had changed; "
+                    "the whole disk was read and compared"
+                )
+                return self._plan(frozen, None, parent_size)
+        return found
+
+    def _page(self, chunk: ChunkId) -> bytes:
+        return self._writer.page(chunk) or self._store.chunks.page(chunk)
+
+    def _fold(self, frozen: FrozenDisk, readers: _Readers, base: BlockMap | None, found: Plan) -> DiskRoot:
+        """Read, hash and store what the plan says, and make the next map."""
+        disk, figures = frozen.disk, self._outcome.figures
+        editor = MapEditor(base, -(-disk.size // self._block), self._page, self._writer.put_page)
+        for offset, length in found.zero.tolist():
+            editor.zero(offset // self._block, -(-length // self._block))
+            figures.zero_blocks += -(-length // self._block)
+        done, total = 0, extents.total(found.read)
+        results = ordered(
+            batches(found.read, self._block),
+            lambda batch: self._work(readers, base, batch),
+            threads=THREADS,
+            depth=BATCHES_AHEAD,
+        )
+        with closing(results):
+            for result in results:
+                self._keep(editor, result)
+                done += sum(length for _, length in result.batch)
+                self._options.progress(Progress(disk.id, done, total))
+                self._renew()
+        figures.read_bytes += total
+        return DiskRoot(disk, editor.finish(), frozen.token, found.how)
+
+    def _work(self, readers: _Readers, base: BlockMap | None, batch: Batch) -> _Done:
+        """Read, hash, deduplicate and compress one batch; on a worker's thread."""
+        buffer = self._read(readers, batch)
+        count = len(buffer) // self._block
+        words = np.frombuffer(buffer, np.uint64).reshape(count, -1)
+        nonzero = words.any(axis=1)
+        blocks = [buffer[i * self._block : (i + 1) * self._block] for i in range(count)]
+        ids = np.zeros((count, ID_BYTES), np.uint8)
+        some = np.flatnonzero(nonzero)
+        digests = b"".join(blake3.blake3(blocks[i], key=self._key).digest() for i in some.tolist())
+        ids[some] = np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES)
+        changed = (ids != self._parent_ids(base, batch, count)).any(axis=1)
+        wanted = np.flatnonzero(changed & nonzero)
+        fresh = wanted[self._writer.claim(ids[wanted])]
+        frames = [
+            self._writer.compress([blocks[i] for i in group], [ids[i].tobytes() for i in group])
+            for group in (fresh[i : i + GROUP_BLOCKS].tolist() for i in range(0, len(fresh), GROUP_BLOCKS))
+        ]
+        return _Done(batch, ids, changed, frames, count - len(some), len(some) - len(fresh))
+
+    def _read(self, readers: _Readers, batch: Batch) -> memoryview:
+        """The bytes of a batch, each run padded with zeroes to whole blocks; valid until the thread's next batch."""
+        area = getattr(self._local, "area", None)
+        if area is None:
+            area = self._local.area = memoryview(bytearray(BATCH_BYTES))
+        at = 0
+        with readers.one() as reader:
+            for offset, length in batch:
+                reader.read_into(offset, area[at : at + length])
+                padded = -(-length // self._block) * self._block
+                area[at + length : at + padded] = bytes(padded - length)
+                at += padded
+        return area[:at]
+
+    def _parent_ids(self, base: BlockMap | None, batch: Batch, count: int) -> Ids:
+        if base is None:
+            return np.zeros((count, ID_BYTES), np.uint8)
+        return np.concatenate([base.ids(first, n) for first, n in _block_runs(batch, self._block)])
+
+    def _keep(self, editor: MapEditor, done: _Done) -> None:
+        """Write the new chunks of a batch, and its ids into the map; on the thread that owns the writer."""
+        figures = self._outcome.figures
+        for frame in done.frames:
+            self._writer.put_blocks(frame)
+            figures.new_bytes += sum(frame.plain)
+        at = 0
+        for first, count in _block_runs(done.batch, self._block):
+            if done.changed[at : at + count].any():
+                editor.put(first, done.ids[at : at + count])
+            at += count
+        figures.changed_bytes += int(done.changed.sum()) * self._block
+        figures.zero_blocks += done.zero_blocks
+        figures.reused_blocks += done.reused_blocks
+
+
+def _block_runs(batch: Batch, block: int) -> Iterator[tuple[int, int]]:
+    """(first block, number of blocks) of each run of a batch."""
+    return ((offset // block, -(-length // block)) for offset, length in batch)
+
+
+def sampled(unchanged: Spans, block: int, count: int, rng: random.Random) -> Spans:
+    """At most `count` whole blocks out of a set of them.  Pure but for `rng`."""
+    sizes = -(-unchanged[:, 1] // block)
+    total = int(sizes.sum())
+    picked = np.array(sorted(rng.sample(range(total), min(count, total))), np.int64)
+    ends = np.cumsum(sizes)
+    row = np.searchsorted(ends, picked, side="right")
+    starts = unchanged[row, 0] + (picked - (ends[row] - sizes[row])) * block
+    lengths = np.minimum(block, unchanged[row].sum(axis=1) - starts)
+    return extents.spans(np.column_stack([starts, lengths]))
+
+
+class _Readers:
+    """Connections to one frozen disk, opened when a worker needs one, closed with the stack.
+
+    Thread safety: any thread.
+    """
+
+    def __init__(self, frozen: FrozenDisk, stack: ExitStack) -> None:
+        self._frozen, self._stack = frozen, stack
+        self._idle: queue.SimpleQueue[Reader] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self) -> Iterator[Reader]:
+        """A reader nobody else uses meanwhile."""
+        try:
+            reader = self._idle.get_nowait()
+        except queue.Empty:
+            with self._lock:
+                reader = self._stack.enter_context(closing(self._frozen.open()))
+        yield reader
+        self._idle.put(reader)
