@@ -1,0 +1,6 @@
+"""Ways back: every one of them reads a `DiskView`, and none knows how its bytes came in.
+
+restore   to raw and qcow2 files, block devices and NBD exports
+export    a view as a read-only NBD export
+boot      a machine on a qcow2 overlay over such an export
+"""
