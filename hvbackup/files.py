@@ -25,11 +25,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
+from hvbackup.errors import Busy, HvbackupError, SpaceExhausted, UsageError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
+PARTIAL = ".partial"  # behind the name of an image that is not restored to its end
+_ZEROES = bytes(1024 * 1024)
 TMP = "tmp"  # the directory of files that are not finished
 OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
 
@@ -281,3 +283,56 @@ class Files:
             yield
         finally:
             os.close(fd)
+
+
+class RawTarget:
+    """A raw image or block device that a disk is restored to, written in place and in any order.
+
+    A new file is made sparse under `PATH.partial` and gets its name in `finish`, so that a half-written image is never taken
+    for a whole one; an existing `.partial` is kept, for a restore to go on with.  A block device is written where it is.
+    Thread safety: every method from any thread.
+    """
+
+    def __init__(self, path: Path, size: int, kernel: Kernel | None = None) -> None:
+        self._kernel, self._path = kernel or Kernel(), path
+        self._device = path.is_block_device()
+        self._written = path if self._device else path.with_name(path.name + PARTIAL)
+        self.resumed = self._device or self._written.exists()  # it may hold something already
+        with _named_errors("open", self._written):
+            self._fd = os.open(self._written, os.O_RDWR | os.O_CLOEXEC | (0 if self._device else os.O_CREAT), 0o600)
+            if not self._device:
+                os.ftruncate(self._fd, size)
+            elif (room := os.lseek(self._fd, 0, os.SEEK_END)) < size:
+                os.close(self._fd)
+                raise UsageError(f"{path} has {room} bytes, and the disk has {size}; choose a larger device")
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with what the target holds now."""
+        with _named_errors("read", self._written):
+            if os.preadv(self._fd, [buffer], offset) != len(buffer):
+                raise HvbackupError(f"{self._written} ended before byte {offset + len(buffer)}")
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`."""
+        view = memoryview(data).cast("B")
+        with _named_errors("write", self._written):
+            while view:
+                n = os.pwrite(self._fd, view, offset)
+                view, offset = view[n:], offset + n
+
+    def zero(self, offset: int, length: int) -> None:
+        """The range reads as zeroes."""
+        for at in range(offset, offset + length, len(_ZEROES)):
+            self.write(at, memoryview(_ZEROES)[: offset + length - at])
+
+    def finish(self) -> None:
+        """What was written is durable, and a file has its name, when this returns."""
+        with _named_errors("write", self._written):
+            self._kernel.fsync(self._fd)
+            if not self._device:
+                self._kernel.rename(str(self._written), str(self._path))
+                self._kernel.sync_dir(str(self._path.parent))
+
+    def close(self) -> None:
+        """Let go; what was written stays."""
+        os.close(self._fd)

@@ -19,6 +19,7 @@ from hvbackup.store.format import ID_BYTES, PAGE_IDS
 
 Ids = NDArray[np.uint8]  # shape (n, 32)
 PAGE_BYTES = PAGE_IDS * ID_BYTES
+LEAVES_CACHED = 1024  # of one map: 8 MiB
 LoadPage = Callable[[ChunkId], bytes]  # raises ChunkDamaged
 PutPage = Callable[[bytes], ChunkId]
 
@@ -41,6 +42,7 @@ class BlockMap:
     def __init__(self, root: ChunkId, blocks: int, load: LoadPage) -> None:
         self.root, self.blocks, self.depth = root, blocks, depth_of(blocks)
         self._load = load
+        self._leaves: dict[int, Ids | None] = {}  # recently used
 
     def ids(self, first: int, count: int) -> Ids:
         """The ids of blocks [first, first + count), zero beyond the end.  Raises ChunkDamaged."""
@@ -52,8 +54,23 @@ class BlockMap:
                 out[lo - first : hi - first] = page[lo - leaf * PAGE_IDS : hi - leaf * PAGE_IDS]
         return out
 
+    def cached_id(self, block: int) -> bytes | None:
+        """The id of a block whose leaf is in memory, else None."""
+        leaf = block // PAGE_IDS
+        if leaf not in self._leaves:
+            return None
+        page = self._leaves[leaf]
+        return ZERO_CHUNK if page is None else page[block % PAGE_IDS].tobytes()
+
     def _leaf(self, leaf: int) -> Ids | None:
         """A leaf page, or None where all is zero."""
+        if leaf not in self._leaves:
+            if len(self._leaves) >= LEAVES_CACHED:
+                self._leaves = {}
+            self._leaves[leaf] = self._find_leaf(leaf)
+        return self._leaves[leaf]
+
+    def _find_leaf(self, leaf: int) -> Ids | None:
         at = self.root
         for level in range(self.depth - 1, -1, -1):
             if at == ZERO_CHUNK or leaf >= PAGE_IDS ** (self.depth - 1):

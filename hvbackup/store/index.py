@@ -159,7 +159,7 @@ def _probes(ids: NDArray[np.void], bits: int) -> list[NDArray[np.uint64]]:
 class Index:
     """All generations of a store.
 
-    Thread safety: `lookup` and `everywhere` from any thread; `add`, `sync` and `mark_damaged` from one.
+    Thread safety: `lookup` and `everywhere` from any thread; `add`, `sync` and `set_damaged` from one.
     """
 
     def __init__(self, backend: Backend, state: Files, *, keep: bool) -> None:
@@ -276,17 +276,16 @@ class Index:
                     found.append((g.packs[int(g.rows["pack"][i])], g.rows[i : i + 1]))
         return found
 
-    def mark_damaged(self, places: set[tuple[str, int]]) -> None:
-        """Chunks at these (pack, offset) places are not offered any more, so that the next capture stores them again."""
-        if not places <= self._damaged:
-            self._damaged = self._damaged | places
-            self._state.replace("damaged.json", json.dumps(sorted(self._damaged)).encode())
+    @property
+    def damaged(self) -> set[tuple[str, int]]:
+        """The (pack, offset) places that are known to be damaged and still in the store."""
+        return {place for place in self._damaged if place[0] in self._numbers}
 
-    def clear_damaged(self, keep: set[tuple[str, int]]) -> None:
-        """Forget damaged places that are not in `keep`."""
-        if self._damaged != keep:
-            self._damaged = set(keep)
-            self._state.replace("damaged.json", json.dumps(sorted(keep)).encode())
+    def set_damaged(self, places: set[tuple[str, int]]) -> None:
+        """Chunks at these (pack, offset) places, and no others, are not offered: the next capture stores them again."""
+        if places != self._damaged:
+            self._damaged = set(places)
+            self._state.replace("damaged.json", json.dumps(sorted(places)).encode())
 
     @property
     def chunks(self) -> int:

@@ -26,6 +26,7 @@ class DiskView:
         self.blocks = -(-self.size // block)
         self.map = BlockMap(root.root, self.blocks, chunks.page)
         self._chunks = chunks
+        self._zeroes = bytes(block)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`.  Raises ChunkDamaged, UsageError beyond the end."""
@@ -45,6 +46,17 @@ class DiskView:
             data = bytes(n) if chunk == ZERO_CHUNK else self._chunks.block(chunk)[inside : inside + n]
             buffer[done : done + n] = data
             done += n
+
+    def cached(self, offset: int, length: int) -> memoryview | None:
+        """The bytes of a range inside one block when they are in memory, else None; never reads a file."""
+        number, inside = divmod(offset, self.block)
+        chunk = self.map.cached_id(number)
+        if chunk is None or inside + length > self.block:
+            return None
+        if chunk == ZERO_CHUNK:
+            return memoryview(self._zeroes)[:length]
+        data = self._chunks.cached(chunk)
+        return None if data is None else memoryview(data)[inside : inside + length]
 
     def _read_many(self, offset: int, buffer: memoryview, first: int, last: int) -> None:
         ids = self.map.ids(first, last - first + 1)
