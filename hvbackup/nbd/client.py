@@ -95,7 +95,9 @@ class NbdClient:
             info = haggler.go(uri.export, contexts)
         except (OSError, ProtocolError, Refused) as error:
             wire.close()
-            raise HostUnreachable(f"{uri}: Cannot open the export, {_reason(error, settings)}") from error
+            raise HostUnreachable(
+                f"{uri}: Cannot open the export, {_reason(error, settings.connect_seconds)}"
+            ) from error
         wire.set_timeout(settings.reply_seconds)
         return cls(uri, wire, info, settings)
 
@@ -243,10 +245,10 @@ class NbdClient:
             try:
                 failed = self._exchange(iter(commands), waiting)
             except (OSError, ProtocolError) as error:
-                self._broken = _reason(error, self._settings)
+                self._broken = _reason(error, self._settings.reply_seconds)
                 self._wire.shutdown()
-                asked = next(iter(waiting.values()), "a command")
-                raise HostUnreachable(f"{self.uri}: {self._broken} ({asked})") from error
+                asked = next(iter(waiting.values()), "sending a command")
+                raise HostUnreachable(f"{self.uri}: Gave up {asked}, {self._broken}") from error
             except BaseException:
                 self._broken = "interrupted in the middle of a reply"
                 self._wire.shutdown()
@@ -318,7 +320,7 @@ def list_exports(
         found = haggler.exports()
         haggler.abort()
     except (OSError, ProtocolError, Refused) as error:
-        raise HostUnreachable(f"{uri}: Cannot list the exports, {_reason(error, settings)}") from error
+        raise HostUnreachable(f"{uri}: Cannot list the exports, {_reason(error, settings.connect_seconds)}") from error
     finally:
         wire.close()
     return found
@@ -329,7 +331,7 @@ def _connect(uri: NbdUri, settings: Settings, tls: ssl.SSLContext | None) -> tup
     try:
         sock = _socket(uri, settings.connect_seconds)
     except OSError as error:
-        raise HostUnreachable(f"{uri}: Cannot connect, {_reason(error, settings)}") from error
+        raise HostUnreachable(f"{uri}: Cannot connect, {_reason(error, settings.connect_seconds)}") from error
     wire = Wire(sock, settings.connect_seconds)
     try:
         haggler = Haggler(wire, settings.connect_seconds)
@@ -341,7 +343,9 @@ def _connect(uri: NbdUri, settings: Settings, tls: ssl.SSLContext | None) -> tup
             haggler.switch_wire(wire, settings.connect_seconds)
     except (OSError, ProtocolError, Refused) as error:
         wire.close()
-        raise HostUnreachable(f"{uri}: Cannot agree with the server, {_reason(error, settings)}") from error
+        raise HostUnreachable(
+            f"{uri}: Cannot agree with the server, {_reason(error, settings.connect_seconds)}"
+        ) from error
     return wire, haggler
 
 
@@ -369,10 +373,10 @@ def _tls_context(uri: NbdUri) -> ssl.SSLContext:
     return context
 
 
-def _reason(error: Exception, settings: Settings) -> str:
+def _reason(error: Exception, seconds: float) -> str:
     """The error in words that follow a comma."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {settings.reply_seconds:g} seconds"
+        return f"no answer within {seconds:g} seconds"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return error.strerror.lower()
     return str(error)

@@ -52,9 +52,7 @@ class Command:
 
     def header(self, cookie: int) -> bytes:
         """The request on the wire."""
-        return protocol.REQUEST.pack(
-            protocol.REQUEST_MAGIC, self.flags, self.kind, cookie, self.offset, self.length
-        )
+        return protocol.REQUEST.pack(protocol.REQUEST_MAGIC, self.flags, self.kind, cookie, self.offset, self.length)
 
     @property
     def data_bytes(self) -> int:
@@ -127,9 +125,7 @@ class ReplyReader:
             self._wire.receive_into(command.fragment(command.offset, command.length))
         return _finished(waiting, cookie, command)
 
-    def _chunk(
-        self, waiting: dict[int, Command], flags: int, kind: int, cookie: int, length: int
-    ) -> Command | None:
+    def _chunk(self, waiting: dict[int, Command], flags: int, kind: int, cookie: int, length: int) -> Command | None:
         command = waiting.get(cookie)
         if command is None:
             raise ProtocolError("a reply to nothing that was asked")

@@ -32,12 +32,12 @@ class OptionError(Exception):
         self.kind = kind
 
 
-def find_export(exports: Mapping[str, Export], name: str) -> Export:
-    """The export of that name; the empty name means the only one there is."""
+def find_export(exports: Mapping[str, Export], name: str) -> tuple[str, Export]:
+    """The export of that name, with its name; the empty name means the only one there is."""
     if name in exports:
-        return exports[name]
+        return name, exports[name]
     if not name and len(exports) == 1:
-        return next(iter(exports.values()))
+        return next(iter(exports.items()))
     raise OptionError(protocol.REP_ERR_UNKNOWN, f"No export named {name!r}")
 
 
@@ -116,7 +116,7 @@ class Handshake:
     def _go(self, data: bytes) -> Chosen:
         self._info(protocol.OPT_GO, data)
         name = _parse_info(data)[0]
-        return self._chosen(name, find_export(self._exports, name))
+        return self._chosen(*find_export(self._exports, name))
 
     def _chosen(self, name: str, export: Export) -> Chosen:
         # Contexts count only for the export that they were negotiated for.
@@ -125,9 +125,8 @@ class Handshake:
 
     def _export_name(self, data: bytes, *, no_zeroes: bool) -> Chosen:
         """The option without an answer: an unknown name can only be refused by closing."""
-        name = decoded(data)
         try:
-            export = find_export(self._exports, name)
+            name, export = find_export(self._exports, decoded(data))
         except OptionError as error:
             raise ProtocolError(str(error)) from error
         flags = transmission_flags(export, structured=self._structured)
@@ -143,7 +142,7 @@ class Handshake:
 
     def _info(self, option: int, data: bytes) -> None:
         name, wanted = _parse_info(data)
-        export = find_export(self._exports, name)
+        name, export = find_export(self._exports, name)
         flags = transmission_flags(export, structured=self._structured)
         infos = [
             protocol.EXPORT_INFO.pack(protocol.INFO_EXPORT, export.size, flags),
@@ -172,7 +171,7 @@ class Handshake:
             self._contexts = (None, {})
             if not self._structured:
                 raise OptionError(protocol.REP_ERR_INVALID, "Structured replies come first")
-        export = find_export(self._exports, name)
+        _, export = find_export(self._exports, name)
         offered = enumerate(export.contexts, 1)
         found = {number: context for number, context in offered if _asked(context, queries, choose=choose)}
         for number, context in found.items():

@@ -60,15 +60,17 @@ def merged_extents(extents: Iterable[tuple[int, int]], length: int, *, one: bool
     left = length
     for size, flag in islice(extents, _LOOK_UPS_MAX):
         size = min(size, left)
+        if size <= 0:
+            continue
         if flags and flags[-1] == flag:
             lengths[-1] += size
         elif (one and flags) or len(flags) == _EXTENTS_MAX:
             break
-        elif size > 0:
+        else:
             lengths.append(size)
             flags.append(flag)
         left -= size
-        if left <= 0:
+        if not left:
             break
     return np.column_stack([lengths, flags]).astype(">u4").tobytes() if flags else b""
 

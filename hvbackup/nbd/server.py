@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hvbackup.errors import Busy, HvbackupError
-from hvbackup.nbd.buffers import BufferPool
+from hvbackup.nbd.buffers import Shelf
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.options import Handshake
 from hvbackup.nbd.protocol import DEFAULT_PORT, ProtocolError
@@ -51,7 +51,7 @@ class NbdServer:
         self._exports = dict(exports or {})
         self._limits = limits or Limits()
         self._on_error = on_error
-        self._pool = BufferPool(self._limits.buffer_bytes)
+        self._shelf = Shelf(self._limits.buffer_bytes)
         self._lock = threading.Lock()  # guards what follows
         self._closed = False
         self._listeners: list[tuple[socket.socket, threading.Thread, NbdUri]] = []
@@ -150,7 +150,7 @@ class NbdServer:
                 return
             client.export = chosen.export
             client.wire.set_timeout(self._limits.stall_seconds)
-            Session(client.wire, chosen, self._pool, self._limits, self._on_error).run()
+            Session(client.wire, chosen, self._shelf, self._limits, self._on_error).run()
         except (OSError, ProtocolError):
             return  # a port scanner, or a client that did not like what is offered
         finally:
@@ -174,7 +174,7 @@ class NbdServer:
             if self._closed:
                 return
             self._closed = True
-        self._pool.close()
+        self._shelf.budget.close()
         for sock, thread, uri in self._listeners:
             _wake(sock)
             thread.join(self._limits.close_seconds)

@@ -23,7 +23,7 @@ from functools import partial
 
 from hvbackup.errors import HvbackupError
 from hvbackup.nbd import protocol
-from hvbackup.nbd.buffers import BufferPool, Lease
+from hvbackup.nbd.buffers import Lease, Pool, Shelf
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.options import Chosen
 from hvbackup.nbd.protocol import CHUNK_DONE, ProtocolError
@@ -53,7 +53,8 @@ class Limits:
 
     connections: int = 64
     workers: int = 4  # threads of one connection, started when they are needed
-    buffer_bytes: int = 64 << 20  # for requests over 64 KiB, of all connections together
+    buffer_bytes: int = 128 << 20  # for requests over 64 KiB, of all connections together
+    connection_bytes: int = 32 << 20  # and of one of them
     fragment_bytes: int = 1 << 20  # longer reads are answered in pieces of this size
     handshake_seconds: float = 10.0
     stall_seconds: float = 60.0  # a client that stops in the middle of a message, or takes no replies, is dropped
@@ -81,8 +82,9 @@ class Session:
     Thread safety: `run` is called once, `stop` by any thread.
     """
 
-    def __init__(self, wire: Wire, chosen: Chosen, pool: BufferPool, limits: Limits, on_error: OnError) -> None:
-        self._wire, self._pool, self._limits, self._on_error = wire, pool, limits, on_error
+    def __init__(self, wire: Wire, chosen: Chosen, shelf: Shelf, limits: Limits, on_error: OnError) -> None:
+        self._wire, self._limits, self._on_error = wire, limits, on_error
+        self._pool = Pool(shelf, limits.connection_bytes)
         self._name, self._export = chosen.name, chosen.export
         overrides = type(chosen.export).try_read_cached is not Export.try_read_cached
         self._cached = chosen.export.try_read_cached if overrides else None

@@ -1,0 +1,1 @@
+"""Tests of the NBD client and server."""

@@ -1,0 +1,339 @@
+"""Our client on our server: what is read, written and reported is what a bytearray says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, ReadFailed, StoreDamage
+from hvbackup.nbd.client import NbdClient, RequestFailed, Settings, list_exports
+from hvbackup.nbd.export import Export
+from hvbackup.nbd.protocol import BASE_ALLOCATION
+from hvbackup.nbd.server import NbdServer
+from hvbackup.nbd.session import Limits
+from tests.nbd.conftest import Serve, wait_for
+from tests.nbd.exports import DIRTY, CachedExport, MemoryExport, TrickExport
+
+_SIZE = 300_001  # no multiple of anything
+_OFFSETS = st.integers(0, _SIZE)
+_OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["read", "write", "zero", "trim", "flush", "status"]), _OFFSETS, _OFFSETS), max_size=12
+)
+_ODD = Settings(request_bytes=10_007, in_flight=3)
+
+
+def _read(client: NbdClient, offset: int, length: int) -> bytes:
+    data = bytearray(b"\xee") * length
+    client.read_into(offset, memoryview(data))
+    return bytes(data)
+
+
+def _read_in_vain(client: NbdClient) -> None:
+    with pytest.raises(HostUnreachable):
+        _read(client, 0, 4096)
+
+
+def _per_byte(rows: np.ndarray[tuple[int, int], np.dtype[np.int64]], start: int) -> list[int]:
+    """The flags of every byte; the rows must follow each other without a hole."""
+    assert rows[:, 0].tolist() == (start + np.r_[0, np.cumsum(rows[:-1, 1])]).tolist()
+    assert (np.diff(rows[:, 2]) != 0).all()
+    return np.repeat(rows[:, 2], rows[:, 1]).tolist()
+
+
+@given(_OPERATIONS, st.booleans(), st.randoms(use_true_random=False))
+def test_any_operations_match_a_bytearray(operations: list[tuple[str, int, int]], cached: bool, random: object) -> None:
+    export = CachedExport(_SIZE) if cached else MemoryExport(_SIZE)
+    model, dirty = bytearray(_SIZE), bytearray(_SIZE)
+    with _pair(export) as client:
+        for verb, a, b in operations:
+            offset, length = min(a, b), abs(a - b)
+            end = offset + length
+            if verb == "read":
+                assert _read(client, offset, length) == model[offset:end]
+            elif verb == "write":
+                data = random.randbytes(length)  # type: ignore[attr-defined]
+                client.write(offset, data, fua=bool(length % 2))
+                model[offset:end] = data
+                dirty[offset:end] = b"\1" * length
+            elif verb == "zero":
+                client.write_zeroes(offset, length)
+                model[offset:end] = bytes(length)
+                dirty[offset:end] = b"\1" * length
+            elif verb == "trim":
+                client.trim(offset, length)
+            elif verb == "flush":
+                client.flush()
+            elif length:
+                _check_status(client, offset, length, export, model, dirty)
+        assert _read(client, 0, _SIZE) == model == export.data
+
+
+def _check_status(
+    client: NbdClient, offset: int, length: int, export: MemoryExport, model: bytearray, dirty: bytearray
+) -> None:
+    rows = client.statuses(offset, length)
+    grain = export.grain
+    for context, expected in (
+        (BASE_ALLOCATION, [0 if any(model[at : at + grain]) else 3 for at in range(0, _SIZE, grain)]),
+        (DIRTY, [int(any(dirty[at : at + grain])) for at in range(0, _SIZE, grain)]),
+    ):
+        assert _per_byte(rows[context], offset) == [expected[at // grain] for at in range(offset, offset + length)]
+
+
+class _pair:  # noqa: N801 - used like a function
+    """A client on a server of its own; hypothesis cannot use fixtures that last for one example."""
+
+    def __init__(self, export: Export, settings: Settings = _ODD) -> None:
+        self.server = NbdServer({"disk": export})
+        self.settings = settings
+
+    def __enter__(self) -> NbdClient:
+        uri = self.server.listen_tcp("127.0.0.1", 0)
+        self.client = NbdClient.open(uri, contexts=[BASE_ALLOCATION, DIRTY], settings=self.settings)
+        return self.client
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.close()
+
+
+def test_what_the_client_learns(serve: Serve) -> None:
+    export = MemoryExport(1 << 20)
+    export.min_block, export.preferred_block = 512, 8192
+    with NbdClient.open(serve(export), contexts=[BASE_ALLOCATION, "qemu:dirty-bitmap:none", DIRTY]) as client:
+        assert (client.size, client.read_only, client.can_multi_conn) == (1 << 20, False, True)
+        assert (client.min_block, client.preferred_block, client.max_block) == (512, 8192, 32 << 20)
+        assert set(client.contexts) == {BASE_ALLOCATION, DIRTY}
+
+
+def test_unaligned_reads_of_a_disk_with_sectors(serve: Serve) -> None:
+    export = MemoryExport(64 * 4096)
+    export.data[:] = bytes(range(256)) * (export.size // 256)
+    export.min_block = 4096
+    settings = Settings(request_bytes=10_000)
+    with NbdClient.open(serve(export), settings=settings) as client:
+        for offset, length in [(1, 1), (4095, 2), (100, 100_000), (4096, 4097), (0, export.size), (export.size - 1, 1)]:
+            assert _read(client, offset, length) == export.data[offset : offset + length]
+        with pytest.raises(ReadFailed, match="failed"):
+            client.write(1, b"x")
+
+
+def test_many_small_reads_at_once(serve: Serve) -> None:
+    export = CachedExport(1 << 20)
+    export.data[:] = np.random.default_rng(1).bytes(1 << 20)
+    result = bytearray(1 << 20)
+    view = memoryview(result)
+    offsets = np.random.default_rng(2).permutation(256) * 4096
+    with NbdClient.open(serve(export)) as client:
+        client.read_many([(at, view[at : at + 4096]) for at in offsets.tolist()])
+    assert result == export.data
+
+
+def test_large_reads_come_in_pieces_with_holes(serve: Serve) -> None:
+    export = MemoryExport(5 << 20)
+    export.data[0:3] = b"abc"
+    export.data[-3:] = b"xyz"
+    with NbdClient.open(serve(export), settings=Settings(request_bytes=32 << 20)) as client:
+        assert _read(client, 0, export.size) == export.data
+
+
+def test_a_failed_read_leaves_the_connection_usable_and_is_reported(serve: Serve) -> None:
+    reports: list[tuple[str, str, Exception]] = []
+
+    def fail(offset: int, length: int) -> None:
+        if offset == 16384:
+            raise StoreDamage("Chunk 42 is damaged")
+
+    export = TrickExport(1 << 20, fail)
+    uri = serve(export, on_error=lambda *report: reports.append(report))
+    with NbdClient.open(uri, settings=Settings(request_bytes=4096)) as client:
+        with pytest.raises(RequestFailed, match=r"reading 4096 bytes at 16384 failed \(Input/output error\)") as caught:
+            _read(client, 0, 1 << 20)
+        assert (caught.value.offset, caught.value.length, caught.value.errno) == (16384, 4096, errno.EIO)
+        assert _read(client, 1 << 19, 100) == bytes(100)
+    assert [(name, asked, str(error)) for name, asked, error in reports] == [
+        ("disk", "reading 4096 bytes at 16384", "Chunk 42 is damaged")
+    ]
+
+
+def test_an_error_in_the_middle_of_a_long_answer(serve: Serve) -> None:
+    def fail(offset: int, length: int) -> None:
+        if offset >= 2 << 20:
+            raise OSError(errno.EIO, "bad sector")
+
+    with NbdClient.open(serve(TrickExport(4 << 20, fail)), settings=Settings(request_bytes=4 << 20)) as client:
+        with pytest.raises(RequestFailed):
+            _read(client, 0, 4 << 20)
+        assert _read(client, 0, 1 << 20) == bytes(1 << 20)
+
+
+def test_requests_of_one_connection_run_in_parallel(serve: Serve) -> None:
+    together = threading.Barrier(4, timeout=10)
+    export = TrickExport(1 << 20, lambda offset, length: together.wait() and None)
+    with NbdClient.open(serve(export), settings=Settings(request_bytes=4096)) as client:
+        _read(client, 0, 4 * 4096)
+    assert export.most_inside == 4
+
+
+def test_a_serial_export_sees_one_request_after_the_other_in_order(serve: Serve) -> None:
+    seen: list[int] = []
+    export = TrickExport(1 << 20, lambda offset, length: seen.append(offset))
+    export.parallel = False
+    with NbdClient.open(serve(export), settings=Settings(request_bytes=4096)) as client:
+        _read(client, 0, 1 << 20)
+    assert seen == list(range(0, 1 << 20, 4096))
+    assert export.most_inside == 1
+
+
+def test_a_slow_read_does_not_hold_up_others(serve: Serve) -> None:
+    release = threading.Event()
+    export = TrickExport(1 << 20, lambda offset, length: release.wait(10) and None if offset == 0 else None)
+    uri = serve(export)
+    with NbdClient.open(uri) as slow, NbdClient.open(uri) as fast:
+        reader = threading.Thread(target=_read, args=(slow, 0, 4096))
+        reader.start()
+        assert wait_for(lambda: export.inside == 1)
+        assert _read(fast, 8192, 4096) == bytes(4096)
+        release.set()
+        reader.join(10)
+
+
+def test_errors_of_writing_reach_the_writer(serve: Serve) -> None:
+    class Full(MemoryExport):
+        def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    with NbdClient.open(serve(Full(1 << 20))) as client:
+        with pytest.raises(RequestFailed) as caught:
+            client.write(0, b"x" * 100_000)
+        assert caught.value.errno == errno.ENOSPC
+        client.flush()
+
+
+def test_a_read_only_export_refuses_writes(serve: Serve) -> None:
+    export = MemoryExport(1 << 20)
+    export.read_only = True
+    with NbdClient.open(serve(export)) as client:
+        assert client.read_only
+        for action in (lambda: client.write(0, b"x"), lambda: client.trim(0, 512), lambda: client.write_zeroes(0, 9)):
+            with pytest.raises(RequestFailed) as caught:
+                action()
+            assert caught.value.errno == errno.EPERM
+
+
+def test_ranges_outside_of_the_disk_are_refused_before_anything_is_sent(serve: Serve) -> None:
+    with NbdClient.open(serve(MemoryExport(4096))) as client:
+        for offset, length in [(4096, 1), (-1, 2), (0, 4097), (1 << 70, 1)]:
+            with pytest.raises(ReadFailed, match="outside"):
+                _read(client, offset, length)
+        assert _read(client, 0, 4096) == bytes(4096)
+
+
+def test_a_hung_export_is_host_unreachable_and_says_what_was_asked(serve: Serve) -> None:
+    release = threading.Event()
+    uri = serve(TrickExport(1 << 20, lambda offset, length: release.wait(20) and None))
+    with NbdClient.open(uri, settings=Settings(reply_seconds=0.3)) as client:
+        with pytest.raises(
+            HostUnreachable, match=r"Gave up reading 4096 bytes at 8192, no answer within 0[.]3 s"
+        ) as caught:
+            _read(client, 8192, 4096)
+        assert str(uri) in str(caught.value)
+        with pytest.raises(HostUnreachable, match="Not connected any more"):
+            _read(client, 0, 1)
+        release.set()
+
+
+def test_abort_interrupts_a_read_in_another_thread(serve: Serve) -> None:
+    release = threading.Event()
+    export = TrickExport(1 << 20, lambda offset, length: release.wait(20) and None)
+    with NbdClient.open(serve(export)) as client:
+        threading.Timer(0.2, client.abort).start()
+        with pytest.raises(HostUnreachable, match="closed"):
+            _read(client, 0, 4096)
+        release.set()
+
+
+def test_exports_are_listed_added_and_removed(short_path: Path) -> None:
+    with NbdServer({"a": MemoryExport(1)}) as server:
+        uri = server.listen_unix(f"{short_path}/s")
+        described = MemoryExport(2)
+        described.description = "the second one"
+        server.add("b", described)
+        assert [(e.name, e.description) for e in list_exports(uri)] == [("a", ""), ("b", "the second one")]
+        with pytest.raises(HostUnreachable, match="no such export"):
+            NbdClient.open(uri)  # two exports: the empty name means none of them
+        with NbdClient.open(str(uri).replace("/?", "/b?")) as client:
+            assert server.connections == 1
+            server.remove("b")
+            with pytest.raises(HostUnreachable):
+                _read(client, 0, 1)
+        with NbdClient.open(uri) as client:
+            assert client.size == 1
+
+
+def test_a_socket_file_is_private_replaced_when_dead_and_kept_when_alive(short_path: Path) -> None:
+    path = f"{short_path}/s"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    with NbdServer({"a": MemoryExport(1)}) as server:
+        server.listen_unix(path)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        with NbdServer() as other, pytest.raises(Busy, match="Another server"):
+            other.listen_unix(path)
+    assert not os.path.exists(path)
+    with NbdServer() as server, pytest.raises(HvbackupError, match="Cannot listen"):
+        server.listen_unix(f"{short_path}/none/s")
+
+
+def test_a_taken_port_is_busy() -> None:
+    with NbdServer() as one, NbdServer() as two:
+        port = one.listen_tcp("127.0.0.1", 0).port
+        with pytest.raises(Busy, match=str(port)):
+            two.listen_tcp("127.0.0.1", port)
+
+
+def test_nobody_there_is_host_unreachable(short_path: Path) -> None:
+    for uri in (f"nbd+unix:///x?socket={short_path}/none", "nbd://127.0.0.1:1/x"):
+        with pytest.raises(HostUnreachable, match="Cannot connect") as caught:
+            NbdClient.open(uri)
+        assert uri in str(caught.value)
+
+
+def test_closing_the_server_ends_a_session_in_the_middle_of_a_read(serve: Serve, short_path: Path) -> None:
+    release = threading.Event()
+    server = NbdServer({"disk": TrickExport(1 << 20, lambda o, n: release.wait(10) and None)})
+    uri = server.listen_unix(f"{short_path}/s")
+    with NbdClient.open(uri) as client:
+        threading.Timer(0.2, release.set).start()
+        reader = threading.Thread(target=_read_in_vain, args=(client,))
+        reader.start()
+        time.sleep(0.1)
+        server.close()
+        reader.join(10)
+        assert not reader.is_alive()
+    server.close()
+
+
+def test_an_export_that_never_returns_is_left_behind_and_reported(short_path: Path) -> None:
+    release, reports = threading.Event(), []
+    export = TrickExport(1 << 20, lambda o, n: release.wait(20) and None)
+    server = NbdServer({"disk": export}, limits=Limits(close_seconds=0.2), on_error=lambda *r: reports.append(r))
+    client = NbdClient.open(server.listen_unix(f"{short_path}/s"), settings=Settings(reply_seconds=5))
+    reader = threading.Thread(target=_read_in_vain, args=(client,))
+    reader.start()
+    assert wait_for(lambda: export.inside == 1)
+    server.close()
+    release.set()
+    reader.join(10)
+    client.close()
+    assert any("did not return" in str(error) for _, _, error in reports)
