@@ -230,7 +230,7 @@ class FakeHypervisor:
             frozen = self._freeze(found, lease, since)
         try:
             yield frozen
-        except Killed:
+        except (Killed, GeneratorExit):  # dead, or dropped without leaving
             raise
         except BaseException:
             self._thaw(found.id, lease)

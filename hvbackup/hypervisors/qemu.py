@@ -14,10 +14,11 @@ Thread safety: calls on one machine must not overlap; the frozen disks may be re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from hvbackup import extents
@@ -95,21 +96,15 @@ class QemuHypervisor:
         with self._connect() as qmp:
             return [self._look(qmp).machine]
 
-    @contextmanager
     def snapshot(
         self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
-    ) -> Generator[QemuFrozen]:
+    ) -> AbstractContextManager[QemuFrozen]:
         if consistency not in (None, Consistency.CRASH):
             raise UsageError(
                 f"Machine {machine.name} can't be captured {consistency}-consistent by its QMP socket alone, "
                 "which does not reach into the guest; ask for crash consistency"
             )
-        frozen = self._begin(machine, lease, since)
-        try:
-            with frozen.watch:
-                yield frozen
-        finally:
-            self._end(frozen)
+        return _Snapshot(lambda: self._begin(machine, lease, since), self._end)
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
         folders = self._folders(machine, lease)
@@ -132,9 +127,11 @@ class QemuHypervisor:
         with self._connect() as qmp:
             seen = self._look(qmp)
             if seen.machine.id != machine.id:
-                raise NotFound(f"QEMU at {self.path} is machine {seen.machine.id} now, not {machine.id}")
+                raise NotFound(
+                    f"QEMU at {self.path} is not machine {machine.name} ({machine.id}) but {seen.machine.id}"
+                )
             qemu_fleece.refuse_leftovers(qmp, self._names)
-            qemu_fleece.make_folder(folder, qmp.peer)
+            qemu_server.make_folder(folder, qmp.peer)
             try:
                 return self._freeze(qmp, names, folder, seen, since)
             except BaseException:
@@ -205,7 +202,7 @@ class QemuHypervisor:
         """Without anybody at the socket no QEMU uses the scratch any more; what it had in memory is gone with it."""
         if qemu_server.is_dead(self.path):
             for folder in folders:
-                qemu_fleece.remove_folder(folder)
+                qemu_server.remove_folder(folder)
 
     # --- looking at the machine -------------------------------------------------------------------------------------
 
@@ -232,6 +229,28 @@ class QemuHypervisor:
 
     def _daemon(self, qmp: Qmp, graph: BlockGraph) -> Sequence[Device]:
         return daemon_devices(graph, qmp.command("query-block-exports"), self._names.prefix)
+
+
+class _Snapshot(AbstractContextManager["QemuFrozen"]):
+    """From the moment on until the view is not needed any more.  One that is dropped without leaving cleans up nothing."""
+
+    def __init__(self, begin: Callable[[], QemuFrozen], end: Callable[[QemuFrozen], None]) -> None:
+        self._begin = begin
+        self._end = end
+        self._frozen: QemuFrozen | None = None
+
+    def __enter__(self) -> QemuFrozen:
+        self._frozen = self._begin()
+        self._frozen.watch.start()
+        return self._frozen
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        frozen, self._frozen = self._frozen, None
+        if frozen is not None:
+            frozen.watch.stop()
+            # `verify` has said whether the view held.  What a dying QEMU keeps now, `release` takes and reports.
+            with suppress(HostUnreachable):
+                self._end(frozen)
 
 
 _GRAPH = "x-debug-query-block-graph"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -33,16 +32,6 @@ _POLL_SECONDS = 0.01
 _SCRATCH_CLUSTER_BYTES = 64 * KiB
 
 Action = Mapping[str, Any]
-
-
-def make_folder(folder: Path, peer: Peer) -> None:
-    """A private folder in which QEMU's user may work."""
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-    except FileExistsError as error:
-        raise Busy(f"Folder {folder} is there already: this lease was used before; release it first") from error
-    if os.geteuid() == 0:
-        os.chown(folder, peer.uid, peer.gid)
 
 
 def refuse_leftovers(qmp: Qmp, names: StoreNames) -> None:
@@ -167,17 +156,11 @@ def remove_bitmaps(qmp: Qmp, drives: Sequence[Drive], unwanted: Callable[[str], 
             qmp.command("block-dirty-bitmap-remove", node=drive.node, name=name)
 
 
-def remove_folder(folder: Path) -> None:
-    """The folder of a lease is gone with everything in it."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
 def remove_folders(qmp: Qmp, folders: Sequence[Path]) -> None:
     """The folders of leases and the NBD server that listens in one of them are gone, unless others still use it."""
     for folder in folders:
         if qemu_server.stop(qmp, folder):
-            remove_folder(folder)
+            qemu_server.remove_folder(folder)
 
 
 def free_bytes(folder: Path) -> int:

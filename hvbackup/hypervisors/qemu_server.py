@@ -1,18 +1,21 @@
-"""QEMU's NBD server: one for each process, so it may be somebody else's already."""
+"""The folder of a lease, and QEMU's NBD server in it: one for each process, so it may be somebody else's already."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import struct
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvbackup.errors import Busy, UsageError
+from hvbackup.errors import Busy
 from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_names import StoreNames
-from hvbackup.hypervisors.qmp import CommandRefused, Qmp
+from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.nbd.uri import NbdUri
 
 SOCKET = "nbd.sock"
@@ -32,11 +35,19 @@ class Server:
         return NbdUri(name, self.at.host, self.at.port, self.at.socket)
 
 
-def start(qmp: Qmp, folder: Path, line: CommandLine, names: StoreNames) -> Server:
-    """A server we can reach: our own in `folder`, or the one that QEMU was started with."""
+def socket_path(folder: Path) -> Path:
+    """Where the server of a lease listens: in its folder, or in a short one of the same name where that is too long."""
     path = folder / SOCKET
-    if len(os.fsencode(path)) > _UNIX_PATH_MAX_BYTES:
-        raise UsageError(f"Scratch directory {folder.parent} has too long a path for a socket; choose a shorter one")
+    return (
+        path if len(os.fsencode(path)) <= _UNIX_PATH_MAX_BYTES else Path(tempfile.gettempdir()) / folder.name / SOCKET
+    )
+
+
+def start(qmp: Qmp, folder: Path, line: CommandLine, names: StoreNames) -> Server:
+    """A server we can reach: our own, or the one that QEMU was started with."""
+    path = socket_path(folder)
+    if path.parent != folder:
+        make_folder(path.parent, qmp.peer)
     try:
         qmp.command("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
     except CommandRefused as refused:
@@ -46,9 +57,26 @@ def start(qmp: Qmp, folder: Path, line: CommandLine, names: StoreNames) -> Serve
     return Server(NbdUri(socket=str(path)))
 
 
+def make_folder(folder: Path, peer: Peer) -> None:
+    """A private folder in which QEMU's user may work."""
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError as error:
+        raise Busy(f"Folder {folder} is there already: this lease was used before; release it first") from error
+    if os.geteuid() == 0:
+        os.chown(folder, peer.uid, peer.gid)
+
+
+def remove_folder(folder: Path) -> None:
+    """The folder of a lease is gone with everything in it."""
+    for path in {folder, socket_path(folder).parent}:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
 def stop(qmp: Qmp, folder: Path) -> bool:
-    """Stop the server if it is the one in `folder` and nobody else exports through it; whether it is gone."""
-    if not _listens(qmp, folder / SOCKET):
+    """Stop the server if it is the one of this lease and nobody else exports through it; whether it is gone."""
+    if not _listens(qmp, socket_path(folder)):
         return True
     if any(export["type"] == "nbd" for export in qmp.command("query-block-exports")):
         return False
@@ -73,7 +101,7 @@ def _running(qmp: Qmp, folder: Path, line: CommandLine, names: StoreNames) -> Se
     for option in line.option("nbd-server"):
         if (found := _address(option, line.cwd)) is not None:
             return Server(found)
-    for left in sorted(folder.parent.glob(f"{names.prefix}*/{SOCKET}")):
+    for left in map(socket_path, sorted(folder.parent.glob(f"{names.prefix}*"))):
         if _listens(qmp, left):
             return Server(NbdUri(socket=str(left)))
     raise Busy(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import TracebackType
 
 from hvbackup.errors import HostUnreachable
 from hvbackup.hypervisors import qemu_fleece
@@ -18,7 +17,7 @@ _LOOK_SECONDS = 0.1  # a guest that overwrites 2 GB/s uses 200 MB of the reserve
 
 
 class Watch:
-    """A thread for as long as the context is open.  Thread safety: `reason` may be read at any time."""
+    """A thread between `start` and `stop`.  Thread safety: `reason` may be read at any time."""
 
     def __init__(self, socket_path: Path, prefix: str, folder: Path, reserve_bytes: int) -> None:
         self.reason = ""  # why the snapshot was given up
@@ -29,17 +28,22 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_after, name=f"watch {folder.name}", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def start(self) -> None:
+        """Look after the scratch from now on."""
         self._thread.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def stop(self) -> None:
+        """The thread has ended."""
         self._over.set()
         self._thread.join()
 
     def _look_after(self) -> None:
         while not self._over.wait(_LOOK_SECONDS):
-            if qemu_fleece.free_bytes(self._folder) <= self._reserve_bytes and self._let_go():
+            try:
+                full = qemu_fleece.free_bytes(self._folder) <= self._reserve_bytes
+            except FileNotFoundError:
+                return  # released by somebody else
+            if full and self._let_go():
                 return
 
     def _let_go(self) -> bool:

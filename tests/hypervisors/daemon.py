@@ -28,11 +28,10 @@ def make_image(path: Path, size: int, driver: str = "qcow2", *options: str) -> P
 class Daemon:
     """One qemu-storage-daemon; `nodes` are -blockdev descriptions, each exported writable under its node name."""
 
-    def __init__(self, folder: Path, nodes: Sequence[Mapping[str, Any]], *, server: str = "ours") -> None:
+    def __init__(self, folder: Path, nodes: Sequence[Mapping[str, Any]]) -> None:
         self.folder = folder
         self.qmp_path = folder / "qmp.sock"
         self.nodes = nodes
-        self._server = server
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
@@ -77,10 +76,22 @@ class Daemon:
         given = {"scratch_dir": self.folder / "s", "settings": SETTINGS, **extra}
         return QemuHypervisor(self.qmp_path, STORE, **given)
 
+    def plug(self, qmp: Qmp, name: str) -> None:
+        """The guest gets its disk back."""
+        qmp.command("block-export-add", type="nbd", id=f"guest-{name}", node_name=name, name=name, writable=True)
+
+    def unplug(self, qmp: Qmp, name: str) -> None:
+        """The guest's connection to a disk is cut."""
+        with qmp.events("BLOCK_EXPORT_DELETED") as events:
+            qmp.command("block-export-del", id=f"guest-{name}", mode="hard")
+            assert events.next(10)["data"]["id"] == f"guest-{name}"
+
     def bitmaps(self, node: str) -> dict[str, Mapping[str, Any]]:
         with self.qmp() as qmp:
             nodes = qmp.command("query-named-block-nodes", flat=True)
-        return {b["name"]: b for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", [])}
+        return {
+            b["name"]: b for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", []) if "name" in b
+        }
 
     def leftovers(self) -> list[str]:
         """Everything of ours in the daemon and in the scratch directory but checkpoints."""
