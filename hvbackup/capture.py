@@ -262,6 +262,7 @@ class _Run:
                 base = BlockMap(old.root, -(-old.disk.size // self._block), self._page)
                 return self._fold(frozen, readers, base, self._trusted(frozen, readers, base, old.disk.size, since))
             except ChunkDamaged as e:
+                self._writer.drop_claims()
                 return self._healed(frozen, readers, f"the map of its newest point can't be read ({e})")
 
     def _healed(self, frozen: FrozenDisk, readers: _Readers, why: str) -> DiskRoot:
@@ -273,7 +274,7 @@ class _Run:
         changes = frozen.changes(since)
         if since is None:
             changes = replace(changes, continuity=Continuity.UNKNOWN)
-        if changes.reason and parent_size is not None:
+        if changes.reason and since is not None:
             self._outcome.degrade(f"Disk {frozen.disk.id}: {changes.reason}; it was read whole and compared")
         return plan(changes, frozen.disk.size, parent_size, self._block)
 
@@ -284,7 +285,8 @@ class _Run:
         found = self._plan(frozen, since, parent_size)
         sample = sampled(found.unchanged, self._block, self._options.sample_blocks, self._options.rng)
         for batch in batches(sample, self._block):
-            if self._work(readers, base, batch).changed.any():
+            # Only compared: what a sample claimed, nobody would write.
+            if self._compared(readers, base, batch)[3].any():
                 self._outcome.degrade(
                     f"Disk {frozen.disk.id}: blocks the hypervisor called unchanged had changed; "
                     "the whole disk was read and compared"
@@ -320,6 +322,20 @@ class _Run:
 
     def _work(self, readers: _Readers, base: BlockMap | None, batch: Batch) -> _Done:
         """Read, hash, deduplicate and compress one batch; on a worker's thread."""
+        blocks, ids, nonzero, changed = self._compared(readers, base, batch)
+        wanted = np.flatnonzero(changed & nonzero)
+        fresh = wanted[self._writer.claim(ids[wanted])]
+        frames = [
+            self._writer.compress([blocks[i] for i in group], [ids[i].tobytes() for i in group])
+            for group in (fresh[i : i + GROUP_BLOCKS].tolist() for i in range(0, len(fresh), GROUP_BLOCKS))
+        ]
+        some = int(nonzero.sum())
+        return _Done(batch, ids, changed, frames, len(ids) - some, some - len(fresh))
+
+    def _compared(
+        self, readers: _Readers, base: BlockMap | None, batch: Batch
+    ) -> tuple[list[memoryview], Ids, NDArray[np.bool_], NDArray[np.bool_]]:
+        """(blocks, ids, which are not zero, which differ from the parent) of a batch; claims nothing."""
         buffer = self._read(readers, batch)
         count = len(buffer) // self._block
         words = np.frombuffer(buffer, np.uint64).reshape(count, -1)
@@ -329,14 +345,7 @@ class _Run:
         some = np.flatnonzero(nonzero)
         digests = b"".join(blake3.blake3(blocks[i], key=self._key).digest() for i in some.tolist())
         ids[some] = np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES)
-        changed = (ids != self._parent_ids(base, batch, count)).any(axis=1)
-        wanted = np.flatnonzero(changed & nonzero)
-        fresh = wanted[self._writer.claim(ids[wanted])]
-        frames = [
-            self._writer.compress([blocks[i] for i in group], [ids[i].tobytes() for i in group])
-            for group in (fresh[i : i + GROUP_BLOCKS].tolist() for i in range(0, len(fresh), GROUP_BLOCKS))
-        ]
-        return _Done(batch, ids, changed, frames, count - len(some), len(some) - len(fresh))
+        return blocks, ids, nonzero, (ids != self._parent_ids(base, batch, count)).any(axis=1)
 
     def _read(self, readers: _Readers, batch: Batch) -> memoryview:
         """The bytes of a batch, each run padded with zeroes to whole blocks; valid until the thread's next batch."""

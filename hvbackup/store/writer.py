@@ -52,6 +52,7 @@ class ChunkWriter:
         self._data: PackWriter | None = None
         self._meta: list[PackWriter] = []
         self._claimed: set[bytes] = set()  # by this writer, in packs the index does not know yet
+        self._put: set[bytes] = set()  # those of them that are in a pack already
         self._pages: dict[bytes, bytes] = {}  # put by this writer: readable before they are sealed
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -69,6 +70,11 @@ class ChunkWriter:
                 missing[i] = chunk not in self._claimed
                 self._claimed.add(chunk)
         return missing
+
+    def drop_claims(self) -> None:
+        """Claims that nobody fulfilled are forgotten: what was read for a map that can't be made is read again."""
+        with self._lock:
+            self._claimed &= self._put
 
     def compress(self, blocks: Sequence[memoryview], ids: Sequence[bytes]) -> Frame:
         """One frame out of claimed blocks."""
@@ -89,6 +95,7 @@ class ChunkWriter:
         if self._data is None:
             self._data = PackWriter(self._backend, self._ring, f.KIND_DATA)
         self._data.add(f.CHUNK_BLOCK, frame.codec, frame.data, frame.ids, frame.plain)
+        self._put.update(frame.ids)
         if self._data.size >= PACK_BYTES:
             self._seal_data()
 
@@ -109,6 +116,7 @@ class ChunkWriter:
     def _put_meta(self, what: int, frame: Frame) -> None:
         if not self._meta:
             self._meta = [PackWriter(self._backend, self._ring, f.KIND_META) for _ in range(2)]
+        self._put.update(frame.ids)
         for pack in self._meta:
             pack.add(what, frame.codec, frame.data, frame.ids, frame.plain)
         if self._meta[0].size >= PACK_BYTES:
@@ -144,6 +152,7 @@ class ChunkWriter:
         self._index.add(name, rows)
         with self._lock:
             self._claimed.difference_update(rows["id"].tolist())
+            self._put.difference_update(rows["id"].tolist())
 
     def seal(self) -> None:
         """Everything that was put is durable, and in the index, when this returns."""

@@ -1,0 +1,1 @@
+"""Tests of capture, against a hypervisor in memory."""
