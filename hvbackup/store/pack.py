@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 SUFFIX = ".pack"
+WRITE_BYTES = 1024 * 1024
 SCAN_PIECE_BYTES = 8 * 1024 * 1024
 
 
@@ -60,6 +61,8 @@ class PackWriter:
         self._bind = ring.store + bytes([kind])
         self._hash = blake3.blake3()
         self._out: Upload = backend.new()
+        self._waiting = bytearray()  # not yet handed to the file: many records make one write
+        self._size = 0
         self._rows: list[tuple[bytes, int, int, int, int, int]] = []
         self._ordinal = 0
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
@@ -68,11 +71,18 @@ class PackWriter:
     @property
     def size(self) -> int:
         """Bytes written so far."""
-        return self._out.size
+        return self._size
 
     def _write(self, data: bytes) -> None:
-        self._out.write(data)
-        self._hash.update(data)
+        self._waiting += data
+        self._size += len(data)
+        if len(self._waiting) >= WRITE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._out.write(self._waiting)
+        self._hash.update(self._waiting)
+        self._waiting = bytearray()
 
     def add(self, what: int, codec: int, frame: bytes, ids: Sequence[bytes], plain: Sequence[int]) -> None:
         """Append one record: `frame` holds the chunks `ids`, of `plain` bytes each, one after the other."""
@@ -82,7 +92,7 @@ class PackWriter:
         head = f.with_crc(head, entries) + entries
         if self._cipher:
             frame = self._cipher.encrypt(nonce(self._ordinal), frame, self._bind + head)
-        offset, stored, at = self._out.size, len(head) + len(frame), 0
+        offset, stored, at = self._size, len(head) + len(frame), 0
         for chunk, length in zip(ids, plain, strict=True):
             self._rows.append((chunk, offset, stored, at, length, what))
             at += length
@@ -93,9 +103,10 @@ class PackWriter:
     def seal(self) -> tuple[str, NDArray[np.void]]:
         """The pack exists, durably, when this returns its name and its rows sorted by id."""
         rows = sort_rows(np.array(self._rows, f.ROW))
-        footer, offset = rows.tobytes(), self._out.size
+        footer, offset = rows.tobytes(), self._size
         self._write(footer)
         self._write(f.with_crc(f.TRAILER.pack(f.TRAILER_MAGIC, offset, len(rows), blake3.blake3(footer).digest())))
+        self._flush()
         name = self._hash.hexdigest()
         self._out.commit(path_of(name))
         return name, rows
