@@ -28,21 +28,23 @@ def make_image(path: Path, size: int, driver: str = "qcow2", *options: str) -> P
 class Daemon:
     """One qemu-storage-daemon; `nodes` are -blockdev descriptions, each exported writable under its node name."""
 
-    def __init__(self, folder: Path, nodes: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[Mapping[str, Any]], *, server: bool = True) -> None:
         self.folder = folder
         self.qmp_path = folder / "qmp.sock"
         self.nodes = nodes
+        self._server = server  # without one there is no guest
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
         """A new life; the NBD server for the guest is its own process's only one."""
         self.qmp_path.unlink(missing_ok=True)
         arguments = ["--chardev", f"socket,id=c,path={self.qmp_path},server=on,wait=off", "--monitor", "chardev=c"]
-        arguments += ["--nbd-server", f"addr.type=unix,addr.path={self.folder / 'guest.sock'}"]
+        if self._server:
+            arguments += ["--nbd-server", f"addr.type=unix,addr.path={self.folder / 'guest.sock'}"]
         for node in self.nodes:
             name = node["node-name"]
             arguments += ["--blockdev", json.dumps(node)]
-            if not node.get("read-only"):
+            if self._server and not node.get("read-only"):
                 arguments += ["--export", f"type=nbd,id=guest-{name},node-name={name},name={name},writable=on"]
         log = (self.folder / "qsd.log").open("wb")
         self.process = subprocess.Popen(["qemu-storage-daemon", *arguments], stderr=log)
