@@ -142,7 +142,7 @@ class NbdClient:
         step, end = self._step(), offset + len(target)
         start = offset // self.min_block * self.min_block
         while start < end:
-            length = min(step, -(-(end - start) // self.min_block) * self.min_block)
+            length = min(step, self._aligned(end - start), self.size - start)
             lower, upper = max(start, offset), min(start + length, end)
             aside = memoryview(bytearray(length))
             yield Command(
@@ -176,7 +176,8 @@ class NbdClient:
         found: dict[str, list[NDArray[np.int64]]] = {name: [] for name in self.contexts}
         at = dict.fromkeys(self.contexts, offset)
         while found and (start := min(at.values())) < end:
-            for name, extents in self.block_status(start, self._aligned(end - start)).items():
+            wanted = min(self._aligned(end - start), self.size - start)
+            for name, extents in self.block_status(start, wanted).items():
                 rows = _rows(start, extents, at[name], end)
                 if len(rows):
                     found[name].append(rows)

@@ -134,11 +134,13 @@ class NbdServer:
             return
         client = _Client(self, wire)
         with self._lock:
-            if self._closed or len(self._clients) >= self._limits.connections:
-                wire.close()
-                return
-            self._clients[wire] = client
-            client.thread.start()
+            welcome = not self._closed and len(self._clients) < self._limits.connections
+            if welcome:
+                self._clients[wire] = client
+                client.thread.start()
+        if not welcome:
+            wire.close()
+            self._on_error("", "accepting a client", Busy(f"All {self._limits.connections} connections are in use"))
 
     # --- clients -----------------------------------------------------------------------------------------------------
 
@@ -176,11 +178,11 @@ class NbdServer:
             self._closed = True
         self._shelf.budget.close()
         for sock, thread, uri in self._listeners:
+            if uri.socket:  # first, while we still listen: what is there afterwards is somebody else's
+                Path(uri.socket).unlink(missing_ok=True)
             _wake(sock)
             thread.join(self._limits.close_seconds)
             sock.close()
-            if uri.socket:
-                Path(uri.socket).unlink(missing_ok=True)
         self._disconnect_all()
 
     def _disconnect_all(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 Buffer = bytes | bytearray | memoryview
 
 _TIMEVAL = struct.Struct("@ll")
+_KEEPALIVE_SECONDS = 60  # of silence until we ask, and as long again until we give up
 _GATHER_MAX = 512  # buffers in one sendmsg(2); the kernel's limit is 1,024
 _SOCKET_BUFFER_BYTES = 1024 * 1024  # unix sockets start with 208 KiB: a reader would wake five times for each 1 MiB
 
@@ -33,6 +34,9 @@ class Wire:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices a host that vanished without a word
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 6)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         self.set_timeout(timeout_seconds)
