@@ -5,7 +5,7 @@ directory it is in.  When `write_new`, `NewFile.commit`, `replace` or `remove` r
 
     killed after            left behind                         cleaned by
     create, write, fsync    a file in tmp/ nobody reads         sweep(), when the owner opens the store
-    rename                  the file, under either name         a power cut may take the new name back: sweep()
+    mkdir, rename, unlink   a name that a power cut takes back  settle(), before anything is built upon it
     fsync of the directory  the file
 
 `Kernel` holds the calls themselves; the tests put a recording one in its place, and replay every prefix of what it
@@ -265,6 +265,12 @@ class Files:
         for name in left:
             self.kernel.unlink(str(self.path(TMP) / name))
         return len(left)
+
+    def settle(self) -> None:
+        """Every name that is there stays there after a power cut; a killed writer may have left some that would not."""
+        self.kernel.sync_dir(str(self.root.parent))
+        for path, _, _ in os.walk(self.root):
+            self.kernel.sync_dir(path)
 
     @contextmanager
     def owner(self, name: str, what: str) -> Iterator[None]:

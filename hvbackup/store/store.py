@@ -101,6 +101,8 @@ def init(
         raise UsageError(f"{path} is not empty (it has {left[0]}); a store wants a directory of its own")
     if block not in f.BLOCK_SIZES:
         raise UsageError(f"A block has {' or '.join(str(b // 1024) + ' KiB' for b in f.BLOCK_SIZES)}")
+    files.make_dir("")
+    files.settle()
     store = secrets.token_bytes(16)
     ring = keys.Keyring.generate(store, encrypted=secret is not None)
     for name in files.names("keys"):
@@ -144,11 +146,17 @@ class Store:
             store._exit.enter_context(store.state.owner("owner.lock", f"The store at {path}"))
             files.sweep()
             store.state.sweep()
+            store._settle()
         store.index.sync()
         if owner:
             store.runs.settle()
             store._adopt()
         return store
+
+    def _settle(self) -> None:
+        """What a dead run left is certain before a point is built upon it: its lease tells, or that there is no point yet."""
+        if self.files.names("leases") or not self.files.names(points.FOLDER):
+            self.files.settle()
 
     def close(self) -> None:
         """Give the lock and all handles back; idempotent."""
