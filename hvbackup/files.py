@@ -230,8 +230,12 @@ class Files:
 
     def read_at(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises FileNotFoundError, HvbackupError."""
-        with _named_errors("read", self.path(name)):
+        try:
             return os.pread(self._handle(name).fd, length, offset)
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            raise HvbackupError(f"Cannot read {self.path(name)}: {e.strerror}") from e
 
     def _handle(self, name: str) -> _Handle:
         with self._lock:
