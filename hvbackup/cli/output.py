@@ -1,0 +1,111 @@
+"""Answers: text for people, JSON for programs; warnings and errors on stderr; exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvbackup.errors import HvbackupError, PartlyFailed
+
+PROGRAM = "hvbackup"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+@dataclass(slots=True)
+class Out:
+    """Where the answer of one command goes."""
+
+    json: bool = False
+    quiet: bool = False
+    strict: bool = False
+    warned: bool = False
+    answered: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Out:
+        """As the options say."""
+        return cls(args.json, args.quiet, args.strict)
+
+    def answer(self, value: Any, lines: Iterable[str]) -> None:
+        """The answer: `value` as one line of JSON, or `lines` as they are."""
+        if self.json:
+            print(json.dumps(value, ensure_ascii=False), flush=True)
+            self.answered = True
+        elif not self.quiet:
+            for line in lines:
+                print(line)
+            sys.stdout.flush()
+
+    def say(self, line: str) -> None:
+        """Something for people only."""
+        if not self.json and not self.quiet:
+            print(line, flush=True)
+
+    def warn(self, note: str) -> None:
+        """The command does what it should, but not as planned."""
+        self.warned = True
+        print(f"{PROGRAM}: warning: {note}", file=sys.stderr, flush=True)
+
+    def warn_all(self, notes: Iterable[str]) -> None:
+        """Several warnings."""
+        for note in notes:
+            self.warn(note)
+
+    def error(self, e: HvbackupError) -> None:
+        """One line on stderr."""
+        print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+
+    def fail(self, e: HvbackupError) -> int:
+        """The command ends with this error; returns its exit code."""
+        self.error(e)
+        if self.json and not self.answered:
+            shape = {"kind": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
+            try:
+                print(json.dumps({"error": shape}, ensure_ascii=False), flush=True)
+            except BrokenPipeError:
+                sys.stdout = None  # nobody reads; the exit code tells
+        return e.exit_code
+
+    def finish(self, code: int) -> int:
+        """The exit code of a command that ended by itself."""
+        return PartlyFailed.exit_code if code == 0 and self.strict and self.warned else code
+
+
+def size(count: int | float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    value, unit = float(count), 0
+    while value >= 1023.95 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def duration(seconds: float) -> str:
+    """A stretch of time for people, in its two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = int(seconds)
+    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    first = next(i for i, (n, _) in enumerate(parts) if n)
+    return " ".join(f"{n} {unit}" for n, unit in parts[first : first + 2] if n)
+
+
+def count(n: int, noun: str) -> str:
+    """`1 disk`, `2 disks`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Columns under a head; those in `right` are aligned to the right."""
+    all_ = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in all_) for i in range(len(head))]
+    aligned = set(right)
+
+    def line(row: Sequence[str]) -> str:
+        cells = (c.rjust(w) if i in aligned else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return [line(row) for row in all_]

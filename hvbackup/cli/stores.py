@@ -1,0 +1,265 @@
+"""init, key, status, check, sql: the store itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvbackup.cli.invocation import session_of
+from hvbackup.cli.output import Out, count, duration, size, table
+from hvbackup.cli.parser import Verbs, add_shared, add_verb
+from hvbackup.cli.progress import Progress
+from hvbackup.errors import StoreDamage, UsageError
+
+if TYPE_CHECKING:
+    from hvbackup.service.look import History, Leftover, Overview
+    from hvbackup.service.stores import Made
+
+BLOCKS = {"64K": 64 * 1024, "256K": 256 * 1024}
+
+
+def add(verbs: Verbs) -> None:
+    """The verbs of this module."""
+    _add_init(verbs)
+    add_verb(verbs, "status", "each machine's newest point, and how the store is").set_defaults(run=status)
+    _add_key(verbs)
+    _add_check(verbs)
+    _add_sql(verbs)
+
+
+# -- init ------------------------------------------------------------------------------------------------------------------
+
+
+def _add_init(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "init",
+        "make a store",
+        "Make a new, empty store.  It is encrypted: unless a key or passphrase is given, a key file is made in the\n"
+        "configuration directory, and the answer says where it is and what to do with it.",
+    )
+    verb.add_argument("where", nargs="?", default="", metavar="STORE", help="the directory; the same as --store")
+    verb.add_argument("--block", default="64K", choices=BLOCKS, help="the unit of deduplication (default: 64K)")
+    verb.add_argument("--no-encryption", action="store_true", help="whoever can read the store reads every machine")
+    verb.set_defaults(run=init)
+
+
+def init(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup init [STORE]`."""
+    from hvbackup.service import stores
+
+    if args.where and args.store and args.where != args.store:
+        raise UsageError(f"Two stores are named, {args.where} and {args.store}; name one")
+    args.store = args.where or args.store
+    made = stores.init(session_of(args), block=BLOCKS[args.block], encrypted=not args.no_encryption)
+    out.answer(_made(made), _made_lines(made))
+    if not made.encrypted:
+        out.warn(f"The store at {made.path} is NOT encrypted: whoever can read it reads every machine in it")
+    return 0
+
+
+def _made(made: Made) -> dict[str, Any]:
+    return {
+        "store": {"path": str(made.path), "id": made.id, "block_bytes": made.block, "encrypted": made.encrypted},
+        "key_file": str(made.key_file) if made.key_file else None,
+    }
+
+
+def _made_lines(made: Made) -> Iterator[str]:
+    yield f"Made store {made.id} at {made.path}, {'encrypted' if made.encrypted else 'NOT ENCRYPTED'}"
+    if made.key_file:
+        yield f"Its key is in {made.key_file}"
+        yield "Copy that file to a safe place that is neither this machine nor the store: without it nobody can read the"
+        yield "store, and whoever has both reads everything.  `hvbackup key paper` prints a second key to lock away"
+    elif made.encrypted:
+        yield f"It opens with {made.opens_with[:1].lower()}{made.opens_with[1:]}; without it nobody can read the store"
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------------
+
+
+def _add_key(verbs: Verbs) -> None:
+    verb = add_verb(verbs, "key", "list, add and remove the keys of a store", epilog="See docs/keys.md.")
+    actions = verb.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=type(verb))
+
+    def action(name: str, help_: str, run: Any) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = actions.add_parser(name, help=help_, description=f"{help_.capitalize()}.")
+        add_shared(made)
+        made.set_defaults(run=run)
+        return made
+
+    action("list", "every key that opens the store", key_list)
+    new = action("add", "open the store with one more key file or passphrase", key_add)
+    new.add_argument("--new-key-file", metavar="FILE", help="this key; made when the file does not exist")
+    new.add_argument("--new-passphrase-file", metavar="FILE", help="the passphrase in this file")
+    new.add_argument("--label", default="", metavar="TEXT", help="what the list calls it")
+    old = action("remove", "let a key open the store no more", key_remove)
+    old.add_argument("key", metavar="KEY", help="its id in the list")
+    paper = action("paper", "make one more key and print it, for a safe", key_paper)
+    paper.add_argument("--label", default="paper", metavar="TEXT", help="what the list calls it")
+
+
+def key_list(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup key list`."""
+    from hvbackup.service import stores
+
+    found = stores.list_keys(session_of(args))
+    shown = [{"id": w.id, "kind": w.kind, "label": w.label} for w in found]
+    out.answer({"keys": shown}, table(("KEY", "KIND", "LABEL"), [(w.id, w.kind, w.label) for w in found]))
+    return 0
+
+
+def key_add(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup key add`."""
+    from hvbackup import config
+    from hvbackup.service import stores
+
+    new = config.KeyOptions(
+        Path(args.new_key_file) if args.new_key_file else None,
+        Path(args.new_passphrase_file) if args.new_passphrase_file else None,
+    )
+    made = stores.add_key(session_of(args), new, args.label)
+    shown = {"key": {"id": made.id, "kind": made.kind, "label": made.label}}
+    out.answer(shown, [f"The store opens with one more key, {made.id} ({made.kind})"])
+    return 0
+
+
+def key_remove(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup key remove KEY`."""
+    from hvbackup.service import stores
+
+    notes = stores.remove_key(session_of(args), args.key)
+    out.answer({"removed": args.key, "notes": notes}, [f"Key {args.key} does not open the store any more"])
+    out.warn_all(notes)
+    return 0
+
+
+def key_paper(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup key paper`."""
+    from hvbackup.service import stores
+
+    made, text = stores.paper_key(session_of(args), args.label)
+    shown = {"key": {"id": made.id, "kind": made.kind, "label": made.label}, "text": text}
+    if args.quiet and not args.json:
+        print(text)
+        return 0
+    lines = [
+        f"Key {made.id} of the store, for paper.  It is kept nowhere and shown once: print it, lock it away.",
+        "To use it, type it into a file and give that with --key-file; case and dashes do not matter.",
+        "",
+        f"    {text}",
+        "",
+    ]
+    out.answer(shown, lines)
+    return 0
+
+
+# -- status ----------------------------------------------------------------------------------------------------------------
+
+
+def status(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup status`."""
+    from hvbackup.capture import system_clock
+    from hvbackup.service import look, shapes
+
+    now = system_clock()
+    found = look.status(session_of(args), now)
+    out.answer(shapes.overview(found, now), _overview_lines(found, now))
+    out.warn_all(found.notes)
+    return 0
+
+
+def _overview_lines(found: Overview, now: int) -> Iterator[str]:
+    s = found.store
+    sealed = "not encrypted" if s.cipher == "none" else s.cipher
+    yield f"Store {s.path} ({s.id}), {sealed}, blocks of {size(s.block)}"
+    yield f"  {size(s.used_bytes)} in {count(s.packs, 'pack')}; {size(s.free_bytes)} free"
+    if not found.machines:
+        yield "  No machine is protected yet; `hvbackup backup SOURCE` begins"
+        return
+    yield ""
+    head = ("MACHINE", "NEWEST POINT", "TIME", "AGE", "CONSISTENCY", "POINTS", "DISKS", "SIZE")
+    yield from table(head, [_machine_row(h, now) for h in found.machines], (3, 5, 6, 7))
+    if found.leftovers:
+        yield ""
+        yield from table(("RUN", "MACHINE", "SOURCE", "STATE"), [_leftover_row(v) for v in found.leftovers])
+
+
+def _machine_row(h: History, now: int) -> Sequence[str]:
+    from hvbackup.moments import local
+    from hvbackup.service.look import age_seconds
+
+    newest = h.points[-1]
+    age = duration(round(age_seconds(newest, now)))  # type: ignore[arg-type]
+    total = size(sum(d.disk.size for d in newest.disks))
+    return (h.machine.name, newest.id, local(newest.t), age, str(newest.consistency), str(len(h.points)),
+            str(len(newest.disks)), total)  # fmt: skip
+
+
+def _leftover_row(v: Leftover) -> Sequence[str]:
+    return (v.lease.id, v.machine, v.lease.source, "did not end" if v.expired else "under way, or just killed")
+
+
+# -- check -----------------------------------------------------------------------------------------------------------------
+
+
+def _add_check(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "check",
+        "look for damage, and name what needs it",
+        "Look for damage in the store and name every point that needs what is damaged.",
+    )
+    verb.add_argument("--deep", action="store_true", help="read, decrypt and hash everything that is stored")
+    verb.set_defaults(run=check)
+
+
+def check(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup check`."""
+    from hvbackup.service import upkeep
+
+    with Progress(out) as progress:
+        found = upkeep.check(
+            session_of(args), deep=args.deep, progress=lambda done, total: progress("check", done, total)
+        )
+    out.answer(upkeep.shape(found), _report_lines(found))
+    out.warn_all(found.notes)
+    if found.report.problems:
+        return out.fail(StoreDamage(upkeep.sentence(found)))
+    return 0
+
+
+def _report_lines(found: Any) -> Iterator[str]:
+    r = found.report
+    for problem in r.problems:
+        yield f"{'LOST' if problem.lost else 'damaged'}: {problem.what}"
+    how = f"{size(r.read_bytes)} read and verified" if r.read_bytes else "contents not read, `--deep` does that"
+    counts = ((r.points, "point"), (r.disks, "disk"), (r.packs, "pack"), (r.chunks, "chunk"))
+    yield f"Checked {', '.join(count(n, noun) for n, noun in counts)}; {how}"
+
+
+# -- sql -------------------------------------------------------------------------------------------------------------------
+
+
+def _add_sql(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "sql",
+        "ask the index of the store",
+        'Ask the index of the store, in DuckDB\'s SQL.  It can only read; `hvbackup sql "show tables"` lists what is there.',
+    )
+    verb.add_argument("query", metavar="QUERY", help='such as "select * from points"')
+    verb.set_defaults(run=sql)
+
+
+def sql(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup sql QUERY`."""
+    from hvbackup.service import look
+
+    found = look.sql(session_of(args), args.query)
+    cells = [["" if cell is None else str(cell) for cell in row] for row in found.rows]
+    out.answer({"columns": found.columns, "rows": found.rows}, table(found.columns, cells))
+    out.warn_all(found.notes)
+    return 0

@@ -1,0 +1,13 @@
+"""The verbs, as functions: what the command line (and every other skin) calls.
+
+session      one invocation: where things are, which keys, how to open the store
+stores       init, key
+backup       backup, and which disks of a machine
+look         points, status, sql: what is there
+recovery     map, restore, boot, discard
+upkeep       check
+benchmark    this machine's ceilings, and what the pipeline reaches
+shapes       what results look like as JSON: the same names everywhere
+
+Importing this package costs nothing; its modules import what they need, so a skin imports them when a verb is chosen.
+"""

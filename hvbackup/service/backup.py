@@ -1,0 +1,155 @@
+"""backup: every machine of every source, one after the other, each ending in a point of its own or in a named error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvbackup.capture import Options, Progress, capture
+from hvbackup.errors import HvbackupError, PartlyFailed, UsageError
+from hvbackup.hypervisors import Hypervisor
+from hvbackup.hypervisors.source import SourceOptions, open_source
+from hvbackup.model import Consistency, Machine, Outcome, RecoveryPoint
+from hvbackup.service.chosen import ChosenDisks
+from hvbackup.service.session import Session
+from hvbackup.store.store import Store
+
+AUTO = "auto"  # the best consistency the platform offers
+NAMELESS = ("image", "nbd")  # platforms that call a machine by its file
+OnProgress = Callable[[Machine, Progress], None]
+
+
+def _silent(_machine: Machine, _progress: Progress) -> None:
+    """Nobody looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be captured, and how."""
+
+    sources: Sequence[str]
+    name: str = ""
+    disks: Sequence[str] = ()  # only these; empty: all
+    machine_file: Path | None = None
+    changed: Path | None = None
+    consistency: str = AUTO
+    full: bool = False
+    progress: OnProgress = _silent
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How it went for one machine, or for a source that could not even be asked for its machines."""
+
+    source: str
+    machine: Machine | None = None
+    outcome: Outcome | None = None
+    error: HvbackupError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a capture would begin with."""
+
+    source: str
+    machine: Machine
+    newest: RecoveryPoint | None  # what it would build upon
+    known: Sequence[str] = field(default_factory=list)  # disks whose changes since then may be known
+
+
+def backup(session: Session, request: Request) -> list[Run]:
+    """One run for each machine.  Raises StoreMissing, KeyRefused, Busy, UsageError before anything is captured."""
+    _check(request)
+    with session.open(owner=True) as store:
+        return [run for source in request.sources for run in _source(session, store, source, request)]
+
+
+def dry_run(session: Session, request: Request) -> list[Planned]:
+    """What `backup` would do; nothing is made on any host or in the store."""
+    _check(request)
+    with session.open() as store:
+        found = []
+        for source in request.sources:
+            hypervisor = _open(session, store, source, request)
+            found += [_planned(store, source, machine, request) for machine in hypervisor.machines()]
+        return found
+
+
+def verdict(runs: Sequence[Run]) -> HvbackupError | None:
+    """The error that stands for all of them, or None when every machine has its point."""
+    errors = [run.error for run in runs if run.error]
+    if not errors or len(runs) == 1:
+        return errors[0] if errors else None
+    if len(errors) < len(runs):
+        failed = ", ".join(_called(run) for run in runs if run.error)
+        return PartlyFailed(f"{len(errors)} of {len(runs)} captures failed: {failed}")
+    whole = type(errors[0])(f"All {len(runs)} captures failed; the first: {errors[0]}")
+    return whole if len({e.exit_code for e in errors}) == 1 else HvbackupError(str(whole))
+
+
+def _called(run: Run) -> str:
+    return run.machine.name if run.machine else run.source
+
+
+def _check(request: Request) -> None:
+    if len(request.sources) > 1 and (request.name or request.changed or request.machine_file or request.disks):
+        raise UsageError("--name, --disk, --changed and --machine belong to one source; run once for each")
+    if request.consistency != AUTO and request.consistency not in list(Consistency):
+        raise UsageError(f"There is no consistency {request.consistency}; there are auto, {', '.join(Consistency)}")
+
+
+def _source(session: Session, store: Store, source: str, request: Request) -> Iterator[Run]:
+    """One run for each machine of a source."""
+    try:
+        hypervisor = _open(session, store, source, request)
+        machines = hypervisor.machines()
+        if request.name and len(machines) > 1:
+            raise UsageError(f"{source} has {len(machines)} machines; --name is for one")
+    except HvbackupError as e:
+        yield Run(source, error=e)
+        return
+    for machine in machines:
+        try:
+            options = _options(request, source, machine, _name(store, machine, request))
+            yield Run(source, machine, capture(store, hypervisor, machine, options))
+        except HvbackupError as e:
+            yield Run(source, machine, error=e)
+
+
+def _name(store: Store, machine: Machine, request: Request) -> str:
+    """What people call the machine; where the platform knows no names, a name once given stays."""
+    if request.name or machine.platform not in NAMELESS:
+        return request.name
+    newest = store.newest(machine.id)
+    return newest.machine.name if newest else ""
+
+
+def _options(request: Request, source: str, machine: Machine, name: str) -> Options:
+    return Options(
+        source=source,
+        consistency=None if request.consistency == AUTO else Consistency(request.consistency),
+        name=name,
+        full=request.full,
+        progress=lambda progress: request.progress(machine, progress),
+    )
+
+
+def _open(session: Session, store: Store, source: str, request: Request) -> Hypervisor:
+    """The adapter of a source, limited to the disks that were asked for.  Raises UsageError."""
+    options = SourceOptions(
+        store_id=store.id.hex()[:8],
+        scratch=session.places.scratch,
+        runtime=session.places.run,
+        name=request.name,
+        changed=request.changed,
+        machine_file=request.machine_file,
+    )
+    hypervisor = open_source(source, options)
+    return ChosenDisks(hypervisor, request.disks) if request.disks else hypervisor
+
+
+def _planned(store: Store, source: str, machine: Machine, request: Request) -> Planned:
+    newest = store.newest(machine.id)
+    known = [] if newest is None or request.full else [d.disk.id for d in newest.disks if d.token]
+    return Planned(source, machine, newest, [d.id for d in machine.disks if d.id in known])

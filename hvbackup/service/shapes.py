@@ -1,0 +1,135 @@
+"""What results look like as JSON: sizes in bytes, moments in RFC 3339 (UTC), the same names everywhere.
+
+`docs/cli.md` lists these shapes; a name, once released, keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hvbackup.errors import HvbackupError
+from hvbackup.model import Disk, DiskRoot, Instant, Machine, Outcome, RecoveryPoint
+from hvbackup.moments import rfc3339
+from hvbackup.service.backup import Planned, Run
+from hvbackup.service.look import History, Leftover, Overview, StoreFigures, age_seconds
+
+Json = dict[str, Any]
+
+
+def error(e: HvbackupError) -> Json:
+    """An error."""
+    return {"kind": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
+
+
+def machine(m: Machine) -> Json:
+    """A machine."""
+    return {"id": m.id, "name": m.name, "platform": m.platform, "disks": [disk(d) for d in m.disks]}
+
+
+def disk(d: Disk) -> Json:
+    """A disk."""
+    return {"id": d.id, "size_bytes": d.size, "sector_bytes": d.sector, "path": d.path}
+
+
+def root(d: DiskRoot) -> Json:
+    """A disk inside a point."""
+    return {**disk(d.disk), "how": d.how}
+
+
+def point(p: RecoveryPoint) -> Json:
+    """A recovery point."""
+    return {
+        "id": p.id,
+        "time": rfc3339(p.t),
+        "machine": {"id": p.machine.id, "name": p.machine.name, "platform": p.machine.platform},
+        "consistency": str(p.consistency),
+        "size_bytes": sum(d.disk.size for d in p.disks),
+        "disks": [root(d) for d in p.disks],
+        "figures": dict(p.figures),
+        "notes": list(p.notes),
+    }
+
+
+def outcome(o: Outcome) -> Json:
+    """How a capture went."""
+    return {
+        "status": o.status.name.lower(),
+        "point": point(o.point) if o.point else None,
+        "figures": asdict(o.figures),
+        "notes": list(o.notes),
+    }
+
+
+def run(r: Run) -> Json:
+    """One machine of a `backup`."""
+    base: Json = {"source": r.source, "machine": machine(r.machine) if r.machine else None}
+    if r.outcome:
+        return {**base, **outcome(r.outcome), "error": None}
+    return {**base, "status": "failed", "point": None, "notes": [], "error": error(r.error) if r.error else None}
+
+
+def runs(all_: Sequence[Run]) -> Json:
+    """A whole `backup`; its status is the worst."""
+    shapes = [run(r) for r in all_]
+    order = ("ok", "degraded", "failed")
+    worst = max((s["status"] for s in shapes), key=order.index, default="ok")
+    if worst == "failed" and any(s["status"] != "failed" for s in shapes):
+        worst = "partly"
+    return {"status": worst, "runs": shapes}
+
+
+def planned(p: Planned) -> Json:
+    """One machine of a `backup --dry-run`."""
+    return {
+        "source": p.source,
+        "machine": machine(p.machine),
+        "newest": point(p.newest) if p.newest else None,
+        "disks": [{**disk(d), "tracked": d.id in p.known} for d in p.machine.disks],
+    }
+
+
+def store(s: StoreFigures) -> Json:
+    """The store as a whole."""
+    return {
+        "path": str(s.path),
+        "id": s.id,
+        "block_bytes": s.block,
+        "cipher": s.cipher,
+        "used_bytes": s.used_bytes,
+        "free_bytes": s.free_bytes,
+        "packs": s.packs,
+    }
+
+
+def protected(h: History, now: Instant) -> Json:
+    """A machine in `status`."""
+    return {
+        **machine(h.machine),
+        "points": len(h.points),
+        "oldest": rfc3339(h.points[0].t),
+        "newest": point(h.points[-1]),
+        "age_seconds": round(age_seconds(h.points[-1], now), 3),
+    }
+
+
+def leftover(v: Leftover) -> Json:
+    """A lease in `status`."""
+    return {
+        "lease": v.lease.id,
+        "machine": {"id": v.lease.machine, "name": v.machine},
+        "source": v.lease.source,
+        "expires": rfc3339(v.lease.expires),
+        "expired": v.expired,
+    }
+
+
+def overview(o: Overview, now: Instant) -> Json:
+    """`status`."""
+    return {
+        "store": store(o.store),
+        "machines": [protected(h, now) for h in o.machines],
+        "leases": [leftover(v) for v in o.leftovers],
+        "notes": list(o.notes),
+    }
