@@ -44,7 +44,8 @@ class Place:
     """Where and as what the machine runs now."""
 
     name: str
-    folder: str  # short: sockets live here
+    sockets: str  # the folder of its sockets, with a short name
+    files: str  # the folder of its logs and of its copies of firmware variables
     exists: Callable[[str], bool]
     kvm: bool = False  # whether KVM works here, tried and not guessed
     identity: str = ""  # a new UUID, which also gives new network addresses; empty: the machine stays who it is
@@ -80,7 +81,7 @@ def generic(overlays: Sequence[Overlay], place: Place, plain: Plain) -> CommandL
         node = {"driver": "qcow2", "node-name": f"disk{index}", "discard": "unmap", "file": file}
         device = {"driver": "virtio-blk-pci", "drive": f"disk{index}", "id": f"vd{index}", "bootindex": index + 1}
         options += [qemu_options.json_option("blockdev", node), qemu_options.json_option("device", device)]
-    options += [_socket_chardev(_SERIAL, sockets["serial"]), Option("serial", f"chardev:{_SERIAL}")]
+    options += [_socket_chardev(_SERIAL, place, "serial"), Option("serial", f"chardev:{_SERIAL}")]
     options = [option for option in options if option != Option("uuid", "")]
     words = qemu_options.render([*options, *_ends(place, sockets, {"serial", "vnc"})])
     return CommandLine(("qemu-system-x86_64", *words), _only(sockets, {"serial", "vnc"}))
@@ -88,7 +89,7 @@ def generic(overlays: Sequence[Overlay], place: Place, plain: Plain) -> CommandL
 
 def rewrite(argv: Sequence[str], cwd: str, overlays: Sequence[Overlay], place: Place) -> CommandLine:
     """The captured machine on its overlays.  Raises UsageError when something it can't start without is missing."""
-    around = Surroundings(place.name, cwd, place.folder, place.exists)
+    around = Surroundings(place.name, cwd, place.files, place.exists)
     options = qemu_options.parse(argv[1:])
     if any(option.name == "readconfig" for option in options):
         raise UsageError(
@@ -105,8 +106,13 @@ def rewrite(argv: Sequence[str], cwd: str, overlays: Sequence[Overlay], place: P
     return CommandLine((program, *words), _only(sockets, rewriting.ends), tuple(blocks.copies), notes)
 
 
+def monitor(path: str) -> str:
+    """A monitor on a socket, as QEMU is told; this word is on no other machine's command line."""
+    return f"unix:{quote(path)},server=on,wait=off"
+
+
 def _sockets(place: Place) -> dict[str, str]:
-    return {end: f"{place.folder}/{end}.sock" for end in ("qmp", "serial", "agent", "vnc")}
+    return {end: f"{place.sockets}/{end}.sock" for end in ("qmp", "serial", "agent", "vnc")}
 
 
 def _only(sockets: Mapping[str, str], ends: set[str]) -> dict[str, str]:
@@ -116,16 +122,15 @@ def _only(sockets: Mapping[str, str], ends: set[str]) -> dict[str, str]:
 def _ends(place: Place, sockets: Mapping[str, str], ends: set[str]) -> Iterator[Option]:
     """What every machine of ours has: a name, a monitor, and a screen nobody has to see."""
     yield Option("name", f"guest={quote(place.name)}")
-    yield Option("qmp", f"unix:{quote(sockets['qmp'])},server=on,wait=off")
+    yield Option("qmp", monitor(sockets["qmp"]))
     yield Option("display", "none")
     if "vnc" in ends:
         yield Option("vnc", f"unix:{quote(sockets['vnc'])}")
 
 
-def _socket_chardev(name: str, path: str, *, mux: bool = False) -> Option:
-    log = path.removesuffix(".sock") + ".log"
-    value = f"socket,id={name},path={quote(path)},server=on,wait=off,logfile={quote(log)}{',mux=on' if mux else ''}"
-    return Option("chardev", value)
+def _socket_chardev(name: str, place: Place, end: str, *, mux: bool = False) -> Option:
+    path, log = quote(_sockets(place)[end]), quote(f"{place.files}/{end}.log")
+    return Option("chardev", f"socket,id={name},path={path},server=on,wait=off,logfile={log}{',mux=on' if mux else ''}")
 
 
 @dataclass
@@ -247,10 +252,10 @@ class _Rewriting:
         name, mux = fields.get("id"), fields.is_on("mux")
         if name == self._serial:
             self.ends.add("serial")
-            return [_socket_chardev(name, _sockets(self.place)["serial"], mux=mux)]
+            return [_socket_chardev(name, self.place, "serial", mux=mux)]
         if name and name == self._agent:
             self.ends.add("agent")
-            return [_socket_chardev(name, _sockets(self.place)["agent"])]
+            return [_socket_chardev(name, self.place, "agent")]
         return [Option("chardev", f"null,id={name}{',mux=on' if mux else ''}")]
 
     def _serial_option(self, value: str) -> Sequence[Option]:
@@ -263,7 +268,7 @@ class _Rewriting:
 
     def _new_serial(self) -> Iterator[Option]:
         self.ends.add("serial")
-        yield _socket_chardev(_SERIAL, _sockets(self.place)["serial"])
+        yield _socket_chardev(_SERIAL, self.place, "serial")
         yield Option("serial", f"chardev:{_SERIAL}")
 
     def _primary_serial(self) -> str:

@@ -18,7 +18,7 @@ from hvbackup.recover.qemu_argv import CommandLine, Place, Plain, generic, rewri
 from hvbackup.recover.qemu_disks import Overlay
 
 VDA = Overlay("vda", "/run/x/new.qcow2", node="disk0", path="/vm/a.qcow2")
-PLACE = Place("copy", "/run/x", exists=lambda path: "absent" not in path)
+PLACE = Place("copy", "/run/x", "/run/x", exists=lambda path: "absent" not in path)
 UUID = "8a1d4f6e-0000-4000-8000-000000000002"
 
 
@@ -133,7 +133,7 @@ def test_a_libvirt_machine() -> None:
 
 
 def test_kvm_stays_where_it_works_and_was_used() -> None:
-    kvm = Place("copy", "/run/x", exists=lambda path: True, kvm=True)
+    kvm = Place("copy", "/run/x", "/run/x", exists=lambda path: True, kvm=True)
     new = changed(LIBVIRT, LIBVIRT_DISK, cwd="/", place=kvm)
     assert values(new, "accel") == ["kvm"]
     assert values(new, "cpu") == ["host,migratable=on"]
@@ -147,7 +147,9 @@ def test_a_new_identity_changes_everything_that_names_the_machine() -> None:
     line = (
         f"{LIBVIRT} -nic tap,model=e1000,mac=52:54:00:00:00:01 -smbios type=1,uuid=1f9dc0a4-0e7d-4c0a-9a7e-3f1f2d3c4b5a"
     )
-    new = changed(line, LIBVIRT_DISK, place=Place("copy", "/run/x", exists=PLACE.exists, identity=UUID), cwd="/")
+    new = changed(
+        line, LIBVIRT_DISK, place=Place("copy", "/run/x", "/run/x", exists=PLACE.exists, identity=UUID), cwd="/"
+    )
     text = " ".join(new.argv)
     assert values(new, "uuid") == [UUID]
     assert values(new, "smbios") == [f"type=1,uuid={UUID}"]
@@ -314,7 +316,7 @@ def test_qemu_takes_the_line(tmp_path: Path, line: str, disk: str) -> None:
     for name in ("a.qcow2", "o.qcow2", "x.iso"):
         subprocess.run([*QEMU_IMAGE, str(tmp_path / name), "64M"], check=True, timeout=30)
     overlay = Overlay(disk or "vda", str(tmp_path / "o.qcow2"))
-    place = Place("copy", str(tmp_path), exists=lambda path: Path(path).exists())
+    place = Place("copy", str(tmp_path), str(tmp_path), exists=lambda path: Path(path).exists())
     argv = ["qemu-system-x86_64", *shlex.split(line)]
     new = rewrite(argv, str(tmp_path), [overlay], place) if line else generic([overlay], place, Plain(64 << 20))
     asked = '{"execute":"qmp_capabilities"}{"execute":"query-block"}{"execute":"quit"}'
