@@ -16,12 +16,9 @@ clients where `can_multi_conn` says so.  `abort` is the exception: it interrupts
 from __future__ import annotations
 
 import os
-import socket
 import ssl
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -30,10 +27,13 @@ from numpy.typing import NDArray
 from hvbackup.errors import HostUnreachable, ReadFailed
 from hvbackup.nbd import protocol
 from hvbackup.nbd.commands import Command, Extents, ReplyReader
-from hvbackup.nbd.handshake import ExportInfo, ExportName, Haggler, Refused
+from hvbackup.nbd.connect import Settings, connect, list_exports, reason
+from hvbackup.nbd.handshake import ExportInfo, Refused
 from hvbackup.nbd.protocol import ProtocolError
 from hvbackup.nbd.uri import NbdUri
-from hvbackup.nbd.wire import Buffer, TlsWire, Wire
+from hvbackup.nbd.wire import Buffer, Wire
+
+__all__ = ["NbdClient", "RequestFailed", "Settings", "list_exports"]
 
 _STATUS_STEP_BYTES = (4 << 30) - (64 << 10)  # the largest multiple of any block size that fits 32 bits
 _RANGE_STEP_BYTES = 1 << 30  # zeroing and trimming carry no data, so only the 32-bit length splits them
@@ -46,17 +46,6 @@ class RequestFailed(ReadFailed):
         reason = os.strerror(command.error) + (f": {command.message}" if command.message else "")
         super().__init__(f"{uri}: {command} failed ({reason})")
         self.offset, self.length, self.errno = command.offset, command.length, command.error
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a client behaves; the defaults suit a local server."""
-
-    connect_seconds: float = 10.0  # to connect, and again for the handshake
-    reply_seconds: float = 60.0  # without a byte of any reply: then the server counts as hung
-    request_bytes: int = 1 << 20  # larger reads and writes are split into requests of this size
-    in_flight: int = 16  # requests on the wire at a time; qemu stops reading at 16
-    in_flight_bytes: int = 8 << 20  # and their data: more only fills socket buffers and caches
 
 
 class NbdClient:
@@ -90,13 +79,13 @@ class NbdClient:
         """Connect and negotiate; `contexts` that the export does not have are missing from `client.contexts`."""
         uri = target if isinstance(target, NbdUri) else NbdUri.parse(target)
         settings = settings or Settings()
-        wire, haggler = _connect(uri, settings, tls)
+        wire, haggler = connect(uri, settings, tls)
         try:
             info = haggler.go(uri.export, contexts)
         except (OSError, ProtocolError, Refused) as error:
             wire.close()
             raise HostUnreachable(
-                f"{uri}: Cannot open the export, {_reason(error, settings.connect_seconds)}"
+                f"{uri}: Cannot open the export, {reason(error, settings.connect_seconds)}"
             ) from error
         wire.set_timeout(settings.reply_seconds)
         return cls(uri, wire, info, settings)
@@ -246,7 +235,7 @@ class NbdClient:
             try:
                 failed = self._exchange(iter(commands), waiting)
             except (OSError, ProtocolError) as error:
-                self._broken = _reason(error, self._settings.reply_seconds)
+                self._broken = reason(error, self._settings.reply_seconds)
                 self._wire.shutdown()
                 asked = next(iter(waiting.values()), "sending a command")
                 raise HostUnreachable(f"{self.uri}: Gave up {asked}, {self._broken}") from error
@@ -308,79 +297,6 @@ class NbdClient:
             raise ReadFailed(
                 f"{self.uri}: {length} bytes at {offset} are outside of the disk, which has {self.size} bytes"
             )
-
-
-def list_exports(
-    target: str | NbdUri, *, tls: ssl.SSLContext | None = None, settings: Settings | None = None
-) -> list[ExportName]:
-    """The names that a server offers; the export in the URI is ignored."""
-    uri = target if isinstance(target, NbdUri) else NbdUri.parse(target)
-    settings = settings or Settings()
-    wire, haggler = _connect(uri, settings, tls)
-    try:
-        found = haggler.exports()
-        haggler.abort()
-    except (OSError, ProtocolError, Refused) as error:
-        raise HostUnreachable(f"{uri}: Cannot list the exports, {_reason(error, settings.connect_seconds)}") from error
-    finally:
-        wire.close()
-    return found
-
-
-def _connect(uri: NbdUri, settings: Settings, tls: ssl.SSLContext | None) -> tuple[Wire, Haggler]:
-    """A wire on which the server waits for options."""
-    try:
-        sock = _socket(uri, settings.connect_seconds)
-    except OSError as error:
-        raise HostUnreachable(f"{uri}: Cannot connect, {_reason(error, settings.connect_seconds)}") from error
-    wire = Wire(sock, settings.connect_seconds)
-    try:
-        haggler = Haggler(wire, settings.connect_seconds)
-        haggler.greet()
-        if uri.tls or tls is not None:
-            haggler.start_tls()
-            wire.set_timeout(settings.connect_seconds)
-            wire = TlsWire(wire, tls or _tls_context(uri), uri.host, settings.connect_seconds)
-            haggler.switch_wire(wire, settings.connect_seconds)
-    except (OSError, ProtocolError, Refused) as error:
-        wire.close()
-        raise HostUnreachable(
-            f"{uri}: Cannot agree with the server, {_reason(error, settings.connect_seconds)}"
-        ) from error
-    return wire, haggler
-
-
-def _socket(uri: NbdUri, timeout_seconds: float) -> socket.socket:
-    if not uri.socket:
-        return socket.create_connection((uri.host, uri.port), timeout_seconds)
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.settimeout(timeout_seconds)
-        sock.connect(uri.socket)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _tls_context(uri: NbdUri) -> ssl.SSLContext:
-    """The system's certificates, or those in the folder that the URI names (the file names are libnbd's and qemu's)."""
-    if not uri.certificates:
-        return ssl.create_default_context()
-    folder = Path(uri.certificates)
-    context = ssl.create_default_context(cafile=str(folder / "ca-cert.pem"))
-    if (folder / "client-cert.pem").exists():
-        context.load_cert_chain(folder / "client-cert.pem", folder / "client-key.pem")
-    return context
-
-
-def _reason(error: Exception, seconds: float) -> str:
-    """The error in words that follow a comma."""
-    if isinstance(error, TimeoutError):
-        return f"no answer within {seconds:g} seconds"
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        return error.strerror.lower()
-    return str(error)
 
 
 def _ranges(kind: int, offset: int, length: int, flags: int) -> Iterator[Command]:
