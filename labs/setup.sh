@@ -10,7 +10,8 @@ PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu
           nbdkit libnbd-bin                              # the NBD programs the tests compare ours with
           e2fsprogs gcc libc6-dev                        # the lab guest's file systems and its one C program
           ca-certificates)
-BENCH_PACKAGES=(restic)
+BENCH_PACKAGES=(restic gdisk e2fsprogs python3-libnbd nbdkit qemu-utils
+                gcc pkg-config libacl1-dev liblz4-dev libzstd-dev libxxhash-dev libssl-dev)   # borg is built from source
 LAB=.lab
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }

@@ -1,0 +1,20 @@
+"""`make bench`: the images, hvbackup beside its peers, and the NBD export of what was kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def main() -> None:
+    """Run both parts; ROUNDS in the environment says how many rounds, BENCH_OUT where the images are."""
+    out = ["--out", os.environ["BENCH_OUT"]] if "BENCH_OUT" in os.environ else []
+    for part in ("labs.bench.images", "labs.bench.peers"):
+        code = subprocess.run([sys.executable, "-m", part, *out]).returncode
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
