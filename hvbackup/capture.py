@@ -338,14 +338,15 @@ class _Run:
         """(blocks, ids, which are not zero, which differ from the parent) of a batch; claims nothing."""
         buffer = self._read(readers, batch)
         count = len(buffer) // self._block
-        words = np.frombuffer(buffer, np.uint64).reshape(count, -1)
-        nonzero = words.any(axis=1)
+        words: NDArray[np.uint64] = np.frombuffer(buffer, np.uint64).reshape(count, -1)
+        nonzero = np.asarray(words.any(axis=1), np.bool_)
         blocks = [buffer[i * self._block : (i + 1) * self._block] for i in range(count)]
         ids = np.zeros((count, ID_BYTES), np.uint8)
         some = np.flatnonzero(nonzero)
         digests = b"".join(blake3.blake3(blocks[i], key=self._key).digest() for i in some.tolist())
         ids[some] = np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES)
-        return blocks, ids, nonzero, (ids != self._parent_ids(base, batch, count)).any(axis=1)
+        changed: NDArray[np.bool_] = (ids != self._parent_ids(base, batch, count)).any(axis=1)
+        return blocks, ids, nonzero, changed
 
     def _read(self, readers: _Readers, batch: Batch) -> memoryview:
         """The bytes of a batch, each run padded with zeroes to whole blocks; valid until the thread's next batch."""

@@ -260,7 +260,7 @@ class Files:
         try:
             with os.scandir(self.path(directory)) as entries:
                 return sorted(e.name for e in entries)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # a stray file where a directory belongs holds nothing of ours
             return []
 
     def sweep(self) -> int:

@@ -5,8 +5,10 @@ All integers are little-endian.  Magic, version and checksum come first; an unkn
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +86,14 @@ ROW = np.dtype(
 TRAILER = struct.Struct("<4s4xQQ32s4x")
 TRAILER_BYTES = 64
 TRAILER_MAGIC = b"hvE1"
+
+
+def parse_json(data: bytes) -> Any:
+    """A JSON value out of bytes nobody vouches for.  Raises ValueError, whatever is wrong with them."""
+    try:
+        return json.loads(data)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
 
 
 def with_crc(head: bytes, *more: bytes) -> bytes:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 
 import blake3
 import numpy as np
@@ -22,6 +23,7 @@ from hvbackup.errors import StoreDamage
 from hvbackup.files import Files
 from hvbackup.store import pack as packs
 from hvbackup.store.backend import Backend
+from hvbackup.store.format import parse_json
 
 MAGIC = b"hvI1"
 GENERATIONS_MAX = 8  # more are merged: bounds the searches of one lookup
@@ -81,7 +83,7 @@ class Generation:
                 if name not in gone:
                     numbers[i] = len(names)
                     names.append(name)
-            part = np.array(generation.rows)
+            part = generation.rows[generation.rows["pack"] < len(numbers)]
             part["pack"] = numbers[part["pack"]]
             parts.append(part[part["pack"] != NOWHERE])
         return cls._sorted(names, np.concatenate(parts))
@@ -117,7 +119,8 @@ class Generation:
 
     def place(self, row: int) -> tuple[str, int]:
         """(pack, offset of the record) of a row."""
-        return self.packs[int(self.rows["pack"][row])], int(self.rows["offset"][row])
+        pack = int(self.rows["pack"][row])
+        return self.packs[pack] if pack < len(self.packs) else "", int(self.rows["offset"][row])
 
     def dump(self) -> bytes:
         """The bytes of the cache file."""
@@ -136,7 +139,11 @@ class Generation:
             begin = -(-(HEAD.size + length) // PAGE) * PAGE
             if magic != MAGIC or len(area) != begin + count * (8 + LOCATION.itemsize) + bits // 8:
                 return None
-            names = json.loads(area[HEAD.size : HEAD.size + length])
+            if bits < 8 or bits & (bits - 1):
+                return None
+            names = parse_json(area[HEAD.size : HEAD.size + length])
+            if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+                return None
         except (OSError, ValueError, struct.error):
             return None
         keys = np.frombuffer(area, np.uint64, count, begin)
@@ -168,6 +175,8 @@ class Index:
         self.packs: list[str] = []  # only ever grows, so that a location stays true after a merge
         self._numbers: dict[str, int] = {}
         self._files: dict[int, str] = {}  # id() of a generation -> its cache file
+        self._believed = False  # whether any generation came out of a cache file
+        self._lock = threading.RLock()
         self._damaged: set[tuple[str, int]] = _load_damaged(state)
         self.unreadable: list[str] = []  # packs whose footer and records can't be read
 
@@ -176,10 +185,9 @@ class Index:
         present = packs.list_packs(self._backend)
         self._load_generations(set(present))
         known = {p for g in self._generations for p in g.packs}
-        self.unreadable = []
-        found = {p: rows for p in present if p not in known and (rows := self._rows_of(p)) is not None}
-        if found:
-            self._append(Generation.of(found))
+        fresh = self._fresh([p for p in present if p not in known])
+        if fresh.packs:
+            self._append(fresh)
         self._settle()
 
     def _load_generations(self, present: set[str]) -> None:
@@ -208,10 +216,34 @@ class Index:
             return rows
 
     def _append(self, generation: Generation, file: str | None = None) -> None:
-        self._number(generation)
-        if file:
-            self._files[id(generation)] = file
-        self._generations = [*self._generations, generation]
+        with self._lock:
+            self._number(generation)
+            if file:
+                self._files[id(generation)] = file
+                self._believed = True
+            self._generations = [*self._generations, generation]
+
+    def reread(self) -> bool:
+        """Every row comes from a pack, and none from a cache file, when this returns; False when that was so before.
+
+        Cache files carry no checksum of their rows, which would be read whole at each start.  So who can't find a chunk where a
+        row says it is asks for this, once.
+        """
+        with self._lock:
+            if not self._believed:
+                return False
+            self._believed = False
+            fresh = self._fresh(packs.list_packs(self._backend))
+            self._number(fresh)
+            old, self._files, self._generations = list(self._files.values()), {}, [fresh]
+            for name in old if self._keep else []:
+                self._state.remove(f"index/{name}")
+            self._write_down()
+            return True
+
+    def _fresh(self, present: Sequence[str]) -> Generation:
+        self.unreadable = []
+        return Generation.of({p: rows for p in present if (rows := self._rows_of(p)) is not None})
 
     def _number(self, generation: Generation) -> None:
         for name in generation.packs:
@@ -228,6 +260,10 @@ class Index:
 
     def _settle(self) -> None:
         """Merge small generations, and write down those that are in memory only."""
+        with self._lock:
+            self._settle_locked()
+
+    def _settle_locked(self) -> None:
         old: list[str] = []
         if len(self._generations) > GENERATIONS_MAX:
             several = sorted(self._generations, key=lambda g: len(g.rows), reverse=True)
@@ -259,9 +295,10 @@ class Index:
             rows = generation.find(ids[todo], keys[todo], self._damaged)
             hit = rows >= 0
             part = generation.rows[rows[hit]]
-            ordinals = generation.ordinals[part["pack"]]
-            out[todo[hit]] = part
-            out["pack"][todo[hit]] = ordinals
+            sane = part["pack"] < len(generation.ordinals)  # a damaged cache file may say anything
+            part, at = part[sane], todo[hit][sane]
+            out[at] = part
+            out["pack"][at] = generation.ordinals[part["pack"]]
         return out
 
     def everywhere(self, chunk: bytes) -> list[tuple[str, NDArray[np.void]]]:
@@ -272,7 +309,7 @@ class Index:
         for g in self._generations:
             lo, hi = np.searchsorted(g.keys, key), np.searchsorted(g.keys, key, side="right")
             for i in range(int(lo), int(hi)):
-                if g.rows["id"][i].tobytes() == chunk:
+                if g.rows["id"][i].tobytes() == chunk and g.rows["pack"][i] < len(g.packs):
                     found.append((g.packs[int(g.rows["pack"][i])], g.rows[i : i + 1]))
         return found
 

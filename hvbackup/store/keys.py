@@ -9,7 +9,8 @@ A store has one bundle of four secrets, made at `init` and never changed: changi
 
 `keys/ID.json` (and `keys/ID.copy`, the same bytes) holds the bundle under one key-encrypting key, by AES-256-GCM.  That key
 is either random and kept in a key file or on paper (the same text), or made of a passphrase by Argon2id.  In a store made
-with `--no-encryption` the bundle is stored in the open: ids and signatures then find damage, not forgery.
+with `--no-encryption` the bundle is stored in the open: ids and signatures then find damage, not forgery.  `check`, the
+BLAKE3 of all other fields, tells a whole copy from a damaged one without any key.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import blake3
 
 from hvbackup.errors import KeyRefused, StoreMissing
 from hvbackup.model import MachineId
+from hvbackup.store import format as f
 from hvbackup.store.backend import Backend
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ CHECK_BYTES = 3  # of the key text: 35 bytes make 56 base32 letters without padd
 
 # Argon2id by RFC 9106, second recommendation: 64 MiB, 3 passes, 4 lanes.
 KDF = {"name": "argon2id", "iterations": 3, "memory_kib": 64 * 1024, "lanes": 4}
+KDF_MAX = {"iterations": 64, "memory_kib": 4 * 1024 * 1024, "lanes": 64}  # nothing larger is believed when read back
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,15 @@ def add_wrapping(backend: Backend, ring: Keyring, secret: Secret | None, label: 
         nonce = os.urandom(12)
         sealed = _wrapper(secret, kdf).encrypt(nonce, ring._bundle(), _associated(head))
         record = {**head, "kdf": kdf, "nonce": nonce.hex(), "bundle": sealed.hex()}
-    data = json.dumps(record, indent=1).encode()
+    data = json.dumps({**record, "check": _digest(record)}, indent=1).encode()
     backend.write_new(f"keys/{kid}.copy", data)
     backend.write_new(f"keys/{kid}.json", data)
     return kid
+
+
+def _digest(record: dict[str, Any]) -> str:
+    rest = {k: v for k, v in record.items() if k != "check"}
+    return blake3.blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def list_wrappings(backend: Backend) -> list[dict[str, Any]]:
@@ -168,11 +176,34 @@ def list_wrappings(backend: Backend) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in backend.names("keys"):
         try:
-            record = json.loads(backend.read(f"keys/{name}"))
-            found.setdefault(str(record["id"]), record)
-        except (ValueError, KeyError, TypeError):
-            continue  # a damaged copy: `check` names it, the other one serves
+            record = read_wrapping(backend, name)
+        except KeyRefused:
+            continue  # `check` names it, the other copy serves
+        found.setdefault(record["id"], record)
     return list(found.values())
+
+
+def read_wrapping(backend: Backend, name: str) -> dict[str, Any]:
+    """One file of `keys/`.  Raises KeyRefused naming it when it is not what was written there."""
+    try:
+        record = f.parse_json(backend.read(f"keys/{name}"))
+        whole = isinstance(record, dict) and record.get("check") == _digest(record) and _sane(record)
+    except (ValueError, TypeError, FileNotFoundError):
+        whole = False
+    if not whole:
+        raise KeyRefused(f"keys/{name} is damaged; put a copy of it back, or let `hvbackup check --repair` do so")
+    return dict(record)
+
+
+def _sane(record: dict[str, Any]) -> bool:
+    """Whether a record has the fields we use, and asks for no absurd amount of work or memory."""
+    texts = ["store", "id", "kind", "label", "bundle"] + (["nonce"] if record.get("kind") != "open" else [])
+    if record.get("format") != 1 or not all(isinstance(record.get(k), str) for k in texts):
+        return False
+    kdf = record.get("kdf")
+    if (record["kind"] == "passphrase") != isinstance(kdf, dict):
+        return False
+    return not kdf or all(isinstance(kdf.get(k), int) and 0 < kdf[k] <= most for k, most in KDF_MAX.items())
 
 
 def remove_wrapping(backend: Backend, kid: str) -> None:
@@ -188,9 +219,17 @@ def remove_wrapping(backend: Backend, kid: str) -> None:
 
 def unlock(backend: Backend, store: bytes, secrets: list[Secret], *, encrypted: bool) -> Keyring:
     """The secrets of a store, opened by any of `secrets`.  Raises KeyRefused, StoreMissing."""
-    wrappings = list_wrappings(backend)
+    wrappings = [w for w in list_wrappings(backend) if w["store"] == store.hex()]
     if not wrappings:
         raise StoreMissing(f"Store {store.hex()} has no readable file in keys/; put a copy of one back")
+    # A store that says it is open, with keys that say it is not (or the other way round), was tampered with: a capture
+    # into it would write plain text, or encrypt for somebody else.
+    wrappings = [w for w in wrappings if (w["kind"] == "open") != encrypted]
+    if not wrappings:
+        raise StoreMissing(
+            f"HVBACKUP says that store {store.hex()} is {'' if encrypted else 'not '}encrypted, and its keys say "
+            "otherwise: it was changed; put the HVBACKUP back that was made with the store"
+        )
     for record in wrappings:
         bundle = _open(record, secrets)
         if bundle is not None:
@@ -219,7 +258,7 @@ def _open(record: dict[str, Any], secrets: list[Secret]) -> bytes | None:
         try:
             cipher = _wrapper(secret, record["kdf"])
             return cipher.decrypt(bytes.fromhex(record["nonce"]), bytes.fromhex(record["bundle"]), _associated(head))
-        except InvalidTag:
+        except (InvalidTag, ValueError):
             continue
     return None
 

@@ -211,6 +211,9 @@ def decode(data: bytes, cipher: AESGCM | None, bind: bytes, zstd: zstandard.Zstd
         raise ChunkDamaged(f"{where} is cut short")
     try:
         body = cipher.decrypt(nonce(ordinal), frame, bind + data[:begin]) if cipher else frame
+        # A frame may announce any length, and would be given that much memory.
+        if codec == f.CODEC_ZSTD and zstandard.frame_content_size(body) not in (-1, plain):
+            raise ChunkDamaged(f"{where} does not decode: it was changed after it was written")
         out = zstd.decompress(body, max_output_size=plain) if codec == f.CODEC_ZSTD else bytes(body)
     except (_invalid_tag(), zstandard.ZstdError) as e:
         raise ChunkDamaged(f"{where} does not decode: it was changed after it was written") from e

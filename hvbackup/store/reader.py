@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 READ_BYTES = 4 * MiB  # neighbouring records are read together up to this size
 GAP_BYTES = 64 * 1024  # and over gaps up to this one
+READ_MAX = 64 * MiB  # no record is larger, whatever a row of the index says
+OFFSET_MAX = 1 << 48
 CACHE_BYTES = 64 * MiB
 PAGE_CACHE = 4096  # map pages, 8 KiB each
 
@@ -110,7 +112,17 @@ class ChunkReader:
 
     def _one(self, chunk: bytes, key: bytes) -> bytes:
         """A chunk from the first place that has it whole."""
-        problems = []
+        problems: list[str] = []
+        found = self._anywhere(chunk, key, problems)
+        if found is None and self.index.reread():
+            problems.clear()
+            found = self._anywhere(chunk, key, problems)
+        if found is None:
+            why = "; ".join(problems) or "no pack holds it"
+            raise ChunkDamaged(f"Chunk {chunk.hex()} is lost: {why}; run `hvbackup check` to see what needs it")
+        return found
+
+    def _anywhere(self, chunk: bytes, key: bytes, problems: list[str]) -> bytes | None:
         for pack, row in self.index.everywhere(chunk):
             _, _, stored, offset, at, size, _ = row.tolist()[0]
             try:
@@ -119,10 +131,11 @@ class ChunkReader:
                 return plain
             except StoreDamage as e:
                 problems.append(str(e))
-        why = "; ".join(problems) or "no pack holds it"
-        raise ChunkDamaged(f"Chunk {chunk.hex()} is lost: {why}; run `hvbackup check` to see what needs it")
+        return None
 
     def _read(self, pack: str, offset: int, length: int) -> bytes:
+        if not 0 <= length <= READ_MAX or offset > OFFSET_MAX:
+            return b""  # a row of a damaged cache file
         try:
             return self._backend.read_at(packs.path_of(pack), offset, length)
         except (FileNotFoundError, HvbackupError):

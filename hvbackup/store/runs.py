@@ -48,9 +48,11 @@ class Runs:
 
     def _load_head(self) -> dict[str, Any]:
         try:
-            head = json.loads(self._state.read(HEAD))
+            head = f.parse_json(self._state.read(HEAD))
+            if head.pop("check") != _check(head):
+                raise ValueError("it is not what was written")
             return {"writer": str(head["writer"]), "seq": int(head["seq"]), "digest": str(head["digest"])}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {"writer": secrets.token_hex(8), "seq": -1, "digest": ""}
 
     @property
@@ -74,14 +76,14 @@ class Runs:
 
     def _catch_up(self) -> None:
         """Step over records that were written when the head could not be."""
-        names = self._backend.names(f"{FOLDER}/{self._head['writer']}")
+        names = [n for n in self._backend.names(f"{FOLDER}/{self._head['writer']}") if n.isdecimal()]
         if names and int(names[-1]) > self._head["seq"]:
             data = self._backend.read(f"{FOLDER}/{self._head['writer']}/{names[-1]}")
             self._keep(int(names[-1]), blake3.blake3(data).hexdigest())
 
     def _keep(self, seq: int, digest: str) -> None:
         self._head = {"writer": self._head["writer"], "seq": seq, "digest": digest}
-        self._state.replace(HEAD, json.dumps(self._head).encode())
+        self._state.replace(HEAD, json.dumps({**self._head, "check": _check(self._head)}).encode())
 
     def __iter__(self) -> Iterator[Record]:
         """Every readable record, by writer and sequence."""
@@ -132,3 +134,7 @@ class Runs:
                 "the store was put back from an older copy, or its newest files were removed"
             )
         return found
+
+
+def _check(head: dict[str, Any]) -> str:
+    return blake3.blake3(json.dumps(head, sort_keys=True).encode()).hexdigest()[:16]

@@ -65,7 +65,7 @@ class Descriptor:
 def describe(files: Files) -> Descriptor:
     """Read HVBACKUP.  Raises StoreMissing when it is absent, foreign, or of a version we can't read."""
     try:
-        value = json.loads(files.read(DESCRIPTOR))
+        value = f.parse_json(files.read(DESCRIPTOR))
     except (FileNotFoundError, NotADirectoryError):
         raise StoreMissing(f"No hvbackup store at {files.root}; `hvbackup init {files.root}` makes one") from None
     except ValueError as e:
@@ -79,7 +79,7 @@ def describe(files: Files) -> Descriptor:
         found = Descriptor(bytes.fromhex(value["id"]), int(value["block"]), value["cipher"], value["verify_key"])
         if len(found.id) != 16 or found.block not in f.BLOCK_SIZES or value["page"] != f.PAGE_IDS:
             raise ValueError("a size is unknown")
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise StoreMissing(f"{files.path(DESCRIPTOR)} is not the description of a store: {e}") from e
     if found.cipher not in CIPHERS:
         raise StoreMissing(f"The store at {files.root} uses cipher {found.cipher}, unknown to this version")
@@ -141,6 +141,10 @@ class Store:
         files = Files(path, kernel)
         descriptor = describe(files)
         ring = keys.unlock(files, descriptor.id, list(secrets_), encrypted=descriptor.cipher != CIPHERS[0])
+        if ring.verifier.public_bytes_raw().hex() != descriptor.verify_key:
+            raise StoreMissing(
+                f"{files.path(DESCRIPTOR)} names another signer than the keys: put a copy of this one file back"
+            )
         store = cls(files, Files(Path(state) / descriptor.id.hex(), kernel), ring, descriptor, owner=owner)
         if owner:
             store._exit.enter_context(store.state.owner("owner.lock", f"The store at {path}"))
@@ -235,9 +239,8 @@ class Store:
 
     def _damaged_disks(self) -> list[list[str]]:
         try:
-            found: list[list[str]] = json.loads(self.state.read(DAMAGED_DISKS))
-            return found
-        except (FileNotFoundError, ValueError):
+            return [[str(path), str(disk)] for path, disk in f.parse_json(self.state.read(DAMAGED_DISKS))]
+        except (FileNotFoundError, ValueError, TypeError):
             return []
 
     def set_damaged_disks(self, disks: Sequence[tuple[str, DiskId]]) -> None:
