@@ -45,8 +45,12 @@ def size_at(since: Token, now: int) -> int:
 
 
 def changes(changed: Spans | None, since: Token | None, allocated: Spans, size: int, reason: str) -> Changes:
-    """What became of a disk: `changed` if it is known and there is something to refer to; else all, for `reason`."""
+    """What became of a disk: `changed` if it is known and there is something to refer to; else all, for `reason`.
+
+    Without a reason comparing is all that was to be expected, of a disk that records nothing.
+    """
     if changed is None or since is None:
+        reason = reason if since else "No earlier checkpoint was given"
         return Changes(Continuity.UNKNOWN, allocated, complement(allocated, size), reason)
     grown = spans([(old, size - old)]) if (old := size_at(since, size)) < size else changed[:0]
     touched = union(changed, grown)

@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvbackup.errors import NotFound, UsageError
+from hvbackup.errors import Busy, NotFound, UsageError
 from hvbackup.hypervisors import Can, imagedisk, qemuimg, qemunbd
 from hvbackup.hypervisors.imagedisk import Image, ImageSpec, RawDisk, ServedDisk
 from hvbackup.hypervisors.imageformat import RAW
@@ -71,7 +71,8 @@ class ImageSource:
             )
         images = self._found()
         if machine.id != str(images[0].path):
-            raise NotFound(f"Machine {machine.id} is not the one of these images, which is {images[0].path}")
+            raise NotFound(f"Machine {machine.name} ({machine.id}) is not the one of these images: {images[0].path}")
+        self._refuse_second(machine)
         try:
             with ExitStack() as stack:
                 disks = [self._open(i, image, machine, lease, since, stack) for i, image in enumerate(images)]
@@ -128,6 +129,10 @@ class ImageSource:
         names = self._names
         prefix = names.folder_prefix(machine.id) if lease is None else names.of(lease).folder(machine.id)
         qemunbd.release(self._runtime, prefix)
+
+    def _refuse_second(self, machine: Machine) -> None:
+        for folder in self._runtime.glob(self._names.folder_prefix(machine.id) + "*"):
+            raise Busy(f"Machine {machine.name} has an open snapshot ({folder}); wait for it, or release its lease")
 
     # --- names ------------------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ def predecessor(image: Image, info: ImageInfo, since: Token | None) -> tuple[str
 def successor(image: Image, info: ImageInfo, bitmap: str, lease: LeaseId) -> tuple[Token, str]:
     """A new bitmap in the image, if it can have one, as a token; else a mark, and a note when it should have worked."""
     mark = changedlist.mark(lease, info.size)
-    if not (image.spec.track and image.format == QCOW2 and info.can_track and os.access(image.path, os.W_OK)):
+    if not (image.spec.track and info.can_track and os.access(image.path, os.W_OK)):
         return mark, ""
     try:
         qemuimg.add_bitmap(image.path, bitmap)

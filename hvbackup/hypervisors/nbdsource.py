@@ -66,7 +66,7 @@ class NbdSource:
         if consistency not in (None, Consistency.CRASH):
             raise UsageError(f"Machine {machine.name} is only an NBD export, which can't be {consistency}-consistent")
         if machine.id != str(self._spec.uri):
-            raise NotFound(f"Machine {machine.id} is not at {self._spec.uri}")
+            raise NotFound(f"Machine {machine.name} ({machine.id}) is not the one at {self._spec.uri}")
         with self._connect() as client:
             found = self._machine(client.size)
             token = changedlist.mark(lease, client.size)

@@ -55,7 +55,7 @@ def info(path: Path, format_: str) -> ImageInfo:
     return ImageInfo(
         size=top["virtual-size"],
         bitmaps=bitmaps,
-        can_track=top["format"] == "qcow2" and details.get("compat") != "0.10",
+        can_track=top["format"] == "qcow2" and details.get("compat") != "0.10" and top["virtual-size"] > 0,
         corrupt=bool(details.get("corrupt")),
         files=tuple(Path(layer["filename"]) for layer in chain if not layer["filename"].startswith("json:")),
     )

@@ -107,14 +107,9 @@ def release(runtime: Path, prefix: str) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """The process is gone: asked first, killed then."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(_STOP_SECONDS)
+    """The process is gone.  It only reads, so it may be killed; and qemu-nbd loses a SIGTERM that comes too early."""
+    process.kill()
+    process.wait(_STOP_SECONDS)
 
 
 def _command(path: Path, format_: str, socket: Path, bitmap: str) -> list[str]:
@@ -164,9 +159,8 @@ def _end_written(file: Path) -> None:
         pid, began = file.read_text().split()
     except (OSError, ValueError):
         return
-    for wanted in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + _STOP_SECONDS
-        while _start_time(int(pid)) == began and time.monotonic() < deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), wanted)
-            time.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while _start_time(int(pid)) == began and time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)

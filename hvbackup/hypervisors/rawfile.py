@@ -80,7 +80,7 @@ class RawFile:
             os.close(fd)
 
     def _writes(self) -> tuple[int, ...]:
-        """A number that grows when somebody writes: a device's own counters, a file's time of change."""
+        """Changes when somebody writes: a file's time of change, a device's counters (once its cache is written back)."""
         status = os.fstat(self._fd)
         if not stat.S_ISBLK(status.st_mode):
             return (status.st_mtime_ns,)
