@@ -104,10 +104,14 @@ def pick(
     if not before:
         first = points[0]
         raise NotFound(
-            f"Machine {machine} has no point at or before {moment.text}; "
+            f"Machine {machine} has no point at or before {moment.text}{_resolved(moment, show)}; "
             f"its oldest is {first.id} of {show(first.t)}, its newest {points[-1].id} of {show(points[-1].t)}"
         )
     return before[-1]
+
+
+def _resolved(moment: Moment, show: Callable[[Instant], str]) -> str:
+    return f" ({show(moment.t)})" if moment.t is not None and moment.text.startswith("-") else ""
 
 
 def _by_id(points: Sequence[RecoveryPoint], text: str, machine: str) -> RecoveryPoint:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from hvbackup import __version__
 from hvbackup.errors import UsageError
 
+PROGRAM = "hvbackup"
 DESCRIPTION = "Continuous backup of virtual machines, and any moment of them back."
 
 EPILOG = """\
@@ -75,7 +76,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def new_parser() -> tuple[Parser, Verbs]:
     """The parser of the program without any verb, and what verbs are added to."""
-    parser = Parser(prog="hvbackup", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"hvbackup {__version__}")
     add_shared(parser, first=True)
     return parser, parser.add_subparsers(metavar="VERB", dest="verb", required=True, parser_class=Parser)

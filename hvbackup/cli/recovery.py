@@ -2,8 +2,239 @@
 
 from __future__ import annotations
 
-from hvbackup.cli.parser import Verbs
+import argparse
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvbackup.cli.invocation import session_of
+from hvbackup.cli.output import Out, duration, size, table
+from hvbackup.cli.parser import Verbs, add_verb
+from hvbackup.cli.progress import Progress
+from hvbackup.errors import UsageError
+
+if TYPE_CHECKING:
+    from hvbackup.recover.boot import Boot
+    from hvbackup.service.recovery import Mapped, RestoredPoint, Which
+
+MOMENTS = """\
+moments:
+  latest                     the newest point (the default)
+  "2026-11-22 14:03[:07]"    local time; the newest point at or before it
+  2026-11-22T14:03:07Z       RFC 3339
+  -10m, -1h30m, -2d          ago
+  4f1c…                      a point's id, or its beginning
+"""
 
 
 def add(verbs: Verbs) -> None:
     """The verbs of this module."""
+    _add_restore(verbs)
+    _add_boot(verbs)
+    verb = add_verb(verbs, "discard", "end a machine that was booted from a point, and remove what it wrote")
+    verb.add_argument("name", nargs="?", default="", metavar="NAME", help="as `boot` and --list have it")
+    verb.add_argument("--list", action="store_true", help="list the machines that are booted on this host")
+    verb.set_defaults(run=discard)
+    _add_map(verbs)
+
+
+def _add_which(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("machine", metavar="MACHINE", help="its name or id")
+    verb.add_argument("--at", default="latest", metavar="MOMENT", help="when (default: latest)")
+    verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
+
+
+def _which(args: argparse.Namespace) -> Which:
+    from hvbackup.capture import system_clock
+    from hvbackup.service.recovery import Which
+
+    return Which(args.machine, args.at, system_clock(), args.disk)
+
+
+# -- restore ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_restore(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "restore",
+        "write a machine's disks to files",
+        "Write a machine's disks to files: all of them to a folder, or one with --disk DISK --to FILE.\n"
+        "Every block is verified.  Nothing that exists is overwritten unless you say --replace.",
+        MOMENTS,
+    )
+    _add_which(verb)
+    verb.add_argument("--to", required=True, metavar="PATH", help="a folder; a file or device for a single --disk")
+    verb.add_argument("--format", default="", choices=("raw", "qcow2"), help="default: as the file is called, or raw")
+    verb.add_argument("--resume", action="store_true", help="go on with a restore that did not end")
+    verb.add_argument("--replace", action="store_true", help="overwrite what is there")
+    verb.set_defaults(run=restore)
+
+
+def restore(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup restore MACHINE --to PATH`."""
+    from hvbackup.service import recovery, shapes
+
+    goal = recovery.Goal(Path(args.to), args.format, args.resume, args.replace)
+    with Progress(out) as progress:
+        done = recovery.restore(session_of(args), _which(args), goal, lambda disk, at, all_: progress(disk, at, all_))
+    verdict = recovery.verdict(done)
+    shown = shapes.restored(done) | ({"error": shapes.error(verdict)} if verdict else {})
+    out.answer(shown, _restored_lines(done))
+    out.warn_all(done.notes)
+    return out.fail(verdict) if verdict else 0
+
+
+def _restored_lines(done: RestoredPoint) -> Iterator[str]:
+    from hvbackup.moments import local
+
+    yield f"{done.point.machine.name} as of {local(done.point.t)} (point {done.point.id})"
+    for d in done.disks:
+        if d.done:
+            kept = f", {size(d.done.kept_bytes)} were there already" if d.done.kept_bytes else ""
+            yield f"  {d.root.disk.id}: {d.path} ({d.format}, {size(d.done.size)}; {size(d.done.written_bytes)} written{kept})"
+    if done.machine_file:
+        yield f"  its configuration: {done.machine_file}"
+
+
+# -- boot ------------------------------------------------------------------------------------------------------------------
+
+
+def _add_boot(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "boot",
+        "run a machine as it was, at once, without copying anything",
+        "Run a machine as it was at a moment.  It starts at once: its disks are overlays over the point, which stays as\n"
+        "it is.  Its network leads nowhere, because the original may still be running.  `discard` ends it.",
+        MOMENTS,
+    )
+    _add_which(verb)
+    verb.add_argument(
+        "--name", default="", metavar="NAME", help="what to call it (default: the machine's and the point's)"
+    )
+    verb.add_argument("--generic", action="store_true", help="on a plain machine, whatever it ran on")
+    verb.add_argument("--memory", default="", metavar="SIZE", help="memory of a plain machine, such as 2G")
+    verb.add_argument("--cpus", type=int, default=0, metavar="N", help="processors of a plain machine")
+    verb.add_argument("--new-identity", action="store_true", help="another UUID and other network addresses")
+    verb.set_defaults(run=boot)
+
+
+def boot(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup boot MACHINE`."""
+    from hvbackup.recover.boot import Options
+    from hvbackup.service import recovery, shapes
+
+    options = Options(
+        name=args.name,
+        disks=args.disk,
+        generic=args.generic,
+        new_identity=args.new_identity,
+        memory_bytes=_bytes(args.memory),
+        cpus=args.cpus,
+    )
+    made, notes = recovery.boot(session_of(args), _which(args), options)
+    out.answer({**shapes.boot(made), "notes": notes}, _boot_lines(made))
+    out.warn_all(notes)
+    return 0
+
+
+def _bytes(text: str) -> int:
+    """A size with K, M, G or T behind it; megabytes without.  Raises UsageError."""
+    if not text:
+        return 0
+    found = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise UsageError(f"{text} is no size; write 512M or 2G")
+    return int(found[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[found[2].upper()]
+
+
+def _boot_lines(made: Boot) -> Iterator[str]:
+    yield f"{made.machine_name} runs as {made.name} after {duration(made.seconds)}, from point {made.point}"
+    for end, path in made.sockets.items():
+        yield f"  {end}: {path}"
+    yield f"  what it writes goes to {made.folder}; `hvbackup discard {made.name}` ends it and removes that"
+
+
+def discard(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup discard NAME`, `hvbackup discard --list`."""
+    from hvbackup.capture import system_clock
+    from hvbackup.service import recovery, shapes
+
+    session, now = session_of(args), system_clock()
+    if args.list == bool(args.name):
+        raise UsageError("Say which machine to discard, or --list; see hvbackup discard --help")
+    if args.list:
+        found = recovery.boots(session, now)
+        rows = [boot_row(b) for b in found]
+        out.answer({"boots": [shapes.boot(b) for b in found]}, boot_table(rows) if rows else ["No machine is booted"])
+        return 0
+    recovery.discard(session, args.name, now)
+    out.answer({"discarded": args.name}, [f"{args.name} is discarded"])
+    return 0
+
+
+def boot_row(b: Boot) -> tuple[str, ...]:
+    """A line of a table of boots."""
+    from hvbackup.moments import local
+
+    return (b.name, b.machine_name, b.point, local(b.made), b.state)
+
+
+def boot_table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Booted machines."""
+    return table(("BOOTED AS", "MACHINE", "POINT", "SINCE", "STATE"), rows)
+
+
+# -- map -------------------------------------------------------------------------------------------------------------------
+
+
+def _add_map(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "map",
+        "serve a machine's disks as read-only NBD exports, until ctrl-C",
+        "Serve a machine's disks as read-only NBD exports, one for each disk, until ctrl-C.",
+        MOMENTS,
+    )
+    _add_which(verb)
+    where = verb.add_mutually_exclusive_group()
+    where.add_argument(
+        "--socket", metavar="PATH", help="listen on this unix socket (default: one in the run directory)"
+    )
+    where.add_argument("--listen", metavar="HOST:PORT", help="listen on TCP, without encryption or password")
+    verb.set_defaults(run=map_)
+
+
+def map_(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup map MACHINE`."""
+    from hvbackup.service import recovery, shapes
+
+    address = recovery.Address.parse(args.listen) if args.listen else recovery.Address(_path(args.socket))
+
+    def report(export: str, doing: str, error: Exception) -> None:
+        out.warn(f"{export or 'The server'}: {doing}: {error}")
+
+    with recovery.mapped(session_of(args), _which(args), address, report) as found:
+        out.warn_all(found.notes)
+        out.answer(shapes.mapped(found), _mapped_lines(found))
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            out.say("")  # ctrl-C is how this ends
+    return 0
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+def _mapped_lines(found: Mapped) -> Iterator[str]:
+    from hvbackup.moments import local
+
+    yield f"{found.point.machine.name} as of {local(found.point.t)} (point {found.point.id}), read-only, until ctrl-C"
+    width = max(len(disk) for disk in found.disks)
+    for disk, uri in found.disks.items():
+        yield f"  {disk:{width}}  {size(found.sizes[disk]):>9}  {uri}"

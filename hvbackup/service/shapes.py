@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvbackup.errors import HvbackupError
 from hvbackup.model import Disk, DiskRoot, Instant, Machine, Outcome, RecoveryPoint
 from hvbackup.moments import rfc3339
-from hvbackup.service.backup import Planned, Run
 from hvbackup.service.look import History, Leftover, Overview, StoreFigures, age_seconds
+
+if TYPE_CHECKING:  # each verb pays for its own modules only
+    from hvbackup.recover.boot import Boot
+    from hvbackup.service.backup import Planned, Run
+    from hvbackup.service.recovery import Mapped, RestoredPoint
 
 Json = dict[str, Any]
 
@@ -133,3 +137,43 @@ def overview(o: Overview, now: Instant) -> Json:
         "leases": [leftover(v) for v in o.leftovers],
         "notes": list(o.notes),
     }
+
+
+def restored(r: RestoredPoint) -> Json:
+    """`restore`."""
+    return {
+        "point": point(r.point),
+        "disks": [
+            {
+                "id": d.root.disk.id,
+                "file": str(d.path),
+                "format": d.format,
+                **(asdict(d.done) if d.done else {}),
+                "error": error(d.error) if d.error else None,
+            }
+            for d in r.disks
+        ],
+        "machine_file": str(r.machine_file) if r.machine_file else None,
+        "notes": list(r.notes),
+    }
+
+
+def boot(b: Boot) -> Json:
+    """A machine booted from a point."""
+    return {
+        "name": b.name,
+        "machine": {"id": b.machine, "name": b.machine_name},
+        "point": b.point,
+        "state": b.state,
+        "since": rfc3339(b.made),
+        "seconds": b.seconds,
+        "folder": str(b.folder),
+        "sockets": dict(b.sockets),
+        "processes": {role: process.pid for role, process in b.processes.items()},
+    }
+
+
+def mapped(m: Mapped) -> Json:
+    """`map`, once it listens."""
+    disks = [{"id": disk, "uri": uri, "size_bytes": m.sizes[disk]} for disk, uri in m.disks.items()]
+    return {"point": point(m.point), "disks": disks, "notes": list(m.notes)}

@@ -19,6 +19,7 @@ from hvbackup import config
 from hvbackup.config import KeyOptions, Places
 from hvbackup.errors import HvbackupError, KeyRefused, UsageError
 from hvbackup.files import Files
+from hvbackup.service import lonefile
 from hvbackup.service.session import Session, given
 from hvbackup.store import keys, store
 from hvbackup.store.store import Store, describe
@@ -80,7 +81,7 @@ def _init_with_new_key(session: Session, block: int, path: Path) -> Made:
     try:
         made = store.init(session.places.store, keys.parse_key_text(text, str(path)), block)
     except HvbackupError:
-        Files(path.parent).remove(path.name)
+        path.unlink(missing_ok=True)
         raise
     return Made(made, session.places.store, block, encrypted=True, key_file=path)
 
@@ -95,11 +96,11 @@ def _init_with_kept_key(session: Session, block: int) -> Made:
     try:
         made = store.init(places.store, keys.parse_key_text(text, str(first)), block)
     except HvbackupError:
-        Files(folder).remove(first.name)
+        first.unlink(missing_ok=True)
         raise
     kept = config.key_path(places.configuration, made)
     write_key(kept, text, f"of store {made} at {places.store}")
-    Files(folder).remove(first.name)
+    first.unlink(missing_ok=True)
     return Made(made, places.store, block, encrypted=True, key_file=kept)
 
 
@@ -122,7 +123,11 @@ def write_key(path: Path, text: str, whose: str) -> None:
         "# Keep a copy away from this machine: `hvbackup key paper` prints one.",
         text,
     ]
-    Files(path.parent).write_new(path.name, ("\n".join(lines) + "\n").encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as e:
+        raise HvbackupError(f"Cannot make the folder {path.parent} for a key: {e.strerror}") from e
+    lonefile.write(path, ("\n".join(lines) + "\n").encode())
 
 
 # -- wrapped keys ----------------------------------------------------------------------------------------------------------

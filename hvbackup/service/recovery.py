@@ -1,0 +1,266 @@
+"""map, restore, boot, discard: a point becomes exports, files, or a running machine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hvbackup.config import KeyOptions
+from hvbackup.errors import NotFound, StoreDamage, UsageError
+from hvbackup.model import DiskRoot, Instant, RecoveryPoint
+from hvbackup.moments import rfc3339
+from hvbackup.nbd.server import NbdServer
+from hvbackup.nbd.session import OnError
+from hvbackup.nbd.uri import NbdUri
+from hvbackup.recover import restore as restoring
+from hvbackup.recover.boot import Boot, Boots
+from hvbackup.recover.boot import Options as BootOptions
+from hvbackup.recover.export import exports
+from hvbackup.recover.processes import start_detached
+from hvbackup.recover.restore import Restored
+from hvbackup.service import lonefile
+from hvbackup.service.look import find_point, roots
+from hvbackup.service.session import Session
+
+MACHINE_FILE = "machine.json"  # beside the disks of a restored machine
+FORMATS = ("raw", "qcow2")
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """A machine at a moment, and some of its disks."""
+
+    machine: str
+    at: str
+    now: Instant
+    disks: Sequence[str] = ()  # empty: all
+
+
+# -- map -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an export listens."""
+
+    socket: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """HOST:PORT, [HOST]:PORT or :PORT.  Raises UsageError."""
+        host, colon, port = text.rpartition(":")
+        if not colon or not port.isdecimal() or int(port) > 65535:
+            raise UsageError(f"{text} is no address to listen on; write HOST:PORT, such as localhost:10809")
+        return cls(host=host.strip("[]") or "localhost", port=int(port))
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Disks of a point that are being served."""
+
+    point: RecoveryPoint
+    disks: Mapping[str, str]  # id -> URI
+    sizes: Mapping[str, int]
+    notes: Sequence[str] = ()
+
+
+@contextmanager
+def mapped(session: Session, which: Which, address: Address, on_error: OnError) -> Iterator[Mapped]:
+    """The disks are served, read-only, for as long as the context lasts.  Raises NotFound, Busy."""
+    with session.open() as store:
+        point, notes = find_point(store, which.machine, which.at, which.now)
+        chosen = roots(point, which.disks)
+        with NbdServer(exports(store, point, chosen), on_error=on_error) as server:
+            uri = _listen(session, server, address)
+            where = {str(d.disk.id): str(replace(uri, export=d.disk.id)) for d in chosen}
+            sizes = {str(d.disk.id): d.disk.size for d in chosen}
+            yield Mapped(point, where, sizes, notes)
+
+
+def _listen(session: Session, server: NbdServer, address: Address) -> NbdUri:
+    if address.host:
+        return server.listen_tcp(address.host, address.port)
+    path = address.socket or session.places.run / f"map-{os.getpid()}.sock"
+    if address.socket is None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return server.listen_unix(path)
+
+
+# -- restore ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Where a restore goes."""
+
+    to: Path
+    format: str = ""  # empty: as the file's name says, or raw
+    resume: bool = False
+    replace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredDisk:
+    """One disk of a restore."""
+
+    root: DiskRoot
+    path: Path
+    format: str
+    done: Restored | None = None
+    error: StoreDamage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredPoint:
+    """What a restore did; disks whose bytes are damaged have an error, the others are whole."""
+
+    point: RecoveryPoint
+    disks: Sequence[RestoredDisk]
+    machine_file: Path | None = None
+    notes: Sequence[str] = ()
+
+
+def restore(session: Session, which: Which, goal: Goal, progress: OnProgress) -> RestoredPoint:
+    """Every disk is a file of its own when this returns.  Nothing is overwritten without leave.
+
+    Raises NotFound, UsageError (something is there already), SpaceExhausted; what was written stays for `--resume`.
+    """
+    with session.open() as store:
+        point, notes = find_point(store, which.machine, which.at, which.now)
+        chosen = roots(point, which.disks)
+        single = len(which.disks) == 1 and not goal.to.is_dir()
+        plan = [_single(chosen[0], goal)] if single else _folder(chosen, goal)
+        machine_file = None if which.disks else goal.to / MACHINE_FILE
+        _refuse_overwriting(plan, machine_file, goal)
+        done = [_one(store.view(d.root), d, store.ring.block_key, progress) for d in plan]
+        if machine_file:
+            lonefile.write(machine_file, _machine_json(point, done))
+        return RestoredPoint(point, done, machine_file, notes)
+
+
+def _single(root: DiskRoot, goal: Goal) -> RestoredDisk:
+    by_name = "qcow2" if goal.to.suffix == ".qcow2" else "raw"
+    return RestoredDisk(root, goal.to, goal.format or by_name)
+
+
+def _folder(chosen: Sequence[DiskRoot], goal: Goal) -> list[RestoredDisk]:
+    """One file for each disk, named for it."""
+    if goal.to.exists() and not goal.to.is_dir():
+        raise UsageError(f"{goal.to} is no folder; several disks go to a folder, one disk to a file with --disk DISK")
+    form, found, taken = goal.format or "raw", [], set()
+    for root in chosen:
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", root.disk.id).strip("_.") or "disk"
+        name, n = safe, 1
+        while name in taken:
+            n += 1
+            name = f"{safe}-{n}"
+        taken.add(name)
+        found.append(RestoredDisk(root, goal.to / f"{name}.{form}", form))
+    return found
+
+
+def _refuse_overwriting(plan: Sequence[RestoredDisk], machine_file: Path | None, goal: Goal) -> None:
+    """Before anything is written.  Raises UsageError."""
+    if plan and not plan[0].path.parent.is_dir():
+        if plan[0].path.parent != goal.to:
+            raise UsageError(f"There is no directory {plan[0].path.parent}")
+        goal.to.mkdir(parents=True)
+    for disk in plan:
+        restoring.check_target(disk.path, resume=goal.resume, replace=goal.replace)
+    if machine_file and machine_file.exists() and not (goal.replace or goal.resume):
+        raise UsageError(f"{machine_file} exists; say --replace to overwrite it, or choose another folder")
+
+
+def _one(view: Any, disk: RestoredDisk, key: bytes, progress: OnProgress) -> RestoredDisk:
+    write = restoring.to_qcow2 if disk.format == "qcow2" else restoring.to_file
+    try:
+        done = write(view, disk.path, key, lambda at, total: progress(disk.root.disk.id, at, total))
+    except StoreDamage as e:
+        return replace(disk, error=e)
+    return replace(disk, done=done)
+
+
+def _machine_json(point: RecoveryPoint, done: Sequence[RestoredDisk]) -> bytes:
+    """The machine's own configuration, and which file is which disk."""
+    value = {
+        "machine": {"id": point.machine.id, "name": point.machine.name, "platform": point.machine.platform},
+        "point": point.id,
+        "time": rfc3339(point.t),
+        "consistency": str(point.consistency),
+        "disks": [{"id": d.root.disk.id, "file": d.path.name, "format": d.format} for d in done],
+        "configuration": asdict(point.config),
+    }
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def verdict(done: RestoredPoint) -> StoreDamage | None:
+    """The error that stands for all damaged disks, or None."""
+    bad = [d for d in done.disks if d.error]
+    if not bad:
+        return None
+    names = ", ".join(d.root.disk.id for d in bad)
+    return StoreDamage(
+        f"{len(bad)} of {len(done.disks)} disks could not be restored whole ({names}): {bad[0].error}; "
+        "`hvbackup check` names every point that is affected, try another one with --at"
+    )
+
+
+# -- boot ------------------------------------------------------------------------------------------------------------------
+
+
+def boot(session: Session, which: Which, options: BootOptions) -> tuple[Boot, list[str]]:
+    """The machine runs on overlays over the point when this returns, with notes.  Raises NotFound, UsageError."""
+    unattended = replace(session, ask=None)  # the export is a process of its own, which nobody can type to
+    with unattended.open() as store:
+        point, notes = find_point(store, which.machine, which.at, which.now)
+        roots(point, which.disks)
+    booted = _boots(session, which.now).boot(point, _spawner(session), options)
+    return booted, [*notes, *booted.notes]
+
+
+def boots(session: Session, now: Instant) -> list[Boot]:
+    """Every machine that is booted on this host."""
+    return _boots(session, now).all()
+
+
+def discard(session: Session, name: str, now: Instant) -> None:
+    """Machine, export and overlays are gone when this returns.  Raises NotFound."""
+    known = _boots(session, now)
+    if not known.discard(name):
+        names = [b.name for b in known.all()]
+        near = difflib.get_close_matches(name, names, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ";"
+        raise NotFound(f"No machine was booted as {name} on this host{hint} There are: {', '.join(names) or 'none'}")
+
+
+def _boots(session: Session, now: Instant) -> Boots:
+    return Boots(session.places.state, session.places.run, lambda: now)
+
+
+def _spawner(session: Session) -> Callable[[RecoveryPoint, Sequence[DiskRoot], Path, Path], int]:
+    """Starts `hvbackup map` as a process that outlives us."""
+
+    def spawn(point: RecoveryPoint, disks: Sequence[DiskRoot], socket: Path, folder: Path) -> int:
+        words = [sys.executable, "-m", "hvbackup", "map", point.machine.id, "--at", point.id, "--socket", str(socket)]
+        words += ["--quiet", "--store", str(session.places.store), *_key_words(session.keys)]
+        for disk in disks:
+            words += [f"--disk={disk.disk.id}"]
+        return start_detached(words, folder / "export.log").pid
+
+    return spawn
+
+
+def _key_words(keys: KeyOptions) -> list[str]:
+    named = {"--key-file": keys.key_file, "--passphrase-file": keys.passphrase_file}
+    return [word for option, path in named.items() if path for word in (option, str(path.absolute()))]
