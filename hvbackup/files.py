@@ -140,6 +140,38 @@ class NewFile:
         self.abandon()
 
 
+class LogFile:
+    """A file that only grows, under its own name from the first byte: the open log of a journal.
+
+    What `append` has returned is with the operating system and survives our death; what `sync` has returned survives a power
+    cut.  After a crash the reader finds the torn end by checksums, and nobody ever appends to the file again.
+    Thread safety: `append` from one thread at a time; `sync` from any.
+    """
+
+    def __init__(self, files: Files, name: str, mode: int) -> None:
+        self._kernel, self.path = files.kernel, files.path(name)
+        files.make_dir(os.path.dirname(name))
+        with _named_errors("create", self.path):
+            self._fd = self._kernel.create(str(self.path), mode)
+            self._kernel.sync_dir(str(self.path.parent))
+        self.size = 0
+
+    def append(self, data: Buffer) -> None:
+        """`data` has been written when this returns."""
+        with _named_errors("write", self.path):
+            self._kernel.write(self._fd, data)
+        self.size += memoryview(data).nbytes
+
+    def sync(self) -> None:
+        """Everything appended before is durable when this returns."""
+        with _named_errors("write", self.path):
+            self._kernel.fsync(self._fd)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._kernel.close(self._fd)
+
+
 class _Handle:
     """A file open for reading; closed when the last thread that uses it lets go."""
 
@@ -187,6 +219,10 @@ class Files:
     def new(self) -> NewFile:
         """Begin a file; it gets its name when it is committed."""
         return NewFile(self, self._mode)
+
+    def log(self, name: str) -> LogFile:
+        """Begin a file that grows.  Raises FileExistsError."""
+        return LogFile(self, name, self._mode)
 
     def write_new(self, name: str, data: Buffer) -> None:
         """The file exists with this content when this returns.  Raises HvbackupError when it exists with another."""

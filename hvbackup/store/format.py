@@ -24,6 +24,8 @@ KIND_META = 2  # a pack of map pages and copies of points
 KIND_POINT = 3  # a sealed file: recovery point
 KIND_RUN = 4  # a sealed file: run record
 KIND_LEASE = 5  # a sealed file: lease
+KIND_LOG = 6  # an open log of a journal
+KIND_SEGMENT = 7  # a sealed segment of a journal
 
 # File header, of packs and sealed files alike, 64 bytes.
 #   0  4  magic b"hvF1"
@@ -61,6 +63,11 @@ CODEC_ZSTD = 1
 CHUNK_BLOCK = 1
 CHUNK_PAGE = 2
 CHUNK_POINT = 3  # a copy of a point file, for repair only; its id is BLAKE3 of the file
+CHUNK_FACTS = (
+    4  # of a segment: the bytes of facts, one stream cut every SEGMENT_PIECE_BYTES, in the order of the records
+)
+CHUNK_FACT_INDEX = 5  # of a segment: rows of FACT, whose `pos` is a place in that stream; cut likewise
+SEGMENT_PIECE_BYTES = 256 * 1024  # decoded as a whole by one read: the trade between size and the cost of a random read
 RECORD_PLAIN_MAX = 16 * 1024 * 1024  # nothing larger is believed when read back
 
 # Footer of a pack: rows sorted by id, one for each chunk, then the trailer.
@@ -94,6 +101,41 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
+
+
+# Frame of a log: facts that were appended together.
+#   0  4  magic b"hvL1"
+#   4  4  ordinal in this file, from 0: the nonce
+#   8  8  sequence number of the first fact; the others follow it
+#  16  4  number of facts, n
+#  20  4  stored length: of what follows this header, with the 16 bytes of the tag when encrypted
+#  24  4  plain length
+#  28  4  flags: 1 a barrier, the state after the last fact of this frame is a moment
+#  32  8  wall clock, nanoseconds since 1970, UTC
+#  40  8  monotonic clock of the writer, nanoseconds
+#  48 12  zero
+#  60  4  crc32 of bytes 0 to 60, then of what follows the header
+#  64 ..  n rows of FACT, then the bytes of the facts
+FRAME = struct.Struct("<4sIQIIIIqq12x")
+FRAME_BYTES = 64
+FRAME_MAGIC = b"hvL1"
+FLAG_BARRIER = 1
+
+FACT = np.dtype(
+    [
+        ("t", "<i8"),  # when it arrived, wall clock
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("pos", "<u4"),  # of its bytes: in the frame's bytes (log), in the segment's plain bytes (segment)
+        ("disk", "<u2"),  # number in the disk table of its file
+        ("kind", "u1"),  # FACT_*
+        ("flags", "u1"),
+    ]
+)
+FACT_DATA = 1
+FACT_ZERO = 2
+FLAG_FACT_BARRIER = 1  # in a segment: the state after this fact is a moment
+FACT_META = 3  # `length` bytes of JSON: the disk table, marks, gaps, resizes, clock steps, tokens
 
 
 def with_crc(head: bytes, *more: bytes) -> bytes:

@@ -36,8 +36,8 @@ SCAN_PIECE_BYTES = 8 * 1024 * 1024
 
 
 def path_of(pack: str) -> str:
-    """Where the pack of this name (64 hexadecimal digits) lives in the store."""
-    return f"packs/{pack[:2]}/{pack}{SUFFIX}"
+    """Where a pack lives in the store: a pack is named by its content, a journal's segment (a pack too) by its path."""
+    return pack if "/" in pack else f"packs/{pack[:2]}/{pack}{SUFFIX}"
 
 
 def list_packs(backend: Backend) -> list[str]:
@@ -100,14 +100,14 @@ class PackWriter:
         self._write(head)
         self._write(frame)
 
-    def seal(self) -> tuple[str, NDArray[np.void]]:
-        """The pack exists, durably, when this returns its name and its rows sorted by id."""
+    def seal(self, path: str = "") -> tuple[str, NDArray[np.void]]:
+        """The pack exists, durably, when this returns its name and its rows sorted by id; `path` names a segment."""
         rows = sort_rows(np.array(self._rows, f.ROW))
         footer, offset = rows.tobytes(), self._size
         self._write(footer)
         self._write(f.with_crc(f.TRAILER.pack(f.TRAILER_MAGIC, offset, len(rows), blake3.blake3(footer).digest())))
         self._flush()
-        name = self._hash.hexdigest()
+        name = path or self._hash.hexdigest()
         self._out.commit(path_of(name))
         return name, rows
 
@@ -190,7 +190,7 @@ def cipher_of(backend: Backend, ring: Keyring, pack: str) -> tuple[AESGCM | None
         data = backend.read_at(path_of(pack), 0, f.HEADER_BYTES)
     except FileNotFoundError:
         raise StoreDamage(f"Pack {pack} is missing") from None
-    kind = f.KIND_META if data[5:6] == bytes([f.KIND_META]) else f.KIND_DATA
+    kind = next((k for k in (f.KIND_META, f.KIND_SEGMENT) if data[5:6] == bytes([k])), f.KIND_DATA)
     head = parse_header(data, kind, ring.store, f"Pack {pack}")
     if bool(head.flags & f.FLAG_ENCRYPTED) != ring.encrypted:
         raise StoreDamage(f"Pack {pack} is {'' if head.flags else 'not '}encrypted, unlike its store")

@@ -1,0 +1,209 @@
+"""The journal of a machine: the ordered facts of all its disks, as they arrived.
+
+    journals/MACHINE/EPOCH-SEQ.log     open: frames of facts, appended, fsynced in groups
+    journals/MACHINE/EPOCH-SEQ.seg     sealed: the same facts, compressed (segment.py)
+
+A moment is a durable barrier: the state after the last fact of a frame with the barrier flag.  Facts behind the last barrier of
+a log are no part of any moment, and are dropped when the log is taken over.  Order comes from the sequence; times label.
+
+    killed after                left behind                           cleaned by
+    1 log created               an empty log                          take_over(): removed
+    2 some frames written       a log with a torn end                 take_over(): sealed up to its last barrier
+    3 segment renamed           the segment, and its log              take_over(): the log is removed
+    4 log removed               nothing
+
+A log is never appended to after it was reopened: `take_over` seals what is good, and a new file begins with a new epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvbackup.errors import StoreDamage
+from hvbackup.files import Files, LogFile
+from hvbackup.model import Instant
+from hvbackup.store import format as f
+from hvbackup.store.keys import Keyring
+from hvbackup.store.sealed import parse_header
+
+FOLDER = "journals"
+LOG, SEGMENT = ".log", ".seg"
+
+Facts = NDArray[np.void]  # of format.FACT
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """The name of a file of a journal: its epoch and first sequence number order it."""
+
+    epoch: int
+    first: int
+    suffix: str
+
+    def __str__(self) -> str:
+        return f"{self.epoch:08d}-{self.first:020d}{self.suffix}"
+
+
+def parse_name(name: str) -> Name | None:
+    """The parts of a file's name, or None for a file that is none of ours."""
+    stem, suffix = os.path.splitext(name)
+    epoch, _, first = stem.partition("-")
+    if suffix not in (LOG, SEGMENT) or not (epoch.isdigit() and first.isdigit()):
+        return None
+    return Name(int(epoch), int(first), suffix)
+
+
+def list_files(files: Files, machine: str) -> list[Name]:
+    """The files of a machine's journal in their order; where a log and its segment both exist, the segment alone.
+
+    Files of an old epoch that begin at or after a newer epoch are fenced off: a writer that did not know it was replaced.
+    """
+    found = [n for name in files.names(f"{FOLDER}/{machine}") if (n := parse_name(name))]
+    sealed = {(n.epoch, n.first) for n in found if n.suffix == SEGMENT}
+    kept = [n for n in found if n.suffix == SEGMENT or (n.epoch, n.first) not in sealed]
+    begins: dict[int, int] = {}
+    for n in kept:
+        begins[n.epoch] = min(begins.get(n.epoch, n.first), n.first)
+    return sorted(
+        (n for n in kept if all(n.first < first for epoch, first in begins.items() if epoch > n.epoch)),
+        key=lambda n: (n.first, n.epoch),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Facts that were appended together, and their bytes."""
+
+    first: int
+    facts: Facts
+    data: memoryview
+    t: Instant
+    barrier: bool
+
+    def meta(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(sequence number, value) of every META fact."""
+        for i in np.flatnonzero(self.facts["kind"] == f.FACT_META).tolist():
+            pos, length = int(self.facts["pos"][i]), int(self.facts["length"][i])
+            yield self.first + i, json.loads(bytes(self.data[pos : pos + length]))
+
+
+class LogWriter:
+    """Appends facts to a log that it creates.  Thread safety: one thread; `sync` from any."""
+
+    def __init__(self, files: Files, ring: Keyring, machine: str, epoch: int, first: int) -> None:
+        self.name = Name(epoch, first, LOG)
+        self.next = first  # sequence number of the next fact
+        self._salt = os.urandom(32)
+        self._cipher = ring.cipher(self._salt, f.KIND_LOG)
+        self._bind = ring.store + bytes([f.KIND_LOG])
+        self._ordinal = 0
+        self._file: LogFile = files.log(f"{FOLDER}/{machine}/{self.name}")
+        flags = f.FLAG_ENCRYPTED if self._cipher else 0
+        self._file.append(
+            f.with_crc(f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0))
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.size
+
+    def append(self, facts: Facts, data: bytes | bytearray | memoryview, t: Instant, *, barrier: bool) -> int:
+        """The facts are with the operating system when this returns the sequence number of the last one.
+
+        `pos` of each fact says where its bytes are in `data`.
+        """
+        payload = b"".join((facts.tobytes(), data))
+        stored = len(payload) + (16 if self._cipher else 0)
+        flags = f.FLAG_BARRIER if barrier else 0
+        head = f.FRAME.pack(
+            f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, len(payload), flags, t, time.monotonic_ns()
+        )
+        if self._cipher:
+            payload = self._cipher.encrypt(self._ordinal.to_bytes(12, "little"), payload, self._bind + head)
+        self._file.append(f.with_crc(head, payload) + payload)
+        self._ordinal += 1
+        self.next += len(facts)
+        return self.next - 1
+
+    def note(self, t: Instant, value: dict[str, Any], *, barrier: bool) -> int:
+        """Append one META fact."""
+        data = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+        fact = np.zeros(1, f.FACT)
+        fact["t"], fact["length"], fact["kind"] = t, len(data), f.FACT_META
+        return self.append(fact, data, t, barrier=barrier)
+
+    def sync(self) -> None:
+        """Everything appended before is durable when this returns."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Let go of the log; it stays open in the sense of the format until it is sealed."""
+        self._file.close()
+
+
+def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[Frame]:
+    """The frames of a log, until its end or the first one that is not whole.
+
+    Raises StoreDamage when the file has no header of ours (a log that was cut before it is read as empty).
+    """
+    path = f"{FOLDER}/{machine}/{name}"
+    data = memoryview(files.read(path))
+    if len(data) < f.HEADER_BYTES:
+        return
+    head = parse_header(bytes(data[: f.HEADER_BYTES]), f.KIND_LOG, ring.store, path)
+    cipher, bind = ring.cipher(head.salt, f.KIND_LOG), ring.store + bytes([f.KIND_LOG])
+    at, ordinal, first = f.HEADER_BYTES, 0, name.first
+    while (parsed := _frame_at(data, at)) is not None:
+        fields, payload = parsed
+        if fields[1] != ordinal or fields[2] != first:
+            return
+        plain = memoryview(_decrypted(cipher, ordinal, payload, bind + data[at : at + 60], path))
+        if len(plain) != fields[5] or len(plain) < fields[3] * f.FACT.itemsize:
+            return
+        facts = np.frombuffer(plain[: fields[3] * f.FACT.itemsize], f.FACT)
+        yield Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), bool(fields[6] & f.FLAG_BARRIER))
+        at, ordinal, first = at + f.FRAME_BYTES + len(payload), ordinal + 1, first + len(facts)
+
+
+def _frame_at(data: memoryview, at: int) -> tuple[tuple[Any, ...], memoryview] | None:
+    head = bytes(data[at : at + f.FRAME_BYTES])
+    if len(head) < f.FRAME_BYTES or head[:4] != f.FRAME_MAGIC:
+        return None
+    fields = f.FRAME.unpack(head[:60])
+    payload = data[at + f.FRAME_BYTES : at + f.FRAME_BYTES + fields[4]]
+    if len(payload) != fields[4] or not f.crc_matches(head[:60], head[60:], bytes(payload)):
+        return None
+    return fields, payload
+
+
+def _decrypted(cipher: Any, ordinal: int, payload: memoryview, bind: bytes, path: str) -> bytes | memoryview:
+    from cryptography.exceptions import InvalidTag
+
+    if cipher is None:
+        return payload
+    try:
+        plain: bytes = cipher.decrypt(ordinal.to_bytes(12, "little"), payload, bind)
+    except InvalidTag as e:
+        raise StoreDamage(f"{path}: frame {ordinal} is not what was written there") from e
+    return plain
+
+
+def up_to_last_barrier(frames: Iterator[Frame]) -> list[Frame]:
+    """The frames that make up moments; what comes after the last barrier is dropped."""
+    kept: list[Frame] = []
+    open_set: list[Frame] = []
+    for frame in frames:
+        open_set.append(frame)
+        if frame.barrier:
+            kept += open_set
+            open_set = []
+    return kept

@@ -1,0 +1,143 @@
+"""Sealed segments of a journal: the facts of a log up to its last barrier, compressed and indexed.
+
+A segment is a pack (pack.py) with a name of its own, `journals/MACHINE/EPOCH-SEQ.seg`: records of CHUNK_FACTS hold the bytes of
+the facts as one stream cut every SEGMENT_PIECE_BYTES, records of CHUNK_FACT_INDEX the rows of FACT, cut likewise; the order is
+that of the records.  Nothing of it is shared with other files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import blake3
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from hvbackup.errors import ChunkDamaged, StoreDamage
+from hvbackup.store import format as f
+from hvbackup.store import pack as packs
+from hvbackup.store.backend import Backend
+from hvbackup.store.journal import FOLDER, SEGMENT, Facts, Frame, Name
+from hvbackup.store.keys import Keyring
+from hvbackup.store.overlay import PIECE, Pieces, laid
+
+PIECES_CACHED = 64  # decoded pieces of the stream, 16 MiB
+LEVEL = 1
+
+
+def path_of(machine: str, name: Name) -> str:
+    """Where a segment lives in the store."""
+    return f"{FOLDER}/{machine}/{Name(name.epoch, name.first, SEGMENT)}"
+
+
+def write_segment(backend: Backend, ring: Keyring, machine: str, name: Name, frames: Sequence[Frame]) -> None:
+    """The segment of a log exists, durably, when this returns.  The last of `frames` is a barrier."""
+    facts, stream = _joined(frames)
+    pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT)
+    try:
+        zstd = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False)
+        for what, data in ((f.CHUNK_FACTS, stream), (f.CHUNK_FACT_INDEX, facts.tobytes())):
+            for at in range(0, len(data), f.SEGMENT_PIECE_BYTES):
+                _add(pack, ring, zstd, what, data[at : at + f.SEGMENT_PIECE_BYTES])
+        pack.seal(path_of(machine, name))
+    except BaseException:
+        pack.abandon()
+        raise
+
+
+def _add(pack: packs.PackWriter, ring: Keyring, zstd: zstandard.ZstdCompressor, what: int, piece: bytes) -> None:
+    chunk = blake3.blake3(piece, key=ring.block_key).digest()
+    frame = zstd.compress(piece)
+    if len(frame) < len(piece):
+        pack.add(what, f.CODEC_ZSTD, frame, [chunk], [len(piece)])
+    else:
+        pack.add(what, f.CODEC_RAW, piece, [chunk], [len(piece)])
+
+
+def _joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
+    """All facts, with positions in the one stream of all their bytes."""
+    parts, at = [np.zeros(0, f.FACT)], 0
+    for frame in frames:
+        part = frame.facts.copy()
+        part["pos"] += at
+        part["flags"][-1:] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
+        parts.append(part)
+        at += len(frame.data)
+    return np.concatenate(parts), b"".join(frame.data for frame in frames)
+
+
+class Segment:
+    """A sealed segment, open for reading.  Thread safety: every method from any thread."""
+
+    def __init__(self, backend: Backend, ring: Keyring, machine: str, name: Name) -> None:
+        self.name, self._path = name, path_of(machine, name)
+        self._backend, self._ring = backend, ring
+        self._cipher, self._bind = packs.cipher_of(backend, ring, self._path)
+        rows = packs.read_footer(backend, self._path)
+        rows = rows[np.argsort(rows["offset"], kind="stable")]
+        self._stream, self._index = rows[rows["kind"] == f.CHUNK_FACTS], rows[rows["kind"] == f.CHUNK_FACT_INDEX]
+        self._cache: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @cached_property
+    def facts(self) -> Facts:
+        """All facts; the sequence number of row i is `name.first + i`.  Raises ChunkDamaged."""
+        return np.frombuffer(b"".join(self._decode(row) for row in self._index), f.FACT)
+
+    def read(self, pos: int, length: int) -> bytes:
+        """Bytes of the stream.  Raises ChunkDamaged."""
+        parts = []
+        while length:
+            number, inside = divmod(pos, f.SEGMENT_PIECE_BYTES)
+            part = self._piece(number)[inside : inside + length]
+            if not part:
+                raise StoreDamage(f"{self._path} ends before the bytes of its facts")
+            parts.append(part)
+            pos, length = pos + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _piece(self, number: int) -> bytes:
+        found = self._cache.get(number)
+        if found is None:
+            if number >= len(self._stream):
+                return b""
+            found = self._decode(self._stream[number])
+            with self._lock:
+                self._cache[number] = found
+                if len(self._cache) > PIECES_CACHED:
+                    self._cache.popitem(last=False)
+        return found
+
+    def _decode(self, row: np.void) -> bytes:
+        where = f"the record at {row['offset']} of {self._path}"
+        data = self._backend.read_at(self._path, int(row["offset"]), int(row["stored"]))
+        plain = packs.decode(data, self._cipher, self._bind, zstandard.ZstdDecompressor(), where)
+        if blake3.blake3(plain, key=self._ring.block_key).digest() != row["id"].tobytes():
+            raise ChunkDamaged(f"{where} has other content than its id says")
+        return plain
+
+    def meta(self) -> Iterator[tuple[int, bytes]]:
+        """(sequence number, JSON) of every META fact."""
+        for i in np.flatnonzero(self.facts["kind"] == f.FACT_META).tolist():
+            fact = self.facts[i]
+            yield self.name.first + i, self.read(int(fact["pos"]), int(fact["length"]))
+
+
+def pieces_of(facts: Facts, disk: int, source: int) -> Pieces:
+    """What facts leave behind on one disk (its number in their file)."""
+    mine = facts[(facts["disk"] == disk) & (facts["kind"] != f.FACT_META)]
+    out = np.zeros(len(mine), PIECE)
+    out["start"] = mine["offset"]
+    out["end"] = mine["offset"] + mine["length"]
+    out["pos"] = np.where(mine["kind"] == f.FACT_ZERO, -1, mine["pos"].astype(np.int64))
+    out["source"] = source
+    return laid(out)
+
+
+def barriers(facts: Facts, first: int) -> NDArray[np.int64]:
+    """The sequence numbers of all moments among facts."""
+    return np.flatnonzero(facts["flags"] & f.FLAG_FACT_BARRIER) + first
