@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvbackup.extents import Spans, spans, whole
-from hvbackup.nbd.client import NbdClient
+from hvbackup.nbd.client import NbdClient, Settings
 
 ALLOCATION = "base:allocation"
 BITMAP = "qemu:dirty-bitmap:"  # and the bitmap's name
@@ -25,6 +25,7 @@ class NbdDisk:
     """One open export; `client` is the connection that is held."""
 
     client: NbdClient
+    settings: Settings | None = None  # of further connections
 
     def allocated(self) -> Spans:
         """What may hold other bytes than zeroes; everything when the server can't tell."""
@@ -44,7 +45,9 @@ class NbdDisk:
 
     def open(self) -> NbdClient | SharedReader:
         """A reader: a connection of its own where the server allows it."""
-        return NbdClient.open(self.client.uri) if self.client.can_multi_conn else SharedReader(self.client)
+        if self.client.can_multi_conn:
+            return NbdClient.open(self.client.uri, settings=self.settings)
+        return SharedReader(self.client)
 
 
 @dataclass(frozen=True, slots=True)

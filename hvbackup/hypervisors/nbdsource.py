@@ -19,8 +19,7 @@ from hvbackup.errors import HostUnreachable, NotFound, ReadFailed, UsageError
 from hvbackup.hypervisors import Can, Changes, Reader, changedlist
 from hvbackup.hypervisors.nbddisk import ALLOCATION, BITMAP, NbdDisk
 from hvbackup.model import Consistency, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, MachineId, Token
-from hvbackup.nbd.client import NbdClient
-from hvbackup.nbd.client import Settings as NbdSettings
+from hvbackup.nbd.client import NbdClient, Settings
 from hvbackup.nbd.uri import NbdUri
 
 DISK_ID = DiskId("disk")
@@ -45,7 +44,7 @@ class NbdSource:
         spec: NbdSpec,
         *,
         name: str = "",
-        settings: NbdSettings | None = None,
+        settings: Settings | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._spec = spec
@@ -70,7 +69,7 @@ class NbdSource:
         with self._connect() as client:
             found = self._machine(client.size)
             token = changedlist.mark(lease, client.size)
-            disk = NbdFrozenDisk(found.disks[0], token, NbdDisk(client), self._spec, since.get(DISK_ID))
+            disk = NbdFrozenDisk(found.disks[0], token, NbdDisk(client, self._settings), self._spec, since.get(DISK_ID))
             config = MachineConfig(portable={"disks": [{"id": DISK_ID, "path": str(self._spec.uri), "format": "raw"}]})
             yield NbdFrozen(found, Instant(self._clock()), config, [], [disk])
 
