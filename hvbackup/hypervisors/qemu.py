@@ -132,15 +132,17 @@ class QemuHypervisor:
                 )
             qemu_fleece.refuse_leftovers(qmp, self._names)
             qemu_server.make_folder(folder, qmp.peer)
+            watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
             try:
-                return self._freeze(qmp, names, folder, seen, since)
+                return self._freeze(qmp, names, folder, seen, since, watch)
             except BaseException:
+                watch.stop()
                 qemu_fleece.sweep(qmp, names.prefix, self._settings.settle_seconds)
                 qemu_fleece.remove_folders(qmp, [folder])
                 raise
 
     def _freeze(
-        self, qmp: Qmp, names: LeaseNames, folder: Path, seen: _Seen, since: Mapping[DiskId, Token]
+        self, qmp: Qmp, names: LeaseNames, folder: Path, seen: _Seen, since: Mapping[DiskId, Token], watch: Watch
     ) -> QemuFrozen:
         qemu_fleece.refuse_full(folder, self._settings.scratch_reserve_bytes)
         for index, drive in enumerate(seen.drives):
@@ -159,7 +161,6 @@ class QemuHypervisor:
             uri = server.export(qemu_fleece.export(qmp, names, index, drive, merged))
             token = Token(TOKEN_KIND, checkpoint, f"size={drive.disk.size}")
             disks.append(QemuFrozenDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
-        watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
         return QemuFrozen(self, seen.machine, t, seen.config, notes, disks, names, folder, watch)
 
     def _end(self, frozen: QemuFrozen) -> None:
@@ -241,7 +242,6 @@ class _Snapshot(AbstractContextManager["QemuFrozen"]):
 
     def __enter__(self) -> QemuFrozen:
         self._frozen = self._begin()
-        self._frozen.watch.start()
         return self._frozen
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

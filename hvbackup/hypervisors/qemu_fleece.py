@@ -131,22 +131,27 @@ def broken_jobs(qmp: Qmp, names: LeaseNames, count: int) -> str:
     return ""
 
 
-def cancel(qmp: Qmp, prefix: str) -> None:
-    """Stop copying before writes at once: the guest is free, the view is lost."""
-    for job in qmp.command("query-jobs"):
-        if str(job["id"]).startswith(prefix) and job["status"] in ("running", "ready", "paused", "standby", "created"):
-            with contextlib.suppress(CommandRefused):  # it ended meanwhile
-                qmp.command("job-cancel", id=job["id"])
-
-
 def sweep(qmp: Qmp, prefix: str, timeout_seconds: float) -> None:
-    """Nothing that begins with `prefix` is left: no export, job or node.  Idempotent."""
+    """Nothing that begins with `prefix` is left: no export, job or node.  Idempotent.
+
+    A machine that stopped because its old blocks found no room in the scratch goes on.
+    """
+    held = bool(_ours(qmp, "query-jobs", "id", prefix))
     for export_ in _ours(qmp, "query-block-exports", "id", prefix):
         with contextlib.suppress(CommandRefused):
             qmp.command("block-export-del", id=export_, mode="hard")
     _until(lambda: not _ours(qmp, "query-block-exports", "id", prefix), f"exports {prefix}*", qmp, timeout_seconds)
     _until(lambda: _jobs_ended(qmp, prefix), f"jobs {prefix}*", qmp, timeout_seconds)
+    if held:
+        _resume(qmp)
     _until(lambda: _nodes_removed(qmp, prefix), f"nodes {prefix}*", qmp, timeout_seconds)
+
+
+def _resume(qmp: Qmp) -> None:
+    """Let a machine go on that an I/O error stopped; one that its own disk stopped stops again at once."""
+    with contextlib.suppress(CommandRefused):  # a storage daemon has no such thing
+        if qmp.command("query-status")["status"] == "io-error":
+            qmp.command("cont")
 
 
 def remove_bitmaps(qmp: Qmp, drives: Sequence[Drive], unwanted: Callable[[str], bool]) -> None:

@@ -1,56 +1,55 @@
-"""Someone who looks after the scratch while a snapshot is read: a full scratch must cost the snapshot, not the guest.
-
-When copying an old block fails, QEMU fails the guest's write (or stops the machine), because the write came first and has
-nowhere to go.  So before the room runs out the jobs are cancelled: the guest goes on, and the snapshot says it is broken.
-"""
+"""Our side of the watchdog: started before the guest's writes depend on the scratch, ended when they don't any more."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import os
+import select
+import subprocess
+import sys
 from pathlib import Path
 
-from hvbackup.errors import HostUnreachable
-from hvbackup.hypervisors import qemu_fleece
-from hvbackup.hypervisors.qmp import Qmp
-
-_LOOK_SECONDS = 0.1  # a guest that overwrites 2 GB/s uses 200 MB of the reserve meanwhile
+_PROGRAM = Path(__file__).with_name("qemu_watchdog.py")
+_END_SECONDS = 5.0
 
 
 class Watch:
-    """A thread between `start` and `stop`.  Thread safety: `reason` may be read at any time."""
+    """One watchdog process.  If we die or forget it, it lets go of the guest and ends by itself.
+
+    Thread safety: one thread at a time.
+    """
 
     def __init__(self, socket_path: Path, prefix: str, folder: Path, reserve_bytes: int) -> None:
-        self.reason = ""  # why the snapshot was given up
-        self._socket_path = socket_path
-        self._prefix = prefix
-        self._folder = folder
-        self._reserve_bytes = reserve_bytes
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_after, name=f"watch {folder.name}", daemon=True)
+        self._said = b""
+        arguments = [str(socket_path.absolute()), prefix, str(folder), str(reserve_bytes)]
+        # A session of its own: ctrl-C and the end of a terminal are meant for us, not for the guest's protection.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_PROGRAM), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            cwd="/",
+        )
 
-    def start(self) -> None:
-        """Look after the scratch from now on."""
-        self._thread.start()
+    @property
+    def reason(self) -> str:
+        """Why the watchdog gave the snapshot up; empty while it did not."""
+        said = self._process.stdout
+        if said is not None and not said.closed and select.select([said], [], [], 0)[0]:
+            self._said += os.read(said.fileno(), 4096)
+        return self._said.decode(errors="replace")
 
     def stop(self) -> None:
-        """The thread has ended."""
-        self._over.set()
-        self._thread.join()
-
-    def _look_after(self) -> None:
-        while not self._over.wait(_LOOK_SECONDS):
-            try:
-                full = qemu_fleece.free_bytes(self._folder) <= self._reserve_bytes
-            except FileNotFoundError:
-                return  # released by somebody else
-            if full and self._let_go():
-                return
-
-    def _let_go(self) -> bool:
-        self.reason = f"scratch directory {self._folder.parent} ran full"
+        """The watchdog has ended; idempotent."""
+        if self._process.stdin is None or self._process.stdin.closed:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"q")
+            self._process.stdin.close()
         try:
-            with Qmp(self._socket_path) as qmp:
-                qemu_fleece.cancel(qmp, self._prefix)
-        except HostUnreachable:
-            return False  # try again: the guest waits for us
-        return True
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # it waits for a monitor that hangs; what it wanted is done by `release`
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -168,3 +171,39 @@ def test_a_snapshot_whose_job_was_cancelled_is_not_trusted(rig: DaemonRig) -> No
         assert whole(frozen.disks[0])[:3] == b"new"  # which is why it must not be used
         with pytest.raises(adapter.ReadFailed, match=r"did not hold: job .*-j0 is"):
             frozen.verify()
+
+
+def test_the_guest_is_let_go_when_we_die(rig: DaemonRig) -> None:
+    """SIGKILL of a real process of ours: a moment later nothing is copied for it any more."""
+    cycle = Cycle(rig)
+    cycle.capture()
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from hvbackup.hypervisors.qemu import QemuHypervisor, Settings
+hypervisor = QemuHypervisor({str(rig.daemon.qmp_path)!r}, "00c0ffee", scratch_dir=Path({str(rig.daemon.folder / "s")!r}),
+                            settings=Settings(scratch_reserve_bytes=0))
+[machine] = hypervisor.machines()
+with hypervisor.snapshot(machine, "doomed", {{}}, None) as frozen:
+    print("up", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as doomed:
+        assert doomed.stdout is not None
+        assert doomed.stdout.readline() == b"up\n"
+        assert statuses(rig) == {"running"}
+        doomed.kill()
+    end = time.monotonic() + 10
+    while statuses(rig) != {"concluded"}:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    rig.hypervisor().release(cycle.machine(), adapter.LeaseId("doomed"), list(cycle.tokens.values()))
+    cycle.capture()
+    assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
+    assert cycle.equal()
+
+
+def statuses(rig: DaemonRig) -> set[str]:
+    with rig.daemon.qmp() as qmp:
+        return {job["status"] for job in qmp.command("query-jobs")}
