@@ -99,7 +99,7 @@ def is_dead(path: Path) -> bool:
 
 def _running(qmp: Qmp, folder: Path, line: CommandLine, names: StoreNames) -> Server:
     for option in line.option("nbd-server"):
-        if (found := _address(option, line.cwd)) is not None:
+        if (found := address(option, line.cwd)) is not None:
             return Server(found)
     for left in map(socket_path, sorted(folder.parent.glob(f"{names.prefix}*"))):
         if _listens(qmp, left):
@@ -122,7 +122,7 @@ def _listens(qmp: Qmp, path: Path) -> bool:
     return bool(pid) and pid == qmp.peer.pid
 
 
-def _address(option: str, cwd: str) -> NbdUri | None:
+def address(option: str, cwd: str) -> NbdUri | None:
     """The address in a --nbd-server option; None when we can't use it (TLS, a file descriptor)."""
     given = _flat(json.loads(option)) if option.startswith("{") else dict(_pairs(option))
     if given.get("tls-creds"):
