@@ -3,6 +3,7 @@
     HvbackupError                 1   failed
     ├── UsageError                2   what was asked makes no sense; nothing was touched
     │   ├── NotFound                  a machine, disk, point or moment that does not exist
+    │   ├── JournalGap                a moment that was not recorded; names the nearest ones that were
     │   └── StoreMissing              no store there, or a store of another kind or version
     ├── HostUnreachable           4   a hypervisor, disk server or host does not answer
     │   └── ReadFailed                it answered, and could not read or write these bytes
@@ -33,6 +34,10 @@ class UsageError(HvbackupError):
 
 class NotFound(UsageError):
     """The named machine, disk, point or moment does not exist."""
+
+
+class JournalGap(NotFound):
+    """The moment lies where nothing was recorded; the nearest recoverable moments are in the message."""
 
 
 class StoreMissing(UsageError):

@@ -106,6 +106,7 @@ class RecoveryPoint:
     config: MachineConfig = MachineConfig()
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seq: int | None = None  # of the journal: the point holds every fact up to this one and none after it
 
     def disk(self, disk_id: str) -> DiskRoot | None:
         """The disk with this id, or None."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +87,6 @@ class Frame:
     data: memoryview
     t: Instant
     barrier: bool
-
-    def meta(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(sequence number, value) of every META fact."""
-        for i in np.flatnonzero(self.facts["kind"] == f.FACT_META).tolist():
-            pos, length = int(self.facts["pos"][i]), int(self.facts["length"][i])
-            yield self.first + i, json.loads(bytes(self.data[pos : pos + length]))
 
 
 class LogWriter:
@@ -195,6 +189,24 @@ def _decrypted(cipher: Any, ordinal: int, payload: memoryview, bind: bytes, path
     except InvalidTag as e:
         raise StoreDamage(f"{path}: frame {ordinal} is not what was written there") from e
     return plain
+
+
+def joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
+    """All facts of frames, with `pos` in the one stream of all their bytes, and that stream."""
+    parts, at = [np.zeros(0, f.FACT)], 0
+    for frame in frames:
+        part = frame.facts.copy()
+        part["pos"] += at
+        part["flags"][-1:] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
+        parts.append(part)
+        at += len(frame.data)
+    return np.concatenate(parts), b"".join(frame.data for frame in frames)
+
+
+def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:
+    """(sequence number, JSON) of every META fact; `read` gets bytes of the stream."""
+    for i in np.flatnonzero(facts["kind"] == f.FACT_META).tolist():
+        yield first + i, read(int(facts["pos"][i]), int(facts["length"][i]))
 
 
 def up_to_last_barrier(frames: Iterator[Frame]) -> list[Frame]:

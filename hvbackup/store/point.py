@@ -75,6 +75,7 @@ def _point(value: dict[str, Any]) -> RecoveryPoint:
         config=MachineConfig(**value["config"]),
         figures=value["figures"],
         notes=tuple(value["notes"]),
+        seq=value["seq"],
     )
 
 

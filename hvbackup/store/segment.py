@@ -21,7 +21,7 @@ from hvbackup.errors import ChunkDamaged, StoreDamage
 from hvbackup.store import format as f
 from hvbackup.store import pack as packs
 from hvbackup.store.backend import Backend
-from hvbackup.store.journal import FOLDER, SEGMENT, Facts, Frame, Name
+from hvbackup.store.journal import FOLDER, SEGMENT, Facts, Frame, Name, joined, meta_of
 from hvbackup.store.keys import Keyring
 from hvbackup.store.overlay import PIECE, Pieces, laid
 
@@ -36,7 +36,7 @@ def path_of(machine: str, name: Name) -> str:
 
 def write_segment(backend: Backend, ring: Keyring, machine: str, name: Name, frames: Sequence[Frame]) -> None:
     """The segment of a log exists, durably, when this returns.  The last of `frames` is a barrier."""
-    facts, stream = _joined(frames)
+    facts, stream = joined(frames)
     pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT)
     try:
         zstd = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False)
@@ -56,18 +56,6 @@ def _add(pack: packs.PackWriter, ring: Keyring, zstd: zstandard.ZstdCompressor, 
         pack.add(what, f.CODEC_ZSTD, frame, [chunk], [len(piece)])
     else:
         pack.add(what, f.CODEC_RAW, piece, [chunk], [len(piece)])
-
-
-def _joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
-    """All facts, with positions in the one stream of all their bytes."""
-    parts, at = [np.zeros(0, f.FACT)], 0
-    for frame in frames:
-        part = frame.facts.copy()
-        part["pos"] += at
-        part["flags"][-1:] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
-        parts.append(part)
-        at += len(frame.data)
-    return np.concatenate(parts), b"".join(frame.data for frame in frames)
 
 
 class Segment:
@@ -122,9 +110,7 @@ class Segment:
 
     def meta(self) -> Iterator[tuple[int, bytes]]:
         """(sequence number, JSON) of every META fact."""
-        for i in np.flatnonzero(self.facts["kind"] == f.FACT_META).tolist():
-            fact = self.facts[i]
-            yield self.name.first + i, self.read(int(fact["pos"]), int(fact["length"]))
+        return meta_of(self.name.first, self.facts, self.read)
 
 
 def pieces_of(facts: Facts, disk: int, source: int) -> Pieces:

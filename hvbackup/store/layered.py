@@ -1,0 +1,145 @@
+"""A view made of layers: the pieces of runs of facts, newest first, over a point's disk.
+
+It has what `DiskView` has, so restore, export, boot and fold read it without knowing the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import blake3
+import numpy as np
+
+from hvbackup import extents
+from hvbackup.errors import UsageError
+from hvbackup.extents import Spans
+from hvbackup.model import Disk
+from hvbackup.store.blockmap import Ids
+from hvbackup.store.format import ID_BYTES, PAGE_IDS
+from hvbackup.store.overlay import Pieces, within
+from hvbackup.store.view import DiskView
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one run of facts leaves behind on a disk, and where its bytes are."""
+
+    pieces: Pieces
+    read: Callable[[int, int], bytes]  # (pos, length)
+
+
+class LayeredView:
+    """One disk at a moment of its journal, read-only.  Thread safety: every method from any thread."""
+
+    read_only = True
+
+    def __init__(self, base: DiskView | None, disk: Disk, block: int, key: bytes, layers: Sequence[Layer]) -> None:
+        self.disk, self.size, self.block = disk, disk.size, block
+        self.blocks = -(-disk.size // block)
+        self._base, self._key, self._layers = base, key, layers
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`.  Raises ChunkDamaged, UsageError beyond the end."""
+        end = offset + len(buffer)
+        if offset < 0 or end > self.size:
+            raise UsageError(f"Disk {self.disk.id} ends at {self.size}; {len(buffer)} bytes at {offset} are not in it")
+        missing = [(offset, end)]
+        for layer in self._layers:
+            if not missing:
+                return
+            missing = [rest for part in missing for rest in self._from_layer(layer, part, offset, buffer)]
+        for lo, hi in missing:
+            self._from_base(lo, hi, buffer[lo - offset : hi - offset])
+
+    @staticmethod
+    def _from_layer(layer: Layer, part: tuple[int, int], offset: int, buffer: memoryview) -> Iterator[tuple[int, int]]:
+        """Take what a layer has of a part; yield the ranges it does not have."""
+        at, end = part
+        for start, stop, pos, _ in within(layer.pieces, at, end).tolist():
+            lo, hi = max(start, at), min(stop, end)
+            if lo > at:
+                yield at, lo
+            target = buffer[lo - offset : hi - offset]
+            target[:] = bytes(hi - lo) if pos < 0 else layer.read(pos + lo - start, hi - lo)
+            at = hi
+        if at < end:
+            yield at, end
+
+    def _from_base(self, lo: int, hi: int, target: memoryview) -> None:
+        known = min(hi, self._base.size) if self._base else lo
+        if self._base and known > lo:
+            self._base.read_into(lo, target[: known - lo])
+        start = max(lo, known)
+        target[start - lo :] = bytes(hi - start)
+
+    def cached(self, offset: int, length: int) -> memoryview | None:
+        """Bytes that are in memory: only where no layer has any."""
+        if any(len(within(layer.pieces, offset, offset + length)) for layer in self._layers):
+            return None
+        if self._base is None or offset + length > self._base.size:
+            return None
+        return self._base.cached(offset, length)
+
+    def touched(self) -> Spans:
+        """Every range that any layer has."""
+        parts = [np.column_stack([v.pieces["start"], v.pieces["end"] - v.pieces["start"]]) for v in self._layers]
+        return extents.clip(extents.spans(np.concatenate(parts)), 0, self.size) if parts else extents.EMPTY
+
+    def runs(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """(length, whether it may hold data) of the runs that make up [offset, offset + length)."""
+        end = min(offset + length, self.size)
+        data = extents.union(self._base_data(offset, end), extents.clip(self.touched(), offset, end))
+        at = offset
+        for start, size in data.tolist():
+            if start > at:
+                yield start - at, False
+            yield size, True
+            at = start + size
+        if at < end:
+            yield end - at, False
+
+    def _base_data(self, offset: int, end: int) -> Spans:
+        if self._base is None or offset >= self._base.size:
+            return extents.EMPTY
+        at, found = offset, []
+        for length, data in self._base.runs(offset, min(end, self._base.size) - offset):
+            if data:
+                found.append((at, length))
+            at += length
+        return extents.spans(found)
+
+    def leaves(self) -> Iterator[tuple[int, Ids]]:
+        """(first block, ids of 256 blocks) of every part that may hold data; ids of touched blocks are made here."""
+        data = extents.align(extents.spans([(o, n) for o, n in self._data_runs()]), PAGE_IDS * self.block, self.size)
+        for offset, _ in extents.pieces(data, PAGE_IDS * self.block):
+            first = offset // self.block
+            yield first, self._ids(first)
+
+    def _data_runs(self) -> Iterator[tuple[int, int]]:
+        at = 0
+        for length, data in self.runs(0, self.size):
+            if data:
+                yield at, length
+            at += length
+
+    def _ids(self, first: int) -> Ids:
+        ids = np.zeros((PAGE_IDS, ID_BYTES), np.uint8)
+        for i in range(min(PAGE_IDS, self.blocks - first)):
+            data = self._block(first + i)
+            if any(data):
+                ids[i] = np.frombuffer(blake3.blake3(data, key=self._key).digest(), np.uint8)
+        return ids
+
+    def _block(self, number: int) -> bytearray:
+        """A block, padded with zeroes behind the end of the disk."""
+        data = bytearray(self.block)
+        length = min(self.block, self.size - number * self.block)
+        self.read_into(number * self.block, memoryview(data)[:length])
+        return data
+
+    def contents(self, first: int, ids: Ids) -> Iterator[tuple[int, memoryview]]:
+        """(offset on the disk, bytes) of every block of a leaf whose id is not zero, clipped at the end of the disk."""
+        for i in np.flatnonzero(ids.any(axis=1)).tolist():
+            offset = (first + i) * self.block
+            yield offset, memoryview(self._block(first + i))[: self.size - offset]

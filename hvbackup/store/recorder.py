@@ -1,0 +1,157 @@
+"""The one writer of a machine's journal.
+
+`take_over` settles what a dead writer left and begins a new epoch; every file of the journal carries the epoch, so that a writer
+that was replaced and does not know it is fenced off.  Facts are appended in sets, a barrier closes a set, and only then is there
+a new moment.  A log is sealed when it is old or large enough; sealing runs on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hvbackup.errors import StoreDamage
+from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
+from hvbackup.store import format as f
+from hvbackup.store import journal
+from hvbackup.store.journal import FOLDER, LOG, SEGMENT, LogWriter, Name
+from hvbackup.store.segment import write_segment
+from hvbackup.store.store import Store
+
+SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a crash to well under a second
+SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
+CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
+
+
+def settle(store: Store, machine: MachineId) -> None:
+    """Every log a dead writer left is sealed up to its last barrier, or removed where it has none."""
+    folder = store.ring.machine_name(machine)
+    names = {n for name in store.files.names(f"{FOLDER}/{folder}") if (n := journal.parse_name(name))}
+    for name in sorted(names, key=lambda n: (n.epoch, n.first)):
+        if name.suffix == LOG:
+            if Name(name.epoch, name.first, SEGMENT) not in names:
+                seal(store, folder, name)
+            store.files.remove(f"{FOLDER}/{folder}/{name}")
+
+
+def seal(store: Store, folder: str, name: Name) -> None:
+    """The segment of a log exists when this returns, if the log holds any moment."""
+    try:
+        frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
+    except StoreDamage:
+        frames = []  # its header was torn: nothing in it was ever durable
+    if frames:
+        write_segment(store.files, store.ring, folder, name, frames)
+
+
+class Recorder:
+    """Appends to the journal of one machine.  Thread safety: one thread, except `sync`."""
+
+    def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk]) -> None:
+        """Take over the journal: what was left is settled, and a new epoch begins with the first fact."""
+        self._store, self._folder = store, store.ring.machine_name(machine)
+        settle(store, machine)
+        names = journal.list_files(store.files, self._folder)
+        self.epoch = max((n.epoch for n in names), default=0) + 1
+        self._next = max((self._end(n) for n in names), default=1)
+        self._disks: tuple[Disk, ...] = ()
+        self._log: LogWriter | None = None
+        self._began: Instant = Instant(0)
+        self._sealing: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self.set_disks(disks)
+
+    def _end(self, name: Name) -> int:
+        from hvbackup.store.segment import Segment
+
+        return name.first + len(Segment(self._store.files, self._store.ring, self._folder, name).facts)
+
+    @property
+    def last(self) -> int:
+        """The sequence number of the newest fact, 0 before the first."""
+        return (self._log.next if self._log else self._next) - 1
+
+    def set_disks(self, disks: Sequence[Disk]) -> None:
+        """The machine has these disks from the next fact on (new ones, gone ones, other sizes)."""
+        if tuple(disks) != self._disks:
+            self._disks = tuple(disks)
+            self._numbers = {d.id: i for i, d in enumerate(self._disks)}
+            if self._log:
+                self._log.note(self._began, self._table(), barrier=False)
+
+    def _table(self) -> dict[str, Any]:
+        disks = [{"number": i, "id": d.id, "size": d.size, "sector": d.sector} for i, d in enumerate(self._disks)]
+        return {"disks": disks, "epoch": self.epoch}
+
+    def _open(self, t: Instant) -> LogWriter:
+        if self._log is None:
+            self._log = LogWriter(self._store.files, self._store.ring, self._folder, self.epoch, self._next)
+            self._began = t
+            self._log.note(t, self._table(), barrier=False)
+        return self._log
+
+    def write(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | memoryview) -> None:
+        """Facts of one set: `data` holds the bytes of the extents (offset, length), one after the other."""
+        facts = np.zeros(len(extents), f.FACT)
+        rows = np.array(extents, np.uint64).reshape(-1, 2)
+        facts["t"], facts["disk"], facts["kind"] = t, self._numbers[disk], f.FACT_DATA
+        facts["offset"], facts["length"] = rows[:, 0], rows[:, 1]
+        facts["pos"] = np.cumsum(rows[:, 1]) - rows[:, 1]
+        self._open(t).append(facts, data, t, barrier=False)
+
+    def zero(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]]) -> None:
+        """Facts of one set: these extents (offset, length) read as zeroes."""
+        facts = np.zeros(len(extents), f.FACT)
+        facts["t"], facts["disk"], facts["kind"] = t, self._numbers[disk], f.FACT_ZERO
+        rows = np.array(extents, np.uint64).reshape(-1, 2)
+        facts["offset"], facts["length"] = rows[:, 0], rows[:, 1]
+        self._open(t).append(facts, b"", t, barrier=False)
+
+    def barrier(self, t: Instant, tokens: Mapping[DiskId, Token], **more: Any) -> int:
+        """The set is closed: its state is a durable moment when this returns the moment's sequence number.
+
+        `more` is told with it: `gap={"from": t, "why": ...}` that ends here, `mark={"label": ...}`.
+        """
+        value = {"tokens": {d: asdict(token) for d, token in tokens.items()}, **more}
+        log = self._open(t)
+        seq = log.note(t, value, barrier=True)
+        log.sync()
+        if log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS:
+            self.rotate()
+        return seq
+
+    def rotate(self) -> None:
+        """The log is being sealed, and the next fact begins a new one.  Raises what sealing the one before raised."""
+        if self._log is None:
+            return
+        log, self._log = self._log, None
+        self._next = log.next
+        log.close()
+        self.finish()
+        self._sealing = threading.Thread(target=self._seal, args=(log.name,), name="hvbackup-seal")
+        self._sealing.start()
+
+    def _seal(self, name: Name) -> None:
+        try:
+            seal(self._store, self._folder, name)
+            self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
+        except BaseException as e:  # noqa: BLE001 - handed to the thread that owns the recorder
+            self._failed = e
+
+    def finish(self) -> None:
+        """No segment is being sealed any more when this returns.  Raises what sealing raised."""
+        if self._sealing:
+            self._sealing.join()
+            self._sealing = None
+        if self._failed:
+            failed, self._failed = self._failed, None
+            raise failed
+
+    def close(self) -> None:
+        """Everything is sealed when this returns."""
+        self.rotate()
+        self.finish()

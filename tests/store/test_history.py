@@ -1,0 +1,152 @@
+"""A journal's moments, against an oracle: every moment of a life of writes reads back, before and after sealing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from hvbackup.errors import JournalGap, NotFound
+from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
+from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, Token
+from hvbackup.store import keys, recorder
+from hvbackup.store.history import History
+from hvbackup.store.recorder import Recorder
+from hvbackup.store.store import Store, init
+
+MACHINE, VDA = MachineId("m1"), DiskId("vda")
+SIZE = 300 * KiB + 512
+
+
+@pytest.fixture(params=["encrypted", "plain"])
+def store(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
+    secret = keys.parse_key_text(keys.new_key_text(), "test") if request.param == "encrypted" else None
+    init(tmp_path / "store", secret)
+    with Store.open(tmp_path / "store", tmp_path / "state", [secret] if secret else [], owner=True) as opened:
+        yield opened
+
+
+def commit_empty_point(store: Store, size: int) -> None:
+    """A point of an all-zero disk with the sequence number 0, as a capture before the first fact makes it."""
+    from dataclasses import replace
+
+    from hvbackup.capture import Options, capture
+    from hvbackup.store import point as points
+
+    hv = FakeHypervisor([FakeMachine(str(MACHINE), {"vda": FakeDisk(size)})])
+    outcome = capture(store, hv, hv.machines()[0], Options())
+    assert outcome.point
+    based = replace(outcome.point, id=points.new_id(), seq=0)
+    store.commit(based, store.writer())
+
+
+def life(seed: int, store: Store, sets: int) -> dict[int, bytes]:
+    """Random sets of writes and zeroes through a recorder that seals often; moment -> image."""
+    rng = random.Random(seed)
+    image = bytearray(SIZE)
+    images: dict[int, bytes] = {}
+    rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    for n in range(sets):
+        t = Instant((n + 1) * SECOND)
+        for _ in range(rng.randrange(1, 6)):
+            start = rng.randrange(SIZE - 1)
+            length = min(SIZE - start, rng.choice([1, 512, 4096, 70_000]))
+            if rng.random() < 0.3:
+                image[start : start + length] = bytes(length)
+                rec.zero(VDA, t, [(start, length)])
+            else:
+                data = rng.randbytes(length)
+                image[start : start + length] = data
+                rec.write(VDA, t, [(start, length)], data)
+        images[rec.barrier(t, {VDA: Token("fake", str(n))})] = bytes(image)
+        if rng.random() < 0.3:
+            rec.rotate()
+    if rng.random() < 0.5:
+        rec.close()
+    else:
+        rec.finish()
+    return images
+
+
+def whole(history: History, seq: int) -> bytes:
+    out = bytearray(SIZE)
+    history.view(history.by_seq(seq), VDA).read_into(0, memoryview(out))
+    return bytes(out)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_moment_reads_back(store: Store, seed: int) -> None:
+    commit_empty_point(store, SIZE)
+    images = life(seed, store, 12)
+    history = History(store, MACHINE)
+    assert list(images) == history.moments[0].tolist()
+    for seq, image in images.items():
+        assert whole(history, seq) == image
+        view = history.view(history.by_seq(seq), VDA)
+        restored = bytearray(SIZE)
+        for first, ids in view.leaves():
+            for offset, data in view.contents(first, ids):
+                restored[offset : offset + len(data)] = data
+        assert restored == image
+        at = 0
+        for length, data_there in view.runs(0, SIZE):
+            assert data_there or not any(image[at : at + length])
+            at += length
+        assert at == SIZE
+
+
+def test_a_takeover_drops_what_no_barrier_closed_and_keeps_every_moment(store: Store) -> None:
+    commit_empty_point(store, SIZE)
+    rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    rec.write(VDA, Instant(SECOND), [(0, 4)], b"good")
+    first = rec.barrier(Instant(SECOND), {})
+    rec.write(VDA, Instant(2 * SECOND), [(0, 4)], b"lost")
+    again = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    assert again.epoch == rec.epoch + 1
+    again.write(VDA, Instant(9 * SECOND), [(4, 3)], b"new")
+    second = again.barrier(Instant(9 * SECOND), {}, gap={"from": SECOND, "why": "the worker died"})
+    again.close()
+    history = History(store, MACHINE)
+    assert history.moments[0].tolist() == [first, second]
+    assert whole(history, first)[:8] == b"good\0\0\0\0"
+    assert whole(history, second)[:8] == b"goodnew\0"
+    with pytest.raises(JournalGap, match=f"seq:{first} and seq:{second}"):
+        history.at(Instant(5 * SECOND))
+    assert history.at(Instant(9 * SECOND)).seq == second
+    with pytest.raises(NotFound):
+        history.by_seq(first + 1)
+
+
+def test_a_fenced_writer_is_ignored(store: Store) -> None:
+    commit_empty_point(store, SIZE)
+    old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    old.write(VDA, Instant(SECOND), [(0, 3)], b"old")
+    kept = old.barrier(Instant(SECOND), {})
+    new = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    new.write(VDA, Instant(2 * SECOND), [(0, 3)], b"new")
+    newest = new.barrier(Instant(2 * SECOND), {})
+    new.close()
+    old._log = None  # its file was settled away; it goes on in a new one, not knowing
+    old._next += 100
+    old.write(VDA, Instant(3 * SECOND), [(0, 3)], b"bad")
+    old.barrier(Instant(3 * SECOND), {})
+    history = History(store, MACHINE)
+    assert history.moments[0].tolist() == [kept, newest]
+
+
+def test_logs_are_sealed_by_size_and_by_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 10_000)
+    commit_empty_point(store, SIZE)
+    rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    rec.write(VDA, Instant(1), [(0, 20_000)], bytes(range(250)) * 80)
+    rec.barrier(Instant(1), {})
+    rec.finish()
+    folder = f"journals/{store.ring.machine_name(MACHINE)}"
+    assert [n[-4:] for n in store.files.names(folder)] == [".seg"]
+    rec.write(VDA, Instant(2), [(0, 1)], b"x")
+    rec.barrier(Instant(2 + 61 * SECOND), {})
+    rec.finish()
+    assert [n[-4:] for n in store.files.names(folder)] == [".seg", ".seg"] or len(store.files.names(folder)) == 2
+    rec.close()
+    assert all(n.endswith(".seg") for n in store.files.names(folder))
