@@ -19,7 +19,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
@@ -85,6 +85,7 @@ class Options:
     name: str = ""  # what people call the machine, if not what the platform says
     full: bool = False  # read and compare everything, whatever the tracker says
     sample_blocks: int = SAMPLE_BLOCKS
+    seq: int | None = None  # of the machine's journal: every fact up to this one is in the point, and none after it
     clock: Clock = system_clock
     progress: Callable[[Progress], None] = lambda _: None
     rng: random.Random = field(default_factory=random.Random)
@@ -100,15 +101,18 @@ def capture(store: Store, hypervisor: Hypervisor, machine: Machine, options: Opt
     leases = Leases(store, options.clock)
     for note in leases.settle(hypervisor, machine):
         outcome.degrade(note)
-    with leases.hold(machine.id, options.source) as lease:
-        try:
-            _captured(store, hypervisor, machine, options, outcome, leases, lease)
-        except BaseException:
-            # Undo at once what can be undone; the lease stays for what can't.
-            _release(hypervisor, machine, lease, committed_tokens(store, machine.id), outcome)
-            raise
-        _measure(outcome.figures, began, cpu)
-        _tell(store, machine, outcome, options)
+    lease = leases.take(machine.id, options.source)
+    try:
+        point = _captured(store, hypervisor, machine, options, outcome, leases, lease)
+    except BaseException:
+        # Undo at once what can be undone; the lease stays for the next run to look again.
+        _release(hypervisor, machine, lease, committed_tokens(store, machine.id), outcome)
+        raise
+    # The point is committed: from here on trouble is a note, never an error that says there is none.
+    outcome.point = point
+    released = _release(hypervisor, machine, lease, [d.token for d in point.disks if d.token], outcome)
+    _measure(outcome.figures, began, cpu)
+    _conclude(store, leases, lease if released else None, machine, outcome, options)
     return outcome
 
 
@@ -120,28 +124,46 @@ def _captured(
     outcome: Outcome,
     leases: Leases,
     lease: Lease,
-) -> None:
-    """Steps 2 to 4 and 6 of the crash table."""
+) -> RecoveryPoint:
+    """Steps 2 to 4 of the crash table."""
     parent = store.newest(machine.id)
     since = {} if parent is None or options.full else {d.disk.id: d.token for d in parent.disks if d.token}
     writer = store.writer()
     try:
         with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
-            run = _Run(store, writer, outcome, options, lambda: leases.renew(lease))
-            roots = [run.disk(d, parent, since.get(d.disk.id)) for d in frozen.disks]
-            for note in [*frozen.notes, *frozen.verify()]:
-                outcome.degrade(note)
-        point = _point(frozen, roots, options, outcome)
+            roots = take_in(store, writer, frozen, parent, since, options, outcome, lambda: leases.renew(lease))
+        point = point_of(frozen, roots, options, outcome)
         store.commit(point, writer)
     except BaseException:
         writer.abandon()
         raise
-    outcome.point = point
     outcome.figures.stored_bytes = writer.stored_bytes
-    _release(hypervisor, machine, lease, [r.token for r in roots if r.token], outcome)
+    return point
 
 
-def _point(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcome: Outcome) -> RecoveryPoint:
+def take_in(
+    store: Store,
+    writer: ChunkWriter,
+    frozen: Frozen,
+    parent: RecoveryPoint | None,
+    since: Mapping[DiskId, Token],
+    options: Options,
+    outcome: Outcome,
+    renew: Callable[[], object] = lambda: None,
+) -> list[DiskRoot]:
+    """Bring every disk of a frozen machine into the store, building upon `parent`, and let the machine prove itself.
+
+    Raises HostUnreachable, ReadFailed, SpaceExhausted.
+    """
+    run = _Run(store, writer, outcome, options, renew)
+    roots = [run.disk(d, parent, since.get(d.disk.id)) for d in frozen.disks]
+    for note in [*frozen.notes, *frozen.verify()]:
+        outcome.degrade(note)
+    return roots
+
+
+def point_of(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcome: Outcome) -> RecoveryPoint:
+    """The recovery point of a frozen machine, not committed yet."""
     machine = replace(frozen.machine, name=options.name) if options.name else frozen.machine
     return RecoveryPoint(
         new_id(),
@@ -152,14 +174,30 @@ def _point(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcome:
         frozen.config,
         {k: v for k, v in asdict(outcome.figures).items() if not k.endswith("seconds")},
         tuple(outcome.notes),
+        options.seq,
     )
 
 
-def _release(hypervisor: Hypervisor, machine: Machine, lease: Lease, keep: Sequence[Token], outcome: Outcome) -> None:
+def _release(hypervisor: Hypervisor, machine: Machine, lease: Lease, keep: Sequence[Token], outcome: Outcome) -> bool:
+    """Whether nothing of the lease is left on the host; if not, the lease must stay."""
     try:
         hypervisor.release(machine, lease.id, keep)
     except HvbackupError as e:
         outcome.degrade(f"Could not clean up on the host yet ({e}); the next run does it")
+        return False
+    return True
+
+
+def _conclude(
+    store: Store, leases: Leases, lease: Lease | None, machine: Machine, outcome: Outcome, options: Options
+) -> None:
+    """Tell of the point, then give the lease back if nothing needs it any more."""
+    try:
+        _tell(store, machine, outcome, options)
+        if lease is not None:
+            leases.remove(lease.id)
+    except HvbackupError as e:
+        outcome.degrade(f"The point is committed, and writing that down failed ({e}); the next run does it")
 
 
 def _measure(figures: Figures, began: float, cpu: float) -> None:

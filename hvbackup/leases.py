@@ -12,8 +12,7 @@ A lease file `leases/ID` is sealed like a point, and, unlike everything else in 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvbackup.errors import HvbackupError, StoreDamage
@@ -43,20 +42,20 @@ class Leases:
 
     def __init__(self, store: Store, clock: Callable[[], Instant]) -> None:
         self._store, self._clock = store, clock
+        self._written: dict[LeaseId, Lease] = {}
 
-    @contextmanager
-    def hold(self, machine: MachineId, source: str) -> Iterator[Lease]:
-        """A lease that is on disk before the body runs; it stays there when the body fails, for `settle`."""
+    def take(self, machine: MachineId, source: str) -> Lease:
+        """A lease that is on disk when this returns; it stays there until `remove`, or for `settle`."""
         lease = Lease(LeaseId(secrets.token_hex(6)), machine, source, self._store.runs.writer, self._expiry())
         self._write(lease)
-        yield lease
-        self.remove(lease.id)
+        return lease
 
     def _expiry(self) -> Instant:
         return Instant(self._clock() + LEASE_NS)
 
     def renew(self, lease: Lease) -> Lease:
         """The same lease, good for another 15 minutes, once less than half of its time is left."""
+        lease = self._written.get(lease.id, lease)
         if lease.expires - self._clock() > LEASE_NS // 2:
             return lease
         renewed = Lease(lease.id, lease.machine, lease.source, lease.writer, self._expiry())
@@ -67,27 +66,30 @@ class Leases:
         path = f"{FOLDER}/{lease.id}"
         value = {"machine": lease.machine, "source": lease.source, "writer": lease.writer, "expires": lease.expires}
         self._store.files.replace(path, seal(self._store.ring, f.KIND_LEASE, path, value))
+        self._written[lease.id] = lease
 
     def remove(self, lease: LeaseId) -> None:
         """The lease is gone when this returns."""
         self._store.files.remove(f"{FOLDER}/{lease}")
 
     def all(self) -> list[Lease]:
-        """Every readable lease."""
-        found = []
-        for name in self._store.files.names(FOLDER):
-            path = f"{FOLDER}/{name}"
-            try:
-                v = unseal(self._store.ring, f.KIND_LEASE, path, self._store.files.read(path))
-                found.append(Lease(LeaseId(name), v["machine"], v["source"], v["writer"], Instant(v["expires"])))
-            except StoreDamage:
-                self._store.files.remove(path)  # torn by a crash before anything was made under it
-        return found
+        """Every lease; of a damaged one only the name is known, which is what a hypervisor wants to hear."""
+        return [found for name in self._store.files.names(FOLDER) if (found := self._read(name))]
+
+    def _read(self, name: str) -> Lease | None:
+        path = f"{FOLDER}/{name}"
+        try:
+            v = unseal(self._store.ring, f.KIND_LEASE, path, self._store.files.read(path))
+            return Lease(LeaseId(name), v["machine"], v["source"], v["writer"], Instant(v["expires"]))
+        except FileNotFoundError:
+            return None  # another writer of the store has just given it back
+        except (StoreDamage, KeyError, TypeError):
+            return Lease(LeaseId(name), MachineId(""), "", "", Instant(0))
 
     def stale(self, machine: MachineId) -> list[Lease]:
         """Leases of a machine whose holder is dead: ours (we own the store, so nobody else runs here), or expired."""
         ours, now = self._store.runs.writer, self._clock()
-        return [v for v in self.all() if v.machine == machine and (v.writer == ours or v.expires < now)]
+        return [v for v in self.all() if v.machine in (machine, "") and (v.writer == ours or v.expires < now)]
 
     def settle(self, hypervisor: Hypervisor, machine: Machine) -> list[str]:
         """Undo on the hypervisor what dead runs left there; what newest points name stays.  Returns notes."""
