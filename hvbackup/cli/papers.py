@@ -142,11 +142,11 @@ def _zsh_body(page: Page) -> Iterator[str]:
         yield "    local line state"
         yield "    _arguments -C \\"
         yield from (f"        {spec} \\" for spec in specs)
-        yield "        '1: :->verb' '*::: :->rest'"
+        yield "        '1: :->verb' '*:: :->rest'"
         yield "    case $state in"
         names = " ".join(_quoted(f"{v.words[-1]}:{v.help}") for v in page.verbs)
         yield f"    verb) local -a verbs=({names}); _describe verb verbs ;;"
-        yield "    rest) case $words[1] in"
+        yield "    rest) case $line[1] in"
         yield from (f"        {v.words[-1]}) {_function(v)} ;;" for v in page.verbs)
         yield "        esac ;;"
         yield "    esac"

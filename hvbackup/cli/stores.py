@@ -11,6 +11,7 @@ from hvbackup.cli.invocation import session_of
 from hvbackup.cli.output import Out, count, duration, size, table
 from hvbackup.cli.parser import Verbs, add_shared, add_verb
 from hvbackup.cli.progress import Progress
+from hvbackup.cli.recovery import boot_row, boot_table
 from hvbackup.errors import StoreDamage, UsageError
 
 if TYPE_CHECKING:
@@ -182,6 +183,9 @@ def _overview_lines(found: Overview, now: int) -> Iterator[str]:
     yield ""
     head = ("MACHINE", "NEWEST POINT", "TIME", "AGE", "CONSISTENCY", "POINTS", "DISKS", "SIZE")
     yield from table(head, [_machine_row(h, now) for h in found.machines], (3, 5, 6, 7))
+    if found.boots:
+        yield ""
+        yield from boot_table([boot_row(b) for b in found.boots])
     if found.leftovers:
         yield ""
         yield from table(("RUN", "MACHINE", "SOURCE", "STATE"), [_leftover_row(v) for v in found.leftovers])

@@ -14,6 +14,7 @@ from hvbackup import moments
 from hvbackup.errors import NotFound, StoreDamage, UsageError
 from hvbackup.leases import Lease, Leases
 from hvbackup.model import SECOND, DiskRoot, Instant, Machine, RecoveryPoint
+from hvbackup.recover.boot import Boot, Boots
 from hvbackup.service.chosen import no_disk
 from hvbackup.service.session import Session
 from hvbackup.store.catalog import Catalog
@@ -88,6 +89,7 @@ class Overview:
     store: StoreFigures
     machines: Sequence[History]
     leftovers: Sequence[Leftover]
+    boots: Sequence[Boot]
     notes: Sequence[str]
 
 
@@ -108,12 +110,13 @@ def status(session: Session, now: Instant) -> Overview:
         names = {h.machine.id: h.machine.name for h in found.machines}
         leases = Leases(store, lambda: now).all()
         leftovers = [Leftover(v, names.get(v.machine, v.machine), v.expires < now) for v in leases]
+        boots = Boots(session.places.state, session.places.run, lambda: now).all()
         notes = [
             f"A run on machine {v.machine} did not end; its next capture cleans up what is left on the host"
             for v in leftovers
             if v.expired
         ]
-        return Overview(_figures(store, session), found.machines, leftovers, [*found.notes, *notes])
+        return Overview(_figures(store, session), found.machines, leftovers, boots, [*found.notes, *notes])
 
 
 def sql(session: Session, query: str) -> Answer:

@@ -135,6 +135,7 @@ def overview(o: Overview, now: Instant) -> Json:
         "store": store(o.store),
         "machines": [protected(h, now) for h in o.machines],
         "leases": [leftover(v) for v in o.leftovers],
+        "boots": [boot(b) for b in o.boots],
         "notes": list(o.notes),
     }
 

@@ -1,0 +1,181 @@
+"""Every verb does what it says, in text and in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.rig import World, make_disk
+
+
+def test_a_store_is_made_with_a_key_outside_of_the_state(world: World) -> None:
+    made = world.done("init", "--json").json
+    key = Path(made["key_file"])
+    assert key == world.configuration / "keys" / f"{made['store']['id']}.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert made["store"] == {"path": str(world.store), "id": key.stem, "block_bytes": 65536, "encrypted": True}
+    assert not world.state.exists() or not [
+        p for p in world.state.rglob("*") if p.is_file() and b"HVB1" in p.read_bytes()
+    ]
+
+
+def test_what_to_do_with_the_key_is_said(world: World) -> None:
+    said = world.done("init", world.store, "--block", "256K").out
+    assert str(world.key_file) in said
+    assert "Copy that file to a safe place" in said
+
+
+def test_a_store_without_encryption_is_said_aloud(world: World) -> None:
+    ran = world.run("init", "--no-encryption")
+    assert ran.code == 0
+    assert "NOT encrypted" in ran.err
+    assert not world.configuration.exists()
+    assert world.run("init", world.folder / "two", "--no-encryption", "--strict").code == 3
+
+
+def test_the_whole_way_from_a_disk_to_its_restored_bytes(world: World) -> None:
+    world.done("init")
+    first = make_disk(world.folder / "disk.raw", 1_000_448)
+    source = f"image:{world.folder}/disk.raw"
+    run = world.done("backup", source, "--name", "web1", "--json").json["runs"][0]
+    assert run["status"] == "ok"
+    assert run["point"]["machine"]["name"] == "web1"
+    assert run["point"]["disks"][0]["how"] == "full"
+    second = make_disk(world.folder / "disk.raw", 1_000_448, seed=2)
+    world.done("backup", source)
+
+    points = world.done("points", "web1", "--json").json["points"]
+    assert [p["machine"]["name"] for p in points] == ["web1", "web1"], "a name once given stays"
+    assert [p["size_bytes"] for p in points] == [1_000_448] * 2
+    for point, content in zip(points, (first, second), strict=True):
+        target = world.folder / f"{point['id']}.img"
+        world.done("restore", "web1", "--at", point["id"][:10], "--disk", "disk", "--to", target)
+        assert target.read_bytes() == content
+    seconds = points[0]["time"][:19].replace("T", " ")
+    if points[1]["time"][:19] != points[0]["time"][:19]:
+        answer = world.done("restore", "web1", "--at", seconds, "--to", world.folder / "out", "--json").json
+        assert answer["point"]["id"] == points[0]["id"], "what `points` prints finds its point"
+
+
+def test_a_restored_folder_has_the_disks_and_their_machine(stored: World) -> None:
+    shown = stored.done("restore", "web1", "--to", stored.folder / "out", "--json").json
+    assert sorted(p.name for p in (stored.folder / "out").iterdir()) == ["disk.raw", "machine.json"]
+    assert (stored.folder / "out/disk.raw").read_bytes() == (stored.folder / "disk.raw").read_bytes()
+    described = json.loads((stored.folder / "out/machine.json").read_text())
+    assert described["point"] == shown["point"]["id"]
+    assert described["disks"] == [{"id": "disk", "file": "disk.raw", "format": "raw"}]
+
+
+def test_nothing_is_overwritten_without_leave(stored: World) -> None:
+    target = stored.folder / "x.raw"
+    target.write_text("mine")
+    words = ("restore", "web1", "--disk", "disk", "--to", target)
+    assert "--replace" in stored.refused(2, *words)
+    assert target.read_text() == "mine"
+    stored.done(*words, "--replace")
+    assert target.read_bytes() == (stored.folder / "disk.raw").read_bytes()
+
+
+def test_several_sources_fail_one_by_one(stored: World) -> None:
+    good, bad = f"image:{stored.folder}/disk.raw", f"image:{stored.folder}/gone.raw"
+    ran = stored.run("backup", good, bad, "--json")
+    assert ran.code == 3
+    assert ran.json["status"] == "partly"
+    assert [r["status"] for r in ran.json["runs"]] == ["ok", "failed"]
+    assert ran.json["runs"][1]["error"]["kind"] == "NotFound"
+    assert stored.run("backup", bad, bad).code == 2
+
+
+def test_a_dry_run_makes_nothing(stored: World) -> None:
+    before = sorted(stored.store.rglob("*"))
+    plan = stored.done("backup", "--dry-run", f"image:{stored.folder}/disk.raw", "--json").json
+    assert plan["status"] == "planned"
+    assert plan["runs"][0]["newest"]["machine"]["name"] == "web1"
+    assert sorted(stored.store.rglob("*")) == before
+
+
+def test_a_chosen_disk_is_captured_alone(world: World) -> None:
+    world.done("init")
+    for name in ("a", "b"):
+        make_disk(world.folder / f"{name}.raw", 200_192)
+    source = f"image:{world.folder}/a.raw,{world.folder}/b.raw"
+    assert "It has: a, b" in world.refused(2, "backup", source, "--disk", "c")
+    ran = world.run("backup", source, "--disk", "b", "--json")
+    assert ran.code == 0
+    assert [d["id"] for d in ran.json["runs"][0]["point"]["disks"]] == ["b"]
+    assert "Disk a was left out" in ran.err
+
+
+def test_status_tells_of_machines_and_the_store(stored: World) -> None:
+    shown = stored.done("status", "--json").json
+    assert shown["machines"][0]["name"] == "web1"
+    assert shown["machines"][0]["points"] == 1
+    assert 0 <= shown["machines"][0]["age_seconds"] < 600
+    assert shown["store"]["cipher"] == "aes-256-gcm"
+    assert shown["store"]["used_bytes"] > 1_000_000
+    assert shown["leases"] == []
+    assert "web1" in stored.done("status").out
+
+
+def test_sql_asks_the_index(stored: World) -> None:
+    answer = stored.done("sql", "select name, size from points", "--json").json
+    assert answer == {"columns": ["name", "size"], "rows": [["web1", 2_000_384]]}
+    assert "read-only" in stored.refused(2, "sql", "drop table points")
+
+
+def test_check_is_silent_about_a_good_store_and_names_damage(stored: World) -> None:
+    assert stored.done("check", "--deep", "--json").json["ok"] is True
+    biggest = max((stored.store / "packs").rglob("*.pack"), key=lambda p: p.stat().st_size)
+    data = bytearray(biggest.read_bytes())
+    data[len(data) // 2] ^= 1
+    biggest.write_bytes(data)
+    ran = stored.run("check", "--deep", "--json")
+    shown = json.loads(ran.out)
+    assert ran.code == 20
+    assert shown["ok"] is False
+    assert any(p["lost"] and "web1" in p["what"] for p in shown["problems"])
+
+
+@pytest.mark.real
+def test_a_map_serves_until_it_is_told_to_end(stored: World) -> None:
+    process = stored.start("map", "web1", "--json")
+    assert process.stdout is not None
+    shown = json.loads(process.stdout.readline())
+    [disk] = shown["disks"]
+    found = subprocess.run(["nbdinfo", "--size", disk["uri"]], capture_output=True, text=True, timeout=20, check=True)
+    assert int(found.stdout) == disk["size_bytes"] == 2_000_384
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    assert not Path(disk["uri"].partition("socket=")[2]).exists()
+
+
+@pytest.mark.real
+def test_a_booted_machine_is_listed_and_discarded(stored: World) -> None:
+    booted = stored.run("boot", "web1", "--name", "trial", "--memory", "64M", "--json")
+    assert booted.code == 0, booted
+    try:
+        assert booted.json["state"] == "running"
+        assert [b["name"] for b in stored.done("discard", "--list", "--json").json["boots"]] == ["trial"]
+        assert [b["name"] for b in stored.done("status", "--json").json["boots"]] == ["trial"]
+        assert "did you mean trial?" in stored.refused(2, "discard", "trail")
+    finally:
+        stored.done("discard", "trial")
+    for pid in booted.json["processes"].values():
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_an_answer_nobody_reads_is_no_failure(stored: World) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(
+        stored.command("points"), env=stored.environment, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, b"")
