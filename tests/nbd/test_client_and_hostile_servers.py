@@ -147,6 +147,31 @@ def test_block_status_in_parts_is_put_together() -> None:
     assert rows["qemu:dirty-bitmap:x"].tolist() == [[0, 100, 1], [100, 900, 0]]
 
 
+def test_contexts_that_advance_at_different_speed_do_not_overlap() -> None:
+    answers = [
+        status(1, 300, 0, 300, 3, flags=0),
+        status(2, 100, 1),
+        chunk(protocol.CHUNK_STATUS, struct.pack(">5I", 1, 200, 0, 700, 3), flags=0, cookie=2),
+        chunk(protocol.CHUNK_STATUS, struct.pack(">3I", 2, 900, 0), cookie=2),
+    ]
+    with _scripted(*answers) as client:
+        rows = client.statuses(0, 1000)
+    assert rows[protocol.BASE_ALLOCATION].tolist() == [[0, 300, 0], [300, 700, 3]]
+    assert rows["qemu:dirty-bitmap:x"].tolist() == [[0, 100, 1], [100, 900, 0]]
+
+
+def test_what_was_said_before_counts_when_an_overlapping_answer_differs() -> None:
+    answers = [
+        status(1, 600, 3, flags=0),
+        status(2, 100, 1),
+        chunk(protocol.CHUNK_STATUS, struct.pack(">3I", 1, 900, 0), flags=0, cookie=2),
+        chunk(protocol.CHUNK_STATUS, struct.pack(">3I", 2, 900, 0), cookie=2),
+    ]
+    with _scripted(*answers) as client:
+        rows = client.statuses(0, 1000)
+    assert rows[protocol.BASE_ALLOCATION].tolist() == [[0, 600, 3], [600, 400, 0]]
+
+
 # --- answers that are not ---------------------------------------------------------------------------------------------
 
 

@@ -187,12 +187,34 @@ def test_requests_of_one_connection_run_in_parallel(serve: Serve) -> None:
 
 def test_a_serial_export_sees_one_request_after_the_other_in_order(serve: Serve) -> None:
     seen: list[int] = []
-    export = TrickExport(1 << 20, lambda offset, length: seen.append(offset))
+
+    def look(offset: int, length: int) -> None:
+        seen.append(offset)
+        time.sleep(0.001)  # long enough for another thread to come in between
+
+    export = TrickExport(1 << 20, look)
     export.parallel = False
     with NbdClient.open(serve(export), settings=Settings(request_bytes=4096)) as client:
         _read(client, 0, 1 << 20)
     assert seen == list(range(0, 1 << 20, 4096))
     assert export.most_inside == 1
+
+
+def test_replies_of_several_threads_do_not_mix(serve: Serve) -> None:
+    export = TrickExport(48 << 20, lambda offset, length: time.sleep(0.002))
+    export.data[:] = np.random.default_rng(4).bytes(export.size)
+    with NbdClient.open(serve(export), settings=Settings(request_bytes=1 << 19)) as client:
+        assert _read(client, 0, export.size) == export.data
+    assert export.most_inside > 1
+
+
+def test_memory_of_writes_is_given_back(serve: Serve) -> None:
+    export = MemoryExport(24 << 20)
+    content = np.random.default_rng(6).bytes(export.size)
+    limits = Limits(buffer_bytes=4 << 20, connection_bytes=2 << 20)
+    with NbdClient.open(serve(export, limits=limits)) as client:
+        client.write(0, content)
+    assert export.data == content
 
 
 def test_a_slow_read_does_not_hold_up_others(serve: Serve) -> None:

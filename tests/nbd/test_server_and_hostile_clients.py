@@ -7,10 +7,12 @@ import errno
 import socket
 import struct
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,6 +155,17 @@ def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> No
         assert wait_for(lambda: server.connections == 0, 5)
         for client in slow:
             client.sock.close()
+
+
+def test_a_client_that_is_slow_but_not_dead_is_served() -> None:
+    export = MemoryExport(24 * _MiB)
+    export.data[:] = np.random.default_rng(7).bytes(export.size)
+    with _served(export, stall_seconds=0.2) as (_, uri), RawClient(uri) as client:
+        client.open().ask(protocol.READ, 0, export.size)
+        assert client.simple() == (0, 7)
+        for at in range(0, export.size, _MiB):
+            assert client.take(_MiB) == export.data[at : at + _MiB]
+            time.sleep(0.05)
 
 
 # --- too much ---------------------------------------------------------------------------------------------------------
