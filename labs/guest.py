@@ -54,13 +54,22 @@ class LabDisk:
     options: dict[str, Any] = field(default_factory=dict)  # more of the virtio-blk-pci device
 
 
-def make_disk(path: Path, size_bytes: int, format: str = "qcow2", *, ext4: bool = True) -> LabDisk:  # noqa: A002
-    """A new image, with an empty ext4 that does not go on writing by itself."""
+def make_disk(
+    path: Path,
+    size_bytes: int,
+    format: str = "qcow2",  # noqa: A002
+    *,
+    ext4: bool = True,
+    content: Path | None = None,
+) -> LabDisk:
+    """A new image, with an ext4 (empty, or with this folder's files) that does not go on writing by itself."""
     raw = path.with_name(path.name + ".raw") if format != "raw" else path
     with raw.open("wb") as file:
         file.truncate(size_bytes)
     if ext4:
-        run(_program("mkfs.ext4"), "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", raw)
+        filled = ("-d", content) if content else ()
+        options = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
+        run(_program("mkfs.ext4"), "-q", "-F", "-E", options, *filled, raw)
     if format != "raw":
         run("qemu-img", "convert", "-f", "raw", "-O", format, raw, path)
         raw.unlink()

@@ -109,7 +109,7 @@ class Boots:
     """The machines booted on this host.  Thread safety: one thread."""
 
     def __init__(self, state: Path, run: Path, clock: Callable[[], Instant]) -> None:
-        self._root, self._run, self._clock = state / "boots", run, clock
+        self._root, self._run, self._clock = state / "boots", run / "boots", clock
 
     def boot(self, point: RecoveryPoint, spawn_export: SpawnExport, options: Options | None = None) -> Boot:
         """The machine runs when this returns; nothing of it is left when this raises.

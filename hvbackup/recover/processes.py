@@ -22,6 +22,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _STARTED_FIELD = 19  # of /proc/PID/stat, counted after the name: ticks since the machine came up
 _UCRED = struct.Struct("3i")
 _POLL_SECONDS = 0.02
+_STARTING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def start_detached(argv: Sequence[str], log: Path) -> Process:
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     try:
-        pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=streams, setsid=True)
+        pid = os.posix_spawnp(argv[0], list(argv), os.environ, file_actions=streams, setsid=True)
     except OSError as error:
         raise HvbackupError(f"{argv[0]} cannot be started: {error.strerror}") from error
     return Process.of(pid) or Process(pid, 0, "")
@@ -113,7 +114,14 @@ def started_with(word: str) -> list[Process]:
 
 
 def _command_line(entry: Path) -> list[str]:
-    try:
-        return os.fsdecode((entry / "cmdline").read_bytes()).split("\0")
-    except OSError:  # it has ended, or is not ours to see
-        return []
+    """The words; a process that is just being started has none for a moment, which is waited for."""
+    end = time.monotonic() + _STARTING_SECONDS
+    while True:
+        try:
+            (entry / "exe").readlink()
+            words = os.fsdecode((entry / "cmdline").read_bytes()).split("\0")
+        except OSError:  # it has ended, is not ours to see, or belongs to the kernel
+            return []
+        if words != [""] or time.monotonic() > end:
+            return words
+        time.sleep(_POLL_SECONDS)

@@ -73,7 +73,7 @@ def boots(tmp_path: Path) -> Iterator[Boots]:
 
 def assert_nothing_left(tmp_path: Path, boot: Boot | None = None) -> None:
     assert [path for path in tmp_path.glob("state/boots/*") if path.name != "tmp"] == []
-    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.glob("run/boots/*")) == []
     for process in boot.processes.values() if boot else ():
         assert not process.is_running()
     assert processes_that_mention(str(tmp_path)) == []
@@ -145,6 +145,7 @@ CHILD = """
     crash_after(module, "_make_overlay")
     crash_after(module, "start_detached")
     crash_after(module, "_wait_for_machine")
+    module.kvm.works = lambda: False  # saves time
     exports = t.Exports(folder / "disks")
     boots = Boots(folder / "state", folder / "run", lambda: 1)
     boots.boot(t.a_point(), exports, Options(name="it", memory_bytes=64 << 20))
