@@ -220,7 +220,8 @@ def tell(told: Told, seq: int, t: int, value: dict[str, Any]) -> None:
     if "epoch" in value:
         told.epoch = int(value["epoch"])
     if "gap" in value:
-        told.gaps.append(Gap(Instant(value["gap"]["from"]), Instant(t), value["gap"]["why"]))
+        gap = value["gap"]
+        told.gaps.append(Gap(Instant(gap["from"]), Instant(gap.get("to", t)), gap["why"]))
     if "mark" in value:
         told.marks.append(Mark(seq, Instant(t), value["mark"]["label"], value["mark"].get("consistency", "crash")))
     if "tokens" in value:

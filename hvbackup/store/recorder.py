@@ -57,7 +57,8 @@ class Recorder:
         settle(store, machine)
         names = journal.list_files(store.files, self._folder)
         self.epoch = max((n.epoch for n in names), default=0) + 1
-        self._next = max((self._end(n) for n in names), default=1)
+        # One number is left out: the point that a new life begins with takes it, and no moment before has it.
+        self._next = max((self._end(n) for n in names), default=0) + 1
         self._disks: tuple[Disk, ...] = ()
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
@@ -94,7 +95,7 @@ class Recorder:
             self._log.note(t, self._table(), barrier=False)
         return self._log
 
-    def write(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | memoryview) -> None:
+    def write(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview) -> None:
         """Facts of one set: `data` holds the bytes of the extents (offset, length), one after the other."""
         facts = np.zeros(len(extents), f.FACT)
         rows = np.array(extents, np.uint64).reshape(-1, 2)

@@ -1,0 +1,129 @@
+"""Protection by micro-snapshots, against an oracle: every moment of every life reads back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvbackup.capture import Options
+from hvbackup.errors import HostUnreachable, JournalGap
+from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
+from hvbackup.model import SECOND, DiskId, Instant, KiB
+from hvbackup.protect import ContinuityLost, Protection, Rhythm
+from hvbackup.store import keys
+from hvbackup.store.history import History
+from hvbackup.store.store import Store, init
+
+FAULTS = [("read", 1), ("read", 2), ("open", 2), ("changes", 2), ("snapshot", 1), ("verify", 1)]
+SIZES = {"vda": 500 * KiB + 512, "vdb": 200 * KiB}
+
+
+class World:
+    """A store, a machine with two disks, and what the disks held at each moment."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.hv = FakeHypervisor([FakeMachine("m1", {d: FakeDisk(n) for d, n in SIZES.items()})])
+        self.machine = self.hv.machines()[0]
+        self.protection = Protection(store, self.hv, self.machine, Options(), Rhythm(1 * SECOND))
+        self.rng = random.Random(7)
+        self.images: dict[int, dict[str, bytes]] = {}
+
+    def guest_writes(self, count: int = 20) -> None:
+        for _ in range(count):
+            disk = self.rng.choice(sorted(SIZES))
+            length = self.rng.choice([512, 4096, 40_000])
+            start = self.rng.randrange(SIZES[disk] - length)
+            data = bytes(length) if self.rng.random() < 0.3 else self.rng.randbytes(length)
+            self.hv.machine("m1").disks[disk].write(start, data)
+
+    def content(self) -> dict[str, bytes]:
+        return {d: bytes(self.hv.machine("m1").disks[d].content) for d in SIZES}
+
+    def check(self) -> None:
+        history = History(self.store, self.machine.id)
+        for seq, image in self.images.items():
+            for disk, wanted in image.items():
+                view = history.view(history.by_seq(seq), DiskId(disk))
+                out = bytearray(view.size)
+                view.read_into(0, memoryview(out))
+                assert bytes(out) == wanted, (seq, disk)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    secret = keys.parse_key_text(keys.new_key_text(), "test")
+    init(tmp_path / "store", secret)
+    with Store.open(tmp_path / "store", tmp_path / "state", [secret], owner=True) as store:
+        yield World(store)
+
+
+def test_every_moment_of_two_lives_reads_back_before_and_after_folding(world: World) -> None:
+    for _ in range(2):
+        world.guest_writes()
+        life = world.protection.begin("a test")
+        for n in range(6):
+            world.guest_writes()
+            cycle = world.protection.cycle(life)
+            world.images[cycle.moment.seq] = world.content()
+            if n == 2:
+                world.protection.fold(life, cycle.moment)
+        life.recorder.close()
+        world.check()
+    folded = [p for p in world.store.points(world.machine.id) if p.seq in world.images]
+    assert len(folded) == 2
+    for point in folded:
+        for root in point.disks:
+            out = bytearray(root.disk.size)
+            world.store.view(root).read_into(0, memoryview(out))
+            assert bytes(out) == world.images[point.seq or 0][root.disk.id]
+
+
+def test_only_the_newest_barrier_and_point_keep_anything_on_the_host(world: World) -> None:
+    life = world.protection.begin("a test")
+    for _ in range(4):
+        world.guest_writes(3)
+        world.protection.cycle(life)
+    named = {t.value for t in life.tokens.values()} | {d.token.value for d in life.point.disks if d.token}
+    assert {n for d in world.hv.machine("m1").disks.values() for n in d.checkpoints} == named
+    assert not world.hv.open_snapshots
+    life.recorder.close()
+
+
+def test_a_cycle_that_failed_half_way_spoils_no_moment(world: World) -> None:
+    life = world.protection.begin("a test")
+    for n in range(1, 9):
+        world.guest_writes()
+        world.hv.at(*FAULTS[n % len(FAULTS)], HostUnreachable("the host is gone"))
+        with pytest.raises(HostUnreachable):
+            world.protection.cycle(life)
+        world.guest_writes()
+        life = world.protection.begin("the host was gone")
+        world.guest_writes()
+        cycle = world.protection.cycle(life)
+        world.images[cycle.moment.seq] = world.content()
+        world.check()
+    life.recorder.close()
+
+
+def test_lost_tracking_ends_a_life_and_the_gap_is_told(world: World) -> None:
+    life = world.protection.begin("a test")
+    world.guest_writes()
+    before = world.protection.cycle(life)
+    world.images[before.moment.seq] = world.content()
+    world.hv.machine("m1").disks["vda"].lose_tracking()
+    world.guest_writes()
+    with pytest.raises(ContinuityLost):
+        world.protection.cycle(life)
+    life.recorder.close()
+    life = world.protection.begin("the bitmap was lost")
+    world.guest_writes()
+    after = world.protection.cycle(life)
+    world.images[after.moment.seq] = world.content()
+    life.recorder.close()
+    world.check()
+    with pytest.raises(JournalGap, match="the bitmap was lost"):
+        History(world.store, world.machine.id).at(Instant(before.moment.t + 1))
