@@ -245,15 +245,23 @@ def _command_line(boot: Boot, point: RecoveryPoint, disks: Sequence[DiskRoot], o
         )
         for d in disks
     ]
-    captured = point.config.kind == "qemu-argv" and not options.generic
-    wants_kvm = not captured or "kvm" in point.config.native
+    native = _captured_line(point) if not options.generic else {}
+    wants_kvm = not native or "kvm" in point.config.native
     identity = str(uuid.uuid4()) if options.new_identity else ""
     kvm_works = wants_kvm and kvm.works()
     place = Place(boot.name, str(boot.run), str(boot.folder), os.path.exists, kvm=kvm_works, identity=identity)
-    if not captured:
+    if not native:
         return _with_program(_generic(point, overlays, place, options))
-    native = json.loads(point.config.native)
     return _with_program(qemu_argv.rewrite(native["argv"], native.get("cwd") or "/", overlays, place))
+
+
+def _captured_line(point: RecoveryPoint) -> dict[str, Any]:
+    """The command line of the machine, with its directory; empty when there is none that starts a machine."""
+    if point.config.kind != "qemu-argv":
+        return {}
+    native: dict[str, Any] = json.loads(point.config.native)
+    program = Path(native["argv"][0]).name if native.get("argv") else ""
+    return {} if not program or "storage-daemon" in program else native
 
 
 def _generic(point: RecoveryPoint, overlays: Sequence[Overlay], place: Place, options: Options) -> CommandLine:

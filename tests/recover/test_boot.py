@@ -181,6 +181,16 @@ def test_qemu_that_ends_at_once_is_quoted_and_nothing_is_left(boots: Boots, expo
 
 
 @pytest.mark.real
+def test_the_disks_of_a_storage_daemon_run_on_a_plain_machine(boots: Boots, exports: Exports) -> None:
+    native = json.dumps(
+        {"argv": ["qemu-storage-daemon", "--blockdev", "file,node-name=vda,filename=/gone"], "cwd": "/"}
+    )
+    config = MachineConfig("qemu-argv", native, {"memory_bytes": 0, "cpus": 0})
+    boot = boots.boot(a_point(config=config), exports, Options(memory_bytes=64 << 20))
+    assert boot.notes == ("How the machine was started is not known: it runs on a plain machine",)
+
+
+@pytest.mark.real
 def test_an_export_that_ends_at_once_is_quoted_and_nothing_is_left(boots: Boots, tmp_path: Path) -> None:
     def broken(point: RecoveryPoint, disks: Sequence[DiskRoot], socket: Path, run_dir: Path) -> int:
         return start_detached(["sh", "-c", "echo store is locked"], run_dir / "export.log").pid
