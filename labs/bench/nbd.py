@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -195,23 +196,30 @@ def rates(uri: str, blocks: list[int], reads: int, cache_mb: int) -> list[Rate]:
 def memory_export() -> Iterator[str]:
     """The URI of an `nbdkit memory` export, which ends with the block."""
     with tempfile.TemporaryDirectory() as folder:
-        socket = Path(folder, "socket")
-        server = subprocess.Popen(["nbdkit", "-f", "-U", socket, "memory", str(CEILING_BYTES)])
+        address = Path(folder, "socket")
+        server = subprocess.Popen(
+            ["nbdkit", "-f", "-U", address, "memory", str(CEILING_BYTES)], stderr=subprocess.DEVNULL
+        )
         try:
-            wait_for(socket)
-            yield f"nbd+unix:///?socket={socket}"
+            wait_for(address)
+            yield f"nbd+unix:///?socket={address}"
         finally:
             server.terminate()
             server.wait(10)
 
 
-def wait_for(socket: Path) -> None:
-    """The socket exists, within ten seconds."""
+def wait_for(address: Path) -> None:
+    """Something listens at the socket, within ten seconds."""
     deadline = time.monotonic() + 10
-    while not socket.exists():
-        if time.monotonic() > deadline:
-            sys.exit(f"{socket}: nbdkit did not start within 10 seconds")
-        time.sleep(0.02)
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX) as trial:
+                trial.connect(str(address))
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                sys.exit(f"{address}: nbdkit did not start within 10 seconds")
+            time.sleep(0.02)
 
 
 def ceiling(reads: int) -> list[Rate]:

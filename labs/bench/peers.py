@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from labs.bench import export
 from labs.bench.measure import Usage, file_bytes, measured
 
 HERE = Path(__file__).resolve().parent
@@ -31,14 +32,15 @@ BENJI_VERSION = "0.17.0"
 PHASES = ("backup v1", "backup v2", "backup v3", "restore", "list")
 GIB = 1 << 30
 
-# How hvbackup is called: words in braces are filled in.  MACHINE of a bare disk is its canonical path.
+# How hvbackup is called: words in braces are filled in.
 HVBACKUP = str(Path(sys.executable).with_name("hvbackup"))
 HVBACKUP_INIT = (HVBACKUP, "init", "{store}")
-HVBACKUP_BACKUP = (HVBACKUP, "backup", "--store", "{store}", "image:{source}")
+HVBACKUP_BACKUP = (HVBACKUP, "backup", "--store", "{store}", "--name", "bench", "image:{source}")
 HVBACKUP_CHANGED = ("--changed", "{changed}")
-HVBACKUP_RESTORE = (HVBACKUP, "restore", "--store", "{store}", "{source}", "--disk", "{disk}", "--to", "{restored}")
-HVBACKUP_DISK = "disk.raw"
+HVBACKUP_RESTORE = (HVBACKUP, "restore", "--store", "{store}", "bench", "--disk", "disk", "--to", "{restored}")
 HVBACKUP_LIST = (HVBACKUP, "points", "--store", "{store}")
+HVBACKUP_MAP = (HVBACKUP, "map", "--store", "{store}", "bench", "--socket", "{socket}")
+HVBACKUP_EXPORT = "nbd+unix:///disk?socket={socket}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,6 @@ def hvbackup(work: Path, images: Path, name: str, *, hints: bool) -> Tool:
         places = {
             "store": folder / "store",
             "source": source,
-            "disk": HVBACKUP_DISK,
             "restored": folder / "out/disk.raw",
         }
         return [word.format(changed=changed, **places) for word in words]
@@ -173,12 +174,7 @@ def hvbackup(work: Path, images: Path, name: str, *, hints: bool) -> Tool:
             "list": filled(HVBACKUP_LIST),
         },
         restored=folder / "out/disk.raw",
-        env={
-            "HVBACKUP_STATE": f"{folder}/state",
-            "XDG_CONFIG_HOME": f"{folder}/config",
-            "XDG_DATA_HOME": f"{folder}/data",
-            "XDG_STATE_HOME": f"{folder}/xdg-state",
-        },
+        env={f"HVBACKUP_{what.upper()}": f"{folder}/{what}" for what in ("state", "config", "run")},
     )
 
 
@@ -416,6 +412,14 @@ def print_tables(figures: Figures) -> None:
     print("\n".join(limit.row() for limit in limits(figures)))
 
 
+def print_export(chosen: list[Tool], images: Path) -> None:
+    """How fast the last image is served out of hvbackup's store, if there is one."""
+    for tool in (tool for tool in chosen if tool.name == "hvbackup"):
+        address = tool.folder / "socket"
+        words = [word.format(store=tool.store, socket=address) for word in HVBACKUP_MAP]
+        export.measure(words, address, HVBACKUP_EXPORT.format(socket=address), images / "v3.raw", environment(tool))
+
+
 def run(out: Path, rounds: int, only: list[str] | None, results: Path) -> None:
     """Measures `rounds` rounds, prints the tables and writes every single figure to `results`."""
     images, work = out / "img", out / "work"
@@ -428,6 +432,7 @@ def run(out: Path, rounds: int, only: list[str] | None, results: Path) -> None:
     found: list[Result] = []
     for number in range(1, rounds + 1):
         found.extend(play_round(chosen, number, work, images))
+    print_export(chosen, images)
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     print_tables(Figures(found, images))
     shutil.rmtree(work)
