@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvbackup import extents
+from hvbackup.errors import HostUnreachable
 from hvbackup.hypervisors import Frozen, FrozenDisk, Hypervisor
 from hvbackup.hypervisors.image import ImageSource, ImageSpec
 from hvbackup.model import DiskId, LeaseId, Token
+from hvbackup.nbd.client import NbdClient
+from hvbackup.nbd.uri import NbdUri
 
 STORE = "00c0ffee"
 KEEP_ALL: Mapping[DiskId, Token] = {}
@@ -60,11 +63,20 @@ def running_machine(path: Path, format_: str) -> Generator[subprocess.Popen[byte
         socket = Path(folder) / "s"
         process = subprocess.Popen(["qemu-nbd", "-t", "-f", format_, "-k", str(socket), str(path)])
         try:
-            wait_for(socket.exists)
+            wait_for(lambda: serves(socket))  # the socket is there before the image is open
             yield process
         finally:
             process.kill()
             process.wait(20)
+
+
+def serves(socket: Path) -> bool:
+    """Whether a server answers."""
+    try:
+        NbdClient.open(NbdUri(socket=str(socket))).close()
+    except HostUnreachable:
+        return False
+    return True
 
 
 def wait_for(condition: object, seconds: float = 10.0) -> None:

@@ -178,16 +178,16 @@ def test_a_running_machine_is_refused_and_none_starts_meanwhile(tmp_path: Path, 
     poke(path, "write 0 512", format_="raw")
 
 
-def test_locks_end_with_the_last_reader(tmp_path: Path) -> None:
+def test_locks_last_until_the_file_is_closed(tmp_path: Path) -> None:
     filled(tmp_path / "vm.raw", 10)
     file = RawFile(tmp_path / "vm.raw")
     reader = file.open()
-    file.close()
-    file.close()
+    reader.close()
+    reader.close()
     writer = os.open(tmp_path / "vm.raw", os.O_RDWR)
     assert rawfile._is_held(writer, 201)
-    reader.close()
-    reader.close()
+    file.close()
+    file.close()
     assert not rawfile._is_held(writer, 201)
     os.close(writer)
 
