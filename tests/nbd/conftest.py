@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -53,6 +54,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
+def listens(address: Path | tuple[str, int]) -> bool:
+    """Whether somebody accepts connections there: the file of a unix socket exists a moment earlier."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET) as probe:
+        return probe.connect_ex(str(address) if isinstance(address, Path) else address) == 0
+
+
 @pytest.fixture
 def program(short_path: Path) -> Iterator[Callable[..., Path]]:
     """Start a real NBD server: its command with `{socket}` in it gives the path of the socket once it listens."""
@@ -64,7 +71,7 @@ def program(short_path: Path) -> Iterator[Callable[..., Path]]:
         path = short_path / f"real{len(running)}.nbd"
         process = subprocess.Popen([word.format(socket=path) for word in command])
         running.append(process)
-        assert wait_for(lambda: path.exists() or process.poll() is not None), f"{command[0]} did not start"
+        assert wait_for(lambda: listens(path) or process.poll() is not None), f"{command[0]} did not start"
         assert process.poll() is None, f"{command[0]} ended at once"
         return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import stat
 import threading
@@ -283,6 +284,84 @@ def test_abort_interrupts_a_read_in_another_thread(serve: Serve) -> None:
         with pytest.raises(HostUnreachable, match="closed"):
             _read(client, 0, 4096)
         release.set()
+
+
+def test_ctrl_c_interrupts_a_waiting_read_at_once(serve: Serve) -> None:
+    release = threading.Event()
+    uri = serve(TrickExport(1 << 20, lambda offset, length: release.wait(20) and None))
+    with NbdClient.open(uri) as client:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            _read(client, 0, 4096)
+        assert time.monotonic() - begun < 10  # not only when the server answers, after 20 seconds
+        with pytest.raises(HostUnreachable, match="interrupted in the middle of a reply"):
+            _read(client, 0, 4096)
+        release.set()
+
+
+class Minimal(Export):
+    """Nothing but what every export must have."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        target[:] = b"m" * len(target)
+
+
+def test_what_an_export_does_by_itself(serve: Serve) -> None:
+    with NbdClient.open(serve(Minimal(10_000)), contexts=[BASE_ALLOCATION]) as client:
+        assert client.read_only
+        assert client.status(BASE_ALLOCATION).tolist() == [[0, 10_000, 0]]
+        assert _read(client, 9_990, 10) == b"m" * 10
+
+
+def test_what_a_writable_export_does_by_itself(serve: Serve) -> None:
+    class Unwritable(Minimal):
+        read_only = False
+
+    with NbdClient.open(serve(Unwritable(10_000))) as client:
+        with pytest.raises(RequestFailed, match="not permitted"):
+            client.write(0, b"x")
+        client.trim(0, 100)
+        client.flush()
+
+
+def test_an_empty_disk(serve: Serve) -> None:
+    with NbdClient.open(serve(MemoryExport(0)), contexts=[BASE_ALLOCATION]) as client:
+        assert client.status(BASE_ALLOCATION).shape == (0, 3)
+        assert _read(client, 0, 0) == b""
+        client.write(0, b"")
+
+
+def test_an_export_that_knows_no_extents_fails_that_request_only(serve: Serve) -> None:
+    class Speechless(Minimal):
+        def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+            return []
+
+    with NbdClient.open(serve(Speechless(10_000)), contexts=[BASE_ALLOCATION]) as client:
+        with pytest.raises(RequestFailed, match="asking the block status of 10000 bytes at 0 failed"):
+            client.status(BASE_ALLOCATION)
+        assert _read(client, 0, 1) == b"m"
+
+
+def test_cached_answers_by_the_megabyte(serve: Serve) -> None:
+    class AllCached(MemoryExport):
+        def try_read_cached(self, offset: int, length: int) -> memoryview:
+            return memoryview(self.data)[offset : offset + length]
+
+    export = AllCached(8 << 20)
+    export.data[:] = np.random.default_rng(8).bytes(export.size)
+    with NbdClient.open(serve(export), settings=Settings(request_bytes=65536, in_flight=64)) as client:
+        assert _read(client, 0, export.size) == export.data
+
+
+def test_a_closed_server_does_not_listen(short_path: Path) -> None:
+    server = NbdServer()
+    server.close()
+    with pytest.raises(HvbackupError, match="closed"):
+        server.listen_unix(short_path / "s")
 
 
 def test_exports_are_listed_added_and_removed(short_path: Path) -> None:

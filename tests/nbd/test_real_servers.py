@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hvbackup.errors import HostUnreachable
 from hvbackup.nbd.client import NbdClient, RequestFailed, Settings, list_exports
 from hvbackup.nbd.protocol import BASE_ALLOCATION
 from hvbackup.nbd.uri import NbdUri
-from tests.nbd.conftest import wait_for
+from tests.nbd.conftest import listens, wait_for
 
 pytestmark = pytest.mark.real
 
@@ -75,9 +76,9 @@ def zeroes_by_status(client: NbdClient, content: bytes) -> int:
 
 @pytest.mark.parametrize("request_bytes", [65536, _MiB, 32 * _MiB])
 def test_qemu_nbd_raw(program: Program, raw: Path, content: bytes, request_bytes: int) -> None:
-    socket = program("qemu-nbd", "-r", "-f", "raw", "-t", "-e", "4", "-k", "{socket}", str(raw))
+    listener = program("qemu-nbd", "-r", "-f", "raw", "-t", "-e", "4", "-k", "{socket}", str(raw))
     settings = Settings(request_bytes=request_bytes)
-    with NbdClient.open(NbdUri(socket=str(socket)), contexts=[BASE_ALLOCATION], settings=settings) as client:
+    with NbdClient.open(NbdUri(socket=str(listener)), contexts=[BASE_ALLOCATION], settings=settings) as client:
         assert (client.size, client.read_only, client.can_multi_conn) == (_SIZE, True, True)
         assert read_all(client) == content
         assert zeroes_by_status(client, content) > 50 * _MiB
@@ -94,9 +95,9 @@ def test_qemu_nbd_with_a_persistent_bitmap(program: Program, tmp_path: Path, raw
     expected = bytearray(content)
     for at in (0, 30 * _MiB, 63 * _MiB):
         expected[at : at + 1000] = b"\xaa" * 1000
-    socket = program("qemu-nbd", "-r", "-f", "qcow2", "-t", "-B", "changed", "-x", "vda", "-k", "{socket}", str(disk))
+    listener = program("qemu-nbd", "-r", "-f", "qcow2", "-t", "-B", "changed", "-x", "vda", "-k", "{socket}", str(disk))
     contexts = [BASE_ALLOCATION, "qemu:dirty-bitmap:changed", "qemu:dirty-bitmap:other"]
-    with NbdClient.open(NbdUri("vda", socket=str(socket)), contexts=contexts) as client:
+    with NbdClient.open(NbdUri("vda", socket=str(listener)), contexts=contexts) as client:
         assert sorted(client.contexts) == sorted(contexts[:2])
         rows = client.statuses()
         dirty = rows["qemu:dirty-bitmap:changed"]
@@ -108,8 +109,8 @@ def test_qemu_nbd_with_a_persistent_bitmap(program: Program, tmp_path: Path, raw
 def test_writing_to_qemu_nbd(program: Program, tmp_path: Path, content: bytes) -> None:
     target = tmp_path / "target.raw"
     target.write_bytes(b"\xff" * _SIZE)
-    socket = program("qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-k", "{socket}", str(target))
-    with NbdClient.open(NbdUri(socket=str(socket))) as client:
+    listener = program("qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-k", "{socket}", str(target))
+    with NbdClient.open(NbdUri(socket=str(listener))) as client:
         client.write_zeroes(0, _SIZE)
         client.write(0, content[: 41 * _MiB])
         client.write(_SIZE - 512, content[-512:], fua=True)
@@ -131,8 +132,8 @@ def test_nbdkit_file_and_memory(program: Program, raw: Path, content: bytes) -> 
 
 
 def test_a_huge_sparse_disk_is_mapped_quickly(program: Program) -> None:
-    socket = program("nbdkit", "-f", "-U", "{socket}", "memory", "8T")
-    with NbdClient.open(NbdUri(socket=str(socket)), contexts=[BASE_ALLOCATION]) as client:
+    listener = program("nbdkit", "-f", "-U", "{socket}", "memory", "8T")
+    with NbdClient.open(NbdUri(socket=str(listener)), contexts=[BASE_ALLOCATION]) as client:
         client.write((1 << 42) + 5, b"x")
         rows = client.status(BASE_ALLOCATION)
         assert rows[:, 1].sum() == 1 << 43
@@ -142,8 +143,8 @@ def test_a_huge_sparse_disk_is_mapped_quickly(program: Program) -> None:
 
 
 def test_nbdkit_without_structured_replies(program: Program, raw: Path, content: bytes) -> None:
-    socket = program("nbdkit", "-f", "-r", "--no-sr", "-U", "{socket}", "file", str(raw))
-    with NbdClient.open(NbdUri(socket=str(socket)), contexts=[BASE_ALLOCATION]) as client:
+    listener = program("nbdkit", "-f", "-r", "--no-sr", "-U", "{socket}", "file", str(raw))
+    with NbdClient.open(NbdUri(socket=str(listener)), contexts=[BASE_ALLOCATION]) as client:
         assert client.contexts == ()
         assert read_all(client) == content
 
@@ -152,8 +153,8 @@ def test_nbdkit_with_sectors(program: Program, tmp_path: Path, content: bytes) -
     path = tmp_path / "even.raw"
     path.write_bytes(content[: 64 * _MiB])
     policy = ["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-error-policy=error"]
-    socket = program("nbdkit", "-f", "-r", "-U", "{socket}", policy[0], "file", str(path), *policy[1:])
-    with NbdClient.open(NbdUri(socket=str(socket)), contexts=[BASE_ALLOCATION]) as client:
+    listener = program("nbdkit", "-f", "-r", "-U", "{socket}", policy[0], "file", str(path), *policy[1:])
+    with NbdClient.open(NbdUri(socket=str(listener)), contexts=[BASE_ALLOCATION]) as client:
         assert client.min_block == 4096
         assert read_all(client) == content[: 64 * _MiB]
         part = bytearray(5000)
@@ -164,8 +165,8 @@ def test_nbdkit_with_sectors(program: Program, tmp_path: Path, content: bytes) -
 def test_some_reads_fail_and_the_rest_goes_on(program: Program, raw: Path, content: bytes, tmp_path: Path) -> None:
     trigger = tmp_path / "broken"
     options = ["error-pread=EIO", "error-pread-rate=100%", f"error-pread-file={trigger}"]
-    socket = program("nbdkit", "-f", "-U", "{socket}", "--filter=error", "file", str(raw), *options)
-    with NbdClient.open(NbdUri(socket=str(socket))) as client:
+    listener = program("nbdkit", "-f", "-U", "{socket}", "--filter=error", "file", str(raw), *options)
+    with NbdClient.open(NbdUri(socket=str(listener))) as client:
         for _ in range(3):
             trigger.touch()
             with pytest.raises(RequestFailed, match="Input/output error"):
@@ -176,9 +177,9 @@ def test_some_reads_fail_and_the_rest_goes_on(program: Program, raw: Path, conte
 
 def test_one_read_in_fifty_fails(program: Program, raw: Path, content: bytes) -> None:
     options = ["error-pread=EIO", "error-pread-rate=2%"]
-    socket = program("nbdkit", "-f", "-U", "{socket}", "--filter=error", "file", str(raw), *options)
+    listener = program("nbdkit", "-f", "-U", "{socket}", "--filter=error", "file", str(raw), *options)
     failures = 0
-    with NbdClient.open(NbdUri(socket=str(socket)), settings=Settings(request_bytes=65536)) as client:
+    with NbdClient.open(NbdUri(socket=str(listener)), settings=Settings(request_bytes=65536)) as client:
         for at in range(0, 16 * _MiB, 65536):
             part = bytearray(65536)
             try:
@@ -191,23 +192,25 @@ def test_one_read_in_fifty_fails(program: Program, raw: Path, content: bytes) ->
 
 
 def test_a_server_that_is_too_slow_is_given_up(program: Program) -> None:
-    socket = program("nbdkit", "-f", "-U", "{socket}", "--filter=delay", "memory", "1M", "rdelay=30")
-    client = NbdClient.open(NbdUri(socket=str(socket)), settings=Settings(reply_seconds=0.5))
+    listener = program("nbdkit", "-f", "-U", "{socket}", "--filter=delay", "memory", "1M", "rdelay=30")
+    client = NbdClient.open(NbdUri(socket=str(listener)), settings=Settings(reply_seconds=0.5))
     with client, pytest.raises(HostUnreachable, match="Gave up reading"):
         client.read_into(0, memoryview(bytearray(10)))
 
 
 def test_slow_replies_are_waited_for_side_by_side(program: Program) -> None:
-    socket = program("nbdkit", "-f", "-t", "16", "-U", "{socket}", "--filter=delay", "memory", "1M", "rdelay=200ms")
-    with NbdClient.open(NbdUri(socket=str(socket)), settings=Settings(request_bytes=65536, reply_seconds=2)) as client:
+    listener = program("nbdkit", "-f", "-t", "16", "-U", "{socket}", "--filter=delay", "memory", "1M", "rdelay=200ms")
+    with NbdClient.open(
+        NbdUri(socket=str(listener)), settings=Settings(request_bytes=65536, reply_seconds=2)
+    ) as client:
         assert read_all(client) == bytes(_MiB)  # 16 requests one after the other would take 3.2 seconds: a timeout
 
 
 def test_a_server_that_dies(program: Program, short_path: Path) -> None:
-    socket = short_path / "dying.nbd"
-    process = subprocess.Popen(["nbdkit", "-f", "-U", str(socket), "--filter=delay", "memory", "1M", "rdelay=30"])
-    assert wait_for(socket.exists)
-    client = NbdClient.open(NbdUri(socket=str(socket)))
+    listener = short_path / "dying.nbd"
+    process = subprocess.Popen(["nbdkit", "-f", "-U", str(listener), "--filter=delay", "memory", "1M", "rdelay=30"])
+    assert wait_for(lambda: listens(listener))
+    client = NbdClient.open(NbdUri(socket=str(listener)))
     process.kill()
     process.wait(10)
     with client, pytest.raises(HostUnreachable):
@@ -215,10 +218,10 @@ def test_a_server_that_dies(program: Program, short_path: Path) -> None:
 
 
 def test_exports_of_qemu_storage_daemon_style_servers(program: Program, raw: Path) -> None:
-    socket = program("qemu-nbd", "-r", "-f", "raw", "-t", "-x", "named", "-D", "a disk", "-k", "{socket}", str(raw))
-    assert [(e.name, e.description) for e in list_exports(NbdUri(socket=str(socket)))] == [("named", "a disk")]
+    listener = program("qemu-nbd", "-r", "-f", "raw", "-t", "-x", "named", "-D", "a disk", "-k", "{socket}", str(raw))
+    assert [(e.name, e.description) for e in list_exports(NbdUri(socket=str(listener)))] == [("named", "a disk")]
     with pytest.raises(HostUnreachable, match="no such export"):
-        NbdClient.open(NbdUri("wrong", socket=str(socket)))
+        NbdClient.open(NbdUri("wrong", socket=str(listener)))
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +256,27 @@ def test_tls(program: Program, certificates: Path, raw: Path, content: bytes) ->
         NbdClient.open(NbdUri(socket=str(unix), tls=True), tls=_without_host_name())
 
 
+def test_tls_over_tcp_with_certificates_named_in_the_uri(certificates: Path, raw: Path, content: bytes) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["nbdkit", "-f", "-r", "--tls=require", f"--tls-certificates={certificates}", "-i", "127.0.0.1"]
+    server = subprocess.Popen([*command, "-p", str(port), "file", str(raw)])
+    try:
+        assert wait_for(lambda: listens(("127.0.0.1", port)))
+        uri = f"nbds://localhost:{port}/?tls-certificates={certificates}"
+        with NbdClient.open(uri) as client:
+            assert read_all(client) == content
+        assert [export.name for export in list_exports(uri)] == [""]
+        with pytest.raises(HostUnreachable, match="certificate verify failed"):
+            NbdClient.open(uri.replace("localhost", "127.0.0.1"))
+        with pytest.raises(HostUnreachable, match="Cannot agree with the server, no such file"):
+            NbdClient.open(uri + "/none")
+    finally:
+        server.kill()
+        server.wait(10)
+
+
 def _without_host_name() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -260,6 +284,6 @@ def _without_host_name() -> ssl.SSLContext:
 
 
 def test_tls_to_a_server_without_it(program: Program) -> None:
-    socket = program("nbdkit", "-f", "-U", "{socket}", "memory", "1M")
+    listener = program("nbdkit", "-f", "-U", "{socket}", "memory", "1M")
     with pytest.raises(HostUnreachable, match="Cannot agree"):
-        NbdClient.open(NbdUri(socket=str(socket), tls=True), tls=_without_host_name())
+        NbdClient.open(NbdUri(socket=str(listener), tls=True), tls=_without_host_name())
