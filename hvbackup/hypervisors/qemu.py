@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -104,7 +104,7 @@ class QemuHypervisor:
                 f"Machine {machine.name} can't be captured {consistency}-consistent by its QMP socket alone, "
                 "which does not reach into the guest; ask for crash consistency"
             )
-        return _Snapshot(lambda: self._begin(machine, lease, since), self._end)
+        return _Snapshot(lambda: self._begin(machine, lease, since), lambda f: self._end(f.names, f.folder, f.watch))
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
         folders = self._folders(machine, lease)
@@ -132,14 +132,13 @@ class QemuHypervisor:
                 )
             qemu_fleece.refuse_leftovers(qmp, self._names)
             qemu_server.make_folder(folder, qmp.peer)
-            watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
-            try:
+        watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
+        try:
+            with self._connect() as qmp:
                 return self._freeze(qmp, names, folder, seen, since, watch)
-            except BaseException:
-                watch.stop()
-                qemu_fleece.sweep(qmp, names.prefix, self._settings.settle_seconds)
-                qemu_fleece.remove_folders(qmp, [folder])
-                raise
+        except BaseException:
+            self._end(names, folder, watch)
+            raise
 
     def _freeze(
         self, qmp: Qmp, names: LeaseNames, folder: Path, seen: _Seen, since: Mapping[DiskId, Token], watch: Watch
@@ -151,7 +150,9 @@ class QemuHypervisor:
         old = {d.disk.id: d.bitmaps[since[d.disk.id].value] for d in seen.drives if not doubts[d.disk.id]}
         server = qemu_server.start(qmp, folder, seen.line, self._names)
         checkpoint = self._names.new_checkpoint()
-        notes = [*seen.notes, *qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint)]
+        # All writes in flight are waited for, on every disk.
+        seconds = self._settings.settle_seconds
+        notes = [*seen.notes, *qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint, seconds)]
         # Labelled when it is certain to be over: nothing the guest wrote after `t` is in it.
         t = Instant(self._clock())
         disks = []
@@ -163,12 +164,17 @@ class QemuHypervisor:
             disks.append(QemuFrozenDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
         return QemuFrozen(self, seen.machine, t, seen.config, notes, disks, names, folder, watch)
 
-    def _end(self, frozen: QemuFrozen) -> None:
-        with self._connect() as qmp:
-            qemu_fleece.sweep(qmp, frozen.names.prefix, self._settings.settle_seconds)
-            drives = self._look(qmp).drives
-            qemu_fleece.remove_bitmaps(qmp, drives, lambda name: name == frozen.names.merged)
-            qemu_fleece.remove_folders(qmp, [frozen.folder])
+    def _end(self, names: LeaseNames, folder: Path, watch: Watch) -> None:
+        """Take the frozen view down.  What a QEMU that does not answer keeps, `release` takes later, and reports."""
+        try:
+            with self._connect() as qmp:
+                qemu_fleece.sweep(qmp, names.prefix, self._settings.settle_seconds)
+                qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, lambda name: name == names.merged)
+                qemu_fleece.remove_folders(qmp, [folder])
+        except HostUnreachable:
+            watch.abandon()
+        else:
+            watch.stop()
 
     def verify(self, frozen: QemuFrozen) -> Sequence[str]:
         """What `QemuFrozen.verify` promises."""
@@ -247,10 +253,7 @@ class _Snapshot(AbstractContextManager["QemuFrozen"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         frozen, self._frozen = self._frozen, None
         if frozen is not None:
-            frozen.watch.stop()
-            # `verify` has said whether the view held.  What a dying QEMU keeps now, `release` takes and reports.
-            with suppress(HostUnreachable):
-                self._end(frozen)
+            self._end(frozen)
 
 
 _GRAPH = "x-debug-query-block-graph"

@@ -64,16 +64,21 @@ def add_scratch(qmp: Qmp, names: LeaseNames, folder: Path, index: int, drive: Dr
 
 
 def freeze(
-    qmp: Qmp, names: LeaseNames, drives: Sequence[Drive], since: Mapping[DiskId, Bitmap], checkpoint: str
+    qmp: Qmp,
+    names: LeaseNames,
+    drives: Sequence[Drive],
+    since: Mapping[DiskId, Bitmap],
+    checkpoint: str,
+    seconds: float,
 ) -> Sequence[str]:
     """The moment, from which `checkpoint` records.  Returns notes.  Raises Busy when another job holds a disk."""
     persistent = {drive.disk.id for drive in drives if drive.keeps_bitmaps}
     try:
-        qmp.command("transaction", actions=_actions(names, drives, since, checkpoint, persistent))
+        qmp.command("transaction", seconds, actions=_actions(names, drives, since, checkpoint, persistent))
     except CommandRefused as refused:
         if "persistent" not in refused.reason:
             raise _explained(refused, qmp) from refused
-        qmp.command("transaction", actions=_actions(names, drives, since, checkpoint, set()))
+        qmp.command("transaction", seconds, actions=_actions(names, drives, since, checkpoint, set()))
         return [f"Checkpoints of this run won't survive a stop of the machine: {refused.reason}"]
     return []
 

@@ -39,6 +39,11 @@ class Watch:
             self._said += os.read(said.fileno(), 4096)
         return self._said.decode(errors="replace")
 
+    def abandon(self) -> None:
+        """Nobody needs the snapshot any more and we can't end it: the watchdog tries until QEMU answers or is gone."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
     def stop(self) -> None:
         """The watchdog has ended; idempotent."""
         if self._process.stdin is None or self._process.stdin.closed:

@@ -19,6 +19,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Coroutine, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 _REPLY_MAX_BYTES = 64 << 20  # the block graph of a machine with many disks and bitmaps is one line
+
+_RETRY_SECONDS = 0.02
 
 _ADVICE = {
     errno.ENOENT: "there is no such socket; is the machine running, with -qmp unix:PATH,server=on,wait=off?",
@@ -91,6 +94,9 @@ class Qmp:
         self.peer = Peer(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
         sock.setblocking(False)
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(
+            lambda _loop, _context: None
+        )  # what a broken peer left: our errors say it, once
         self._thread = threading.Thread(target=self._serve, name=f"qmp {self.path}", daemon=True)
         self._thread.start()
         try:
@@ -136,7 +142,8 @@ class Qmp:
             )
             self._broken = reason if fatal else ""
             raise HostUnreachable(f"QEMU at {self.path}: {reason}") from error
-        except (OSError, EOFError, QMPError) as error:
+        except (OSError, EOFError, QMPError, AssertionError) as error:
+            # The library asserts that a connection it has just made still stands; one that broke at that moment does not.
             self._broken = f"The connection broke off (waiting for {what}); is the machine still running?"
             raise HostUnreachable(f"QEMU at {self.path}: {self._broken}") from error
 
@@ -179,10 +186,16 @@ async def _greeted(sock: socket.socket) -> QMPClient:
 def _connected(path: Path, timeout_seconds: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(timeout_seconds)
-    try:
-        sock.connect(os.fspath(path))
-    except OSError as error:
-        sock.close()
-        advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
-        raise HostUnreachable(f"QEMU at {path}: Cannot connect, {advice}") from error
-    return sock
+    end = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            sock.connect(os.fspath(path))
+            return sock
+        except OSError as error:
+            # The queue is short: a client that is just leaving fills it for a moment.
+            if error.errno == errno.EAGAIN and time.monotonic() < end:
+                time.sleep(_RETRY_SECONDS)
+                continue
+            sock.close()
+            advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+            raise HostUnreachable(f"QEMU at {path}: Cannot connect, {advice}") from error

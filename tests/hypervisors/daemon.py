@@ -28,11 +28,14 @@ def make_image(path: Path, size: int, driver: str = "qcow2", *options: str) -> P
 class Daemon:
     """One qemu-storage-daemon; `nodes` are -blockdev descriptions, each exported writable under its node name."""
 
-    def __init__(self, folder: Path, nodes: Sequence[Mapping[str, Any]], *, server: bool = True) -> None:
+    def __init__(
+        self, folder: Path, nodes: Sequence[Mapping[str, Any]], *, server: bool = True, user: str | None = None
+    ) -> None:
         self.folder = folder
         self.qmp_path = folder / "qmp.sock"
         self.nodes = nodes
         self._server = server  # without one there is no guest
+        self._user = user
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
@@ -47,7 +50,7 @@ class Daemon:
             if self._server and not node.get("read-only"):
                 arguments += ["--export", f"type=nbd,id=guest-{name},node-name={name},name={name},writable=on"]
         log = (self.folder / "qsd.log").open("wb")
-        self.process = subprocess.Popen(["qemu-storage-daemon", *arguments], stderr=log)
+        self.process = subprocess.Popen(["qemu-storage-daemon", *arguments], stderr=log, user=self._user)
         log.close()
         self._wait_until_up()
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from hvbackup.errors import HostUnreachable
 from hvbackup.hypervisors import qemu as adapter
+from hvbackup.hypervisors.qemu import Settings
 from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import Continuity, DiskId
 from tests.hypervisors.conformance import BLOCK, Cycle, whole
@@ -201,6 +203,32 @@ with hypervisor.snapshot(machine, "doomed", {{}}, None) as frozen:
     rig.hypervisor().release(cycle.machine(), adapter.LeaseId("doomed"), list(cycle.tokens.values()))
     cycle.capture()
     assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
+    assert cycle.equal()
+
+
+def test_a_qemu_that_hangs_holds_nobody_up(rig: DaemonRig) -> None:
+    """Every call ends in time; when QEMU wakes up, the watchdog we left behind lets its guest go."""
+    cycle = Cycle(rig)
+    machine, lease = cycle.machine(), cycle.lease()
+    hypervisor = rig.daemon.hypervisor(settings=Settings(reply_seconds=0.5, settle_seconds=2, scratch_reserve_bytes=0))
+    assert rig.daemon.process is not None
+    began = time.monotonic()
+    with hypervisor.snapshot(machine, lease, {}, None) as frozen:
+        rig.daemon.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(HostUnreachable, match="No answer within"):
+            frozen.verify()
+    for call in (hypervisor.machines, lambda: hypervisor.release(machine, lease, [])):
+        with pytest.raises(HostUnreachable, match=r"No answer within|others are waiting"):
+            call()
+    assert time.monotonic() - began < 15
+    rig.daemon.process.send_signal(signal.SIGCONT)
+    end = time.monotonic() + 30
+    while statuses(rig) != {"concluded"}:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    rig.hypervisor().release(machine, lease, [])
+    assert not rig.leftovers()
+    cycle.capture()
     assert cycle.equal()
 
 

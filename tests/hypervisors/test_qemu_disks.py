@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +17,10 @@ import pytest
 
 from hvbackup.errors import Busy, HostUnreachable, SpaceExhausted, UsageError
 from hvbackup.hypervisors.qemu import Settings
+from hvbackup.hypervisors.qemu_names import StoreNames
 from hvbackup.model import Continuity, DiskId, LeaseId, MiB
 from tests.hypervisors.conformance import BLOCK, Cycle, whole
-from tests.hypervisors.daemon import Daemon, make_image, node, only
+from tests.hypervisors.daemon import STORE, Daemon, make_image, node, only
 from tests.hypervisors.test_qemu import DaemonRig
 
 pytestmark = pytest.mark.real
@@ -293,6 +296,56 @@ def test_a_backing_file_is_part_of_the_disk(tmp_path: Path, started: Callable[..
     cycle.capture()
     assert cycle.equal()
     assert cycle.read[DiskId("vda")] == 2 * BLOCK
+
+
+def test_what_was_not_asked_at_the_start_is_not_known_later(rig: DaemonRig) -> None:
+    cycle = Cycle(rig)
+    cycle.capture()
+    with rig.hypervisor().snapshot(cycle.machine(), cycle.lease(), {}, None) as frozen:
+        changes = frozen.disks[0].changes(cycle.tokens[DiskId("vda")])
+    assert changes.continuity is Continuity.UNKNOWN
+    assert "not asked for" in changes.reason
+
+
+def test_a_lease_is_used_once(rig: DaemonRig) -> None:
+    machine = only(rig.hypervisor())
+    (rig.daemon.folder / "s" / StoreNames(STORE).of(LeaseId("l")).folder(machine.id)).mkdir(parents=True)
+    with pytest.raises(Busy, match="used before"), rig.hypervisor().snapshot(machine, LeaseId("l"), {}, None):
+        pytest.fail("A lease was used twice")
+    rig.hypervisor().release(machine, LeaseId("l"), [])
+    assert not rig.leftovers()
+
+
+def test_a_file_that_ends_inside_a_sector(tmp_path: Path, started: Callable[..., Daemon]) -> None:
+    """QEMU shows the guest whole sectors, and so do we."""
+    image = tmp_path / "odd.raw"
+    image.write_bytes(b"odd" * 100_001)
+    cycle = Cycle(BareRig(started(node("vda", image, "raw"))))
+    cycle.capture()
+    assert len(cycle.images[DiskId("vda")]) == 300_032
+    assert cycle.equal()
+
+
+@as_root
+def test_a_qemu_of_another_user() -> None:
+    with tempfile.TemporaryDirectory(prefix="hvt-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        home = folder / "home"
+        home.mkdir()
+        image = make_image(home / "d.qcow2", MiB)
+        for path in (home, image):
+            shutil.chown(path, "nobody")
+        daemon = Daemon(home, [node("vda", image)], server=False, user="nobody").start()
+        try:
+            hypervisor = daemon.hypervisor(scratch_dir=folder / "s")
+            with hypervisor.snapshot(only(hypervisor), LeaseId("l"), {}, None) as frozen:
+                [made] = (folder / "s").iterdir()
+                assert (made.stat().st_mode & 0o777, made.owner()) == (0o700, "nobody")
+                assert whole(frozen.disks[0]) == bytes(MiB)
+            assert not list((folder / "s").iterdir())
+        finally:
+            daemon.stop()
 
 
 def test_checkpoints_of_another_store_are_left_alone(rig: DaemonRig) -> None:

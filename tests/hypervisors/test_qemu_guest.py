@@ -139,3 +139,5 @@ class NoWatch:
 
     def stop(self) -> None:
         pass
+
+    abandon = stop
