@@ -138,6 +138,11 @@ FLAG_FACT_BARRIER = 1  # in a segment: the state after this fact is a moment
 FACT_META = 3  # `length` bytes of JSON: the disk table, marks, gaps, resizes, clock steps, tokens
 
 
+def bound(store: bytes, kind: int, name: str = "") -> bytes:
+    """What every ciphertext of a file is bound to: its store and kind, and its name unless that follows from its content."""
+    return store + bytes([kind]) + name.encode()
+
+
 def with_crc(head: bytes, *more: bytes) -> bytes:
     """`head` with the crc32 of itself and of `more` behind it."""
     crc = zlib.crc32(head)

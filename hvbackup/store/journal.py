@@ -97,9 +97,10 @@ class LogWriter:
         self.next = first  # sequence number of the next fact
         self._salt = os.urandom(32)
         self._cipher = ring.cipher(self._salt, f.KIND_LOG)
-        self._bind = ring.store + bytes([f.KIND_LOG])
+        path = f"{FOLDER}/{machine}/{self.name}"
+        self._bind = f.bound(ring.store, f.KIND_LOG, path)
         self._ordinal = 0
-        self._file: LogFile = files.log(f"{FOLDER}/{machine}/{self.name}")
+        self._file: LogFile = files.log(path)
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
         self._file.append(
             f.with_crc(f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0))
@@ -154,7 +155,7 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[
     if len(data) < f.HEADER_BYTES:
         return
     head = parse_header(bytes(data[: f.HEADER_BYTES]), f.KIND_LOG, ring.store, path)
-    cipher, bind = ring.cipher(head.salt, f.KIND_LOG), ring.store + bytes([f.KIND_LOG])
+    cipher, bind = ring.cipher(head.salt, f.KIND_LOG), f.bound(ring.store, f.KIND_LOG, path)
     at, ordinal, first = f.HEADER_BYTES, 0, name.first
     while (parsed := _frame_at(data, at)) is not None:
         fields, payload = parsed

@@ -55,10 +55,12 @@ def sort_rows(rows: NDArray[np.void]) -> NDArray[np.void]:
 class PackWriter:
     """Writes one pack, record by record.  Thread safety: one thread at a time."""
 
-    def __init__(self, backend: Backend, ring: Keyring, kind: int) -> None:
+    def __init__(self, backend: Backend, ring: Keyring, kind: int, path: str = "") -> None:
+        """Begin a pack; `path` names one that is not named by its content: a journal's segment."""
+        self._path = path
         self._salt = os.urandom(32)
         self._cipher = ring.cipher(self._salt, kind)
-        self._bind = ring.store + bytes([kind])
+        self._bind = f.bound(ring.store, kind, path)
         self._hash = blake3.blake3()
         self._out: Upload = backend.new()
         self._waiting = bytearray()  # not yet handed to the file: many records make one write
@@ -100,14 +102,14 @@ class PackWriter:
         self._write(head)
         self._write(frame)
 
-    def seal(self, path: str = "") -> tuple[str, NDArray[np.void]]:
-        """The pack exists, durably, when this returns its name and its rows sorted by id; `path` names a segment."""
+    def seal(self) -> tuple[str, NDArray[np.void]]:
+        """The pack exists, durably, when this returns its name and its rows sorted by id."""
         rows = sort_rows(np.array(self._rows, f.ROW))
         footer, offset = rows.tobytes(), self._size
         self._write(footer)
         self._write(f.with_crc(f.TRAILER.pack(f.TRAILER_MAGIC, offset, len(rows), blake3.blake3(footer).digest())))
         self._flush()
-        name = path or self._hash.hexdigest()
+        name = self._path or self._hash.hexdigest()
         self._out.commit(path_of(name))
         return name, rows
 
@@ -194,7 +196,7 @@ def cipher_of(backend: Backend, ring: Keyring, pack: str) -> tuple[AESGCM | None
     head = parse_header(data, kind, ring.store, f"Pack {pack}")
     if bool(head.flags & f.FLAG_ENCRYPTED) != ring.encrypted:
         raise StoreDamage(f"Pack {pack} is {'' if head.flags else 'not '}encrypted, unlike its store")
-    return ring.cipher(head.salt, kind), ring.store + bytes([kind])
+    return ring.cipher(head.salt, kind), f.bound(ring.store, kind, pack if kind == f.KIND_SEGMENT else "")
 
 
 def decode(data: bytes, cipher: AESGCM | None, bind: bytes, zstd: zstandard.ZstdDecompressor, where: str) -> bytes:

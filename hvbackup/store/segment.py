@@ -37,13 +37,13 @@ def path_of(machine: str, name: Name) -> str:
 def write_segment(backend: Backend, ring: Keyring, machine: str, name: Name, frames: Sequence[Frame]) -> None:
     """The segment of a log exists, durably, when this returns.  The last of `frames` is a barrier."""
     facts, stream = joined(frames)
-    pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT)
+    pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT, path_of(machine, name))
     try:
         zstd = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False)
         for what, data in ((f.CHUNK_FACTS, stream), (f.CHUNK_FACT_INDEX, facts.tobytes())):
             for at in range(0, len(data), f.SEGMENT_PIECE_BYTES):
                 _add(pack, ring, zstd, what, data[at : at + f.SEGMENT_PIECE_BYTES])
-        pack.seal(path_of(machine, name))
+        pack.seal()
     except BaseException:
         pack.abandon()
         raise
@@ -74,7 +74,9 @@ class Segment:
     @cached_property
     def facts(self) -> Facts:
         """All facts; the sequence number of row i is `name.first + i`.  Raises ChunkDamaged."""
-        return np.frombuffer(b"".join(self._decode(row) for row in self._index), f.FACT)
+        return np.frombuffer(
+            b"".join(self._decode(row, i) for i, row in enumerate(self._index, len(self._stream))), f.FACT
+        )
 
     def read(self, pos: int, length: int) -> bytes:
         """Bytes of the stream.  Raises ChunkDamaged."""
@@ -93,16 +95,19 @@ class Segment:
         if found is None:
             if number >= len(self._stream):
                 return b""
-            found = self._decode(self._stream[number])
+            found = self._decode(self._stream[number], number)
             with self._lock:
                 self._cache[number] = found
                 if len(self._cache) > PIECES_CACHED:
                     self._cache.popitem(last=False)
         return found
 
-    def _decode(self, row: np.void) -> bytes:
+    def _decode(self, row: np.void, ordinal: int) -> bytes:
         where = f"the record at {row['offset']} of {self._path}"
         data = self._backend.read_at(self._path, int(row["offset"]), int(row["stored"]))
+        if int.from_bytes(data[4:8], "little") != ordinal:
+            # Pieces are known by their order alone, and nobody vouches for the footer.
+            raise ChunkDamaged(f"{where} is not the one that belongs there")
         plain = packs.decode(data, self._cipher, self._bind, zstandard.ZstdDecompressor(), where)
         if blake3.blake3(plain, key=self._ring.block_key).digest() != row["id"].tobytes():
             raise ChunkDamaged(f"{where} has other content than its id says")

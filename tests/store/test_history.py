@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hvbackup.errors import JournalGap, NotFound
+from hvbackup.errors import ChunkDamaged, JournalGap, NotFound, StoreDamage
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, Token
-from hvbackup.store import keys, recorder
+from hvbackup.store import format as f
+from hvbackup.store import journal, keys, recorder
 from hvbackup.store.history import History
 from hvbackup.store.recorder import Recorder
+from hvbackup.store.segment import Segment
 from hvbackup.store.store import Store, init
 
 MACHINE, VDA = MachineId("m1"), DiskId("vda")
@@ -150,3 +152,39 @@ def test_logs_are_sealed_by_size_and_by_age(store: Store, monkeypatch: pytest.Mo
     assert [n[-4:] for n in store.files.names(folder)] == [".seg", ".seg"] or len(store.files.names(folder)) == 2
     rec.close()
     assert all(n.endswith(".seg") for n in store.files.names(folder))
+
+
+def test_a_file_of_a_journal_under_another_name_is_refused(tmp_path: Path) -> None:
+    """An attacker who can write to the store, but has no key, can't move facts to another place of the sequence."""
+    secret = keys.parse_key_text(keys.new_key_text(), "test")
+    init(tmp_path / "store", secret)
+    with Store.open(tmp_path / "store", tmp_path / "state", [secret], owner=True) as store:
+        rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+        rec.write(VDA, Instant(SECOND), [(0, 4)], b"abcd")
+        rec.barrier(Instant(SECOND), {})
+        log = next(store.files.root.glob("journals/*/*.log"))
+        moved = log.with_name(log.name.replace("00000001-", "00000002-", 1))
+        moved.write_bytes(log.read_bytes())
+        with pytest.raises(StoreDamage, match="not what was written there"):
+            list(journal.read_log(store.files, store.ring, log.parent.name, journal.parse_name(moved.name)))  # type: ignore[arg-type]
+        moved.unlink()
+        rec.close()
+        segment = next(store.files.root.glob("journals/*/*.seg"))
+        segment.rename(segment.with_name(segment.name.replace("00000001-", "00000002-", 1)))
+        with pytest.raises(ChunkDamaged, match="does not decode"):
+            _ = History(store, MACHINE).moments
+
+
+def test_a_segment_whose_footer_forgets_a_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f, "SEGMENT_PIECE_BYTES", 1024)
+    init(tmp_path / "store", None)
+    with Store.open(tmp_path / "store", tmp_path / "state", [], owner=True) as store:
+        rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+        rec.write(VDA, Instant(SECOND), [(0, 4096)], random.Random(1).randbytes(4096))
+        rec.barrier(Instant(SECOND), {})
+        rec.close()
+        (run,) = History(store, MACHINE).runs
+        assert isinstance(run, Segment)
+        run._stream = run._stream[1:]
+        with pytest.raises(ChunkDamaged, match="belongs there"):
+            run.read(0, 10)
