@@ -11,6 +11,7 @@ A lease file `leases/ID` is sealed like a point, and, unlike everything else in 
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class Leases:
 
     def all(self) -> list[Lease]:
         """Every lease; of a damaged one only the name is known, which is what a hypervisor wants to hear."""
-        return [found for name in self._store.files.names(FOLDER) if (found := self._read(name))]
+        names = [n for n in self._store.files.names(FOLDER) if re.fullmatch("[0-9a-f]{12}", n)]
+        return [found for name in names if (found := self._read(name))]
 
     def _read(self, name: str) -> Lease | None:
         path = f"{FOLDER}/{name}"

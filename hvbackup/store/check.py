@@ -69,6 +69,7 @@ def check(
 ) -> Report:
     """Everything that is wrong with the store.  `progress` gets (done, total) bytes of packs, with `deep`."""
     report = Report()
+    store.index.reread()  # the packs are on trial, not a cache of them
     _keys(store, report)
     bad = _packs(store, report)
     bad |= _records(store, report, progress) if deep else store.index.damaged

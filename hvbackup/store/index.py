@@ -336,6 +336,6 @@ class Index:
 
 def _load_damaged(state: Files) -> set[tuple[str, int]]:
     try:
-        return {(str(p), int(o)) for p, o in json.loads(state.read("damaged.json"))}
+        return {(str(p), int(o)) for p, o in parse_json(state.read("damaged.json"))}
     except (FileNotFoundError, ValueError, TypeError):
         return set()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 
-from hvbackup.errors import KeyRefused, StoreMissing
+from hvbackup.errors import HvbackupError, KeyRefused, StoreMissing
 from hvbackup.model import MachineId
 from hvbackup.store import format as f
 from hvbackup.store.backend import Backend
@@ -188,7 +188,7 @@ def read_wrapping(backend: Backend, name: str) -> dict[str, Any]:
     try:
         record = f.parse_json(backend.read(f"keys/{name}"))
         whole = isinstance(record, dict) and record.get("check") == _digest(record) and _sane(record)
-    except (ValueError, TypeError, FileNotFoundError):
+    except (ValueError, TypeError, FileNotFoundError, HvbackupError):
         whole = False
     if not whole:
         raise KeyRefused(f"keys/{name} is damaged; put a copy of it back, or let `hvbackup check --repair` do so")
@@ -219,9 +219,15 @@ def remove_wrapping(backend: Backend, kid: str) -> None:
 
 def unlock(backend: Backend, store: bytes, secrets: list[Secret], *, encrypted: bool) -> Keyring:
     """The secrets of a store, opened by any of `secrets`.  Raises KeyRefused, StoreMissing."""
-    wrappings = [w for w in list_wrappings(backend) if w["store"] == store.hex()]
+    wrappings = list_wrappings(backend)
     if not wrappings:
         raise StoreMissing(f"Store {store.hex()} has no readable file in keys/; put a copy of one back")
+    wrappings = [w for w in wrappings if w["store"] == store.hex()]
+    if not wrappings:
+        raise StoreMissing(
+            f"HVBACKUP says that this is store {store.hex()}, and keys/ has the keys of another one; "
+            "put the HVBACKUP or the keys back that were made with the store"
+        )
     # A store that says it is open, with keys that say it is not (or the other way round), was tampered with: a capture
     # into it would write plain text, or encrypt for somebody else.
     wrappings = [w for w in wrappings if (w["kind"] == "open") != encrypted]

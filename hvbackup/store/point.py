@@ -6,6 +6,7 @@ is a sealed file (`sealed.py`).  A point names its disks' map roots, so it needs
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import asdict
 from typing import Any
@@ -35,6 +36,11 @@ FOLDER = "points"
 def new_id() -> PointId:
     """An id no other point has."""
     return PointId(secrets.token_hex(8))
+
+
+def is_name(name: str) -> bool:
+    """Whether a file is called like a point; anything else in the directory is not ours."""
+    return re.fullmatch(r"\d{20}-[0-9a-f]{16}", name) is not None
 
 
 def path_of(ring: Keyring, point: RecoveryPoint) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import blake3
 
-from hvbackup.errors import StoreDamage
+from hvbackup.errors import HvbackupError
 from hvbackup.files import Files
 from hvbackup.store import format as f
 from hvbackup.store.backend import Backend
@@ -107,17 +107,24 @@ class Runs:
 
     def _one(self, path: str) -> Record | str:
         """A record, or what is wrong with it."""
-        data = self._backend.read(path)
         try:
+            data = self._backend.read(path)
             return Record(path, blake3.blake3(data).hexdigest(), unseal(self._ring, f.KIND_RUN, path, data))
-        except StoreDamage as e:
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except HvbackupError as e:
             return str(e)
 
     def problems(self) -> list[str]:
-        """What is wrong with the chains: damaged or missing records, and a store that was put back from an old copy."""
+        """What is wrong with the chains, and with what they tell of.
+
+        Damaged or missing records, points that vanished (those that were pruned are `forgotten` by a later record), and a store
+        that was put back from an old copy.
+        """
         found: list[str] = []
         previous: dict[str, tuple[int, str]] = {}
         digests = set()
+        told: dict[str, str] = {}  # point -> the record that tells of it
         for record in self._read():
             if isinstance(record, str):
                 found.append(record)
@@ -128,6 +135,15 @@ class Runs:
                 found.append(f"{FOLDER}/{writer} is broken between records {last_seq} and {seq}")
             previous[writer] = (seq, record.digest)
             digests.add(record.digest)
+            if "point" in record.value:
+                told[str(record.value["point"])] = record.path
+            for path in record.value.get("forgotten", ()):
+                told.pop(path, None)
+        found += [
+            f"{point}, of which {path} tells, is gone, and no record says that it was meant to be"
+            for point, path in told.items()
+            if not self._backend.exists(point)
+        ]
         if self._head["seq"] >= 0 and self._head["digest"] not in digests:
             found.append(
                 f"Record {self._head['seq']} of {FOLDER}/{self._head['writer']}, which this machine wrote, is gone: "

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvbackup.errors import NotFound, StoreDamage, StoreMissing, UsageError
+from hvbackup.errors import HvbackupError, NotFound, PointDamaged, StoreDamage, StoreMissing, UsageError
 from hvbackup.files import Files, Kernel
 from hvbackup.model import DiskId, DiskRoot, Instant, MachineId, RecoveryPoint
 from hvbackup.store import format as f
@@ -181,11 +181,18 @@ class Store:
 
     def point_paths(self, folder: str) -> list[str]:
         """The paths of all points of one machine, oldest first."""
-        return [f"{points.FOLDER}/{folder}/{n}" for n in self.files.names(f"{points.FOLDER}/{folder}")]
+        names = self.files.names(f"{points.FOLDER}/{folder}")
+        return [f"{points.FOLDER}/{folder}/{n}" for n in names if points.is_name(n)]
 
     def load_point(self, path: str) -> RecoveryPoint:
         """The point in one file.  Raises StoreDamage."""
-        return points.load(self.ring, path, self.files.read(path))
+        try:
+            data = self.files.read(path)
+        except FileNotFoundError:
+            raise PointDamaged(f"{path} is missing") from None
+        except HvbackupError as e:
+            raise PointDamaged(str(e)) from e
+        return points.load(self.ring, path, data)
 
     def points(self, machine: MachineId | None = None) -> Iterator[RecoveryPoint]:
         """Every readable point (of one machine), oldest first within a machine; damaged ones are named by `check`."""

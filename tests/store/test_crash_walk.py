@@ -21,6 +21,7 @@ from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Ord
 from hvbackup.leases import LEASE_NS
 from hvbackup.model import Machine, PointId
 from hvbackup.store import keys, writer
+from hvbackup.store.check import check
 from hvbackup.store.store import DESCRIPTOR, Store
 from tests.crash import Fate, Recorder, Wreck, put, wrecks
 from tests.world import BLOCK, KEY, MACHINE, OTHER_KEY, Content, World
@@ -139,6 +140,7 @@ def check_survivor(run: Run, wreck: Wreck, path: Path, *, keep_state: bool) -> N
         assert found <= set(run.world.oracle), "a point from nowhere"
         world.oracle = {k: v for k, v in run.world.oracle.items() if k in found}
         world.check_all(store)
+        assert check(store).problems == []
         world.scribble(1)
         world.capture(store)
         world.check_all(store)
