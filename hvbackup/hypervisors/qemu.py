@@ -226,13 +226,18 @@ class QemuHypervisor:
         known = uuid is not None and uuid["UUID"] != _NO_UUID
         machine = Machine(
             id=MachineId(uuid["UUID"] if known else f"qemu:{self.path.resolve()}"),
-            name=(_optional(qmp, "query-name") or {}).get("name") or self.path.stem,
+            name=(_optional(qmp, "query-name") or {}).get("name") or self._fallback_name(),
             platform=self.platform,
             disks=tuple(drive.disk for drive in drives),
         )
         given = qemu_config.of_file(self._machine_file) if self._machine_file else line
         config = qemu_config.config(given, drives, _facts(qmp, skipped))
         return _Seen(machine, drives, line, config, [given.note] if given.note else [])
+
+    def _fallback_name(self) -> str:
+        """What people see of a machine without a name: that of its socket, or of the folder where that says nothing."""
+        stem = self.path.stem
+        return self.path.absolute().parent.name if stem in ("qmp", "monitor") else stem
 
     def _daemon(self, qmp: Qmp, graph: BlockGraph) -> Sequence[Device]:
         return daemon_devices(graph, qmp.command("query-block-exports"), self._names.prefix)

@@ -211,7 +211,7 @@ def test_the_ways_of_old_command_lines(tmp_path: Path) -> None:
     with System(tmp_path, *arguments) as system:
         machine = only(system.hypervisor())
         assert machine.id == f"qemu:{system.qmp_path}"
-        assert machine.name == "qmp"
+        assert machine.name == tmp_path.name  # the socket is called qmp.sock, like everybody's
         assert [disk.id for disk in machine.disks] == ["virtio0", "second"]
         with system.hypervisor().snapshot(machine, LeaseId("l"), {}, None) as frozen:
             assert [disk.disk.id for disk in frozen.disks] == ["virtio0", "second"]
