@@ -1,5 +1,6 @@
 """The command line: a thin skin over `hvbackup.service`.  No decision lives here.
 
+command      runs one command and turns every end of it into an exit code
 parser       options that every verb has, and unknown words with their nearest neighbour
 output       text for people, JSON for programs, warnings, exit codes
 progress     a bar on a terminal, a line now and then elsewhere
@@ -13,55 +14,22 @@ Modules here import nothing heavy: `--help` answers at once, and a verb pays onl
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from hvbackup.cli import machines, papers, recovery, stores
-from hvbackup.cli.output import Out
-from hvbackup.cli.parser import Parser, new_parser, split_off_moment
-from hvbackup.errors import HvbackupError, Interrupted
-
-GROUPS = (stores, machines, recovery, papers)
-
-
-def build() -> Parser:
-    """The parser of every verb."""
-    parser, verbs = new_parser()
-    for group in GROUPS:
-        group.add(verbs)
-    return parser
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    out = Out(json="--json" in words)  # until the words are understood
-    _terminate_like_ctrl_c()
+    """Run one command; returns its exit code.  Ctrl-C ends it properly even while we are still loading."""
     try:
-        args = build().parse_args(split_off_moment(words))
-        out = Out.of(args)
-        code: int = args.run(args, out)
-        return out.finish(code)
-    except HvbackupError as e:
-        return out.fail(e)
+        from hvbackup.cli import command
+
+        code = command.run(sys.argv[1:] if argv is None else argv)
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and answered; only Python has yet to end
+        return code
     except KeyboardInterrupt:
-        return out.fail(Interrupted("Interrupted; nothing that was committed is lost"))
-    except BrokenPipeError:
-        return _nobody_reads()
-    except OSError as e:
-        return out.fail(HvbackupError(f"{e.filename or 'The system'}: {e.strerror or e}"))
-
-
-def _terminate_like_ctrl_c() -> None:
-    """SIGTERM and a closed terminal end a command as ctrl-C does, unless whoever started us wanted them ignored."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-
-
-def _nobody_reads() -> int:
-    """What was asked is done; only its answer found no reader, as in `hvbackup points | head -1`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        print("hvbackup: error: Interrupted; nothing that was committed is lost", file=sys.stderr)
+        return INTERRUPTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,17 +34,24 @@ class Out:
     def answer(self, value: Any, lines: Iterable[str]) -> None:
         """The answer: `value` as one line of JSON, or `lines` as they are."""
         if self.json:
-            print(json.dumps(value, ensure_ascii=False), flush=True)
+            self._print([json.dumps(value, ensure_ascii=False)])
             self.answered = True
         elif not self.quiet:
-            for line in lines:
-                print(line)
-            sys.stdout.flush()
+            self._print(lines)
 
     def say(self, line: str) -> None:
         """Something for people only."""
         if not self.json and not self.quiet:
-            print(line, flush=True)
+            self._print([line])
+
+    def _print(self, lines: Iterable[str]) -> None:
+        """An answer that finds no reader, as in `hvbackup points | head -1`, does not turn what was done into a failure."""
+        try:
+            for line in lines:
+                print(line)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def warn(self, note: str) -> None:
         """The command does what it should, but not as planned."""
@@ -64,10 +72,7 @@ class Out:
         self.error(e)
         if self.json and not self.answered:
             shape = {"kind": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
-            try:
-                print(json.dumps({"error": shape}, ensure_ascii=False), flush=True)
-            except BrokenPipeError:
-                sys.stdout = None  # nobody reads; the exit code tells
+            self._print([json.dumps({"error": shape}, ensure_ascii=False)])
         return e.exit_code
 
     def finish(self, code: int) -> int:

@@ -71,7 +71,7 @@ class Page:
 
 
 def _program() -> Page:
-    from hvbackup.cli import build
+    from hvbackup.cli.command import build
 
     return Page((), DESCRIPTION, build())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hvbackup import config
 from hvbackup.config import KeyOptions, Places
-from hvbackup.errors import KeyRefused
+from hvbackup.errors import KeyRefused, StoreMissing
 from hvbackup.files import Files
 from hvbackup.store.keys import Secret, list_wrappings, parse_key_text, passphrase
 from hvbackup.store.store import CIPHERS, Store, describe
@@ -30,6 +30,8 @@ class Session:
 
     def secrets(self) -> list[Secret]:
         """What may open the store: what was given, or else the key kept for it, or else a passphrase that is asked for."""
+        if self.places.store.exists() and not self.places.store.is_dir():
+            raise StoreMissing(f"{self.places.store} is no store: a store is a directory")
         files = Files(self.places.store)
         descriptor = describe(files)
         if descriptor.cipher == CIPHERS[0]:

@@ -1,0 +1,46 @@
+"""One command: its words become a verb, and every end of it an exit code."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from hvbackup.cli import machines, papers, recovery, stores
+from hvbackup.cli.output import Out
+from hvbackup.cli.parser import Parser, new_parser, split_off_moment
+from hvbackup.errors import HvbackupError, Interrupted
+
+GROUPS = (stores, machines, recovery, papers)
+
+
+def build() -> Parser:
+    """The parser of every verb."""
+    parser, verbs = new_parser()
+    for group in GROUPS:
+        group.add(verbs)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns its exit code."""
+    words = list(argv)
+    out = Out(json="--json" in words)  # until the words are understood
+    _terminate_like_ctrl_c()
+    try:
+        args = build().parse_args(split_off_moment(words))
+        out = Out.of(args)
+        code: int = args.run(args, out)
+        return out.finish(code)
+    except HvbackupError as e:
+        return out.fail(e)
+    except KeyboardInterrupt:
+        return out.fail(Interrupted("Interrupted; nothing that was committed is lost"))
+    except OSError as e:
+        return out.fail(HvbackupError(f"{e.filename or 'The system'}: {e.strerror or e}"))
+
+
+def _terminate_like_ctrl_c() -> None:
+    """SIGTERM and a closed terminal end a command as ctrl-C does, unless whoever started us wanted them ignored."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)

@@ -1,0 +1,323 @@
+"""Everything that can be wrong outside of us: a message that names it, the documented exit code, no damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cli.rig import World, make_disk
+
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\r\n'
+)
+
+
+def edited(descriptor: Path, **fields: object) -> None:
+    descriptor.write_text(json.dumps(json.loads(descriptor.read_text()) | fields))
+
+
+def points_of(world: World) -> list[str]:
+    return [p["id"] for p in world.done("points", "--json").json["points"]]
+
+
+# -- stores ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_store(world: World) -> None:
+    message = world.refused(2, "points")
+    assert str(world.store) in message
+    assert "hvbackup init" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Signature: 8a477f597d28d172789f06886806bc55", "is not readable"),
+        (b'{"id": 7}', "is not the description of a store"),
+        (b"[]", "is not the description of a store"),
+        (b"", "is not readable"),
+        (b"\xff\xfe", "is not readable"),
+    ],
+)
+def test_a_foreign_or_damaged_descriptor(world: World, content: bytes, said: str) -> None:
+    world.store.mkdir()
+    (world.store / "HVBACKUP").write_bytes(content)
+    message = world.refused(2, "status")
+    assert said in message
+    assert str(world.store) in message
+    world.refused(2, "init")
+    assert (world.store / "HVBACKUP").read_bytes() == content
+
+
+def test_a_store_of_an_unknown_version_or_cipher(stored: World) -> None:
+    edited(stored.store / "HVBACKUP", format=9)
+    assert "format 9" in stored.refused(2, "status")
+    edited(stored.store / "HVBACKUP", format=1, cipher="rot13")
+    assert "rot13" in stored.refused(2, "status")
+
+
+def test_a_store_that_is_a_file(world: World) -> None:
+    world.store.write_text("x")
+    assert str(world.store) in world.refused(2, "status")
+
+
+def test_two_stores_in_one_place(stored: World) -> None:
+    assert "already" in stored.refused(2, "init")
+
+
+def test_a_damaged_point_is_said_and_never_stands_for_another(stored: World) -> None:
+    stored.done("backup", f"image:{stored.folder}/disk.raw")
+    old, new = points_of(stored)
+    [path] = (stored.store / "points").rglob(f"*{new}")
+    path.write_bytes(path.read_bytes()[:-9])
+    ran = stored.run("points", "--json", "--strict")
+    assert ran.code == 3
+    assert new in ran.err
+    ran = stored.run("restore", "web1", "--to", stored.folder / "out", "--json")
+    assert ran.code == 0
+    assert ran.json["point"]["id"] == old
+    assert new in ran.err, "whoever asked for the latest is told that it is not"
+    ran = stored.run("check", "--json")
+    assert ran.code == 20
+
+
+# -- names and moments -----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_and_moments(stored: World) -> None:
+    [point] = points_of(stored)
+    to = ("--to", str(stored.folder / "out"))
+    assert "did you mean web1?" in stored.refused(2, "restore", "wbe1", *to)
+    assert "It has: disk" in stored.refused(2, "restore", "web1", "--disk", "sda", *to)
+    assert point in stored.refused(2, "restore", "web1", "--at", "2001-01-01 00:00", *to)
+    assert point in stored.refused(2, "restore", "web1", "--at", "0123456789abcdef", *to)
+    assert "-10m" in stored.refused(2, "restore", "web1", "--at", "yesterday", *to)
+    assert "-10m" in stored.refused(2, "map", "web1", "--at", "-10parsecs")
+    assert not (stored.folder / "out").exists()
+
+
+def test_a_target_without_its_folder(stored: World) -> None:
+    assert "no directory" in stored.refused(2, "restore", "web1", "--disk", "disk", "--to", stored.folder / "a/b.raw")
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------------
+
+
+def test_disks_that_are_not_there(stored: World) -> None:
+    assert "gone.raw" in stored.refused(2, "backup", f"image:{stored.folder}/gone.raw")
+    assert "neither a file nor" in stored.refused(2, "backup", f"image:{stored.folder}")
+    assert "did you mean image:" in stored.refused(2, "backup", f"{stored.folder}/disk.raw")
+    assert "x.list" in stored.refused(
+        2, "backup", f"image:{stored.folder}/disk.raw", "--changed", stored.folder / "x.list"
+    )
+    assert len(points_of(stored)) == 1
+
+
+def test_a_qmp_socket_that_is_absent_or_refused(stored: World) -> None:
+    gone = stored.folder / "gone.sock"
+    assert str(gone) in stored.refused(4, "backup", f"qemu:{gone}")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(gone))
+    assert str(gone) in stored.refused(4, "backup", f"qemu:{gone}")
+
+
+@contextmanager
+def listening(path: Path, behave: Callable[[socket.socket], object]) -> Iterator[None]:
+    """Somebody listens there, and does this with everybody who comes."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = server.accept()
+                except OSError:
+                    return
+                threading.Thread(target=behave, args=(client,), daemon=True).start()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+def dies_half_way(client: socket.socket) -> None:
+    with client:
+        client.sendall(GREETING)
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\r\n{"ret')
+
+
+def speaks_another_language(client: socket.socket) -> None:
+    with client:
+        client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+        client.recv(4096)
+
+
+@pytest.mark.parametrize("behave", [dies_half_way, speaks_another_language])
+def test_a_qmp_socket_that_dies_or_is_none(stored: World, behave: Callable[[socket.socket], object]) -> None:
+    path = stored.folder / "qmp.sock"
+    with listening(path, behave):
+        assert str(path) in stored.refused(4, "backup", f"qemu:{path}")
+    assert len(points_of(stored)) == 1
+
+
+@pytest.mark.real
+def test_a_qmp_socket_that_is_silent(stored: World) -> None:
+    path = stored.folder / "qmp.sock"
+    with listening(path, lambda client: time.sleep(50)):
+        assert "No answer within" in stored.refused(4, "backup", f"qemu:{path}")
+
+
+@contextmanager
+def nbdkit(folder: Path, *words: str) -> Iterator[str]:
+    """An nbdkit with these plugins and filters; its URI."""
+    path = folder / "nbdkit.sock"
+    process = subprocess.Popen(["nbdkit", "-f", "-U", str(path), *words], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 20
+        while not path.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        yield f"nbd+unix:///?socket={path}"
+    finally:
+        process.kill()
+        process.wait(20)
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.real
+def test_reads_that_fail_make_no_point(stored: World) -> None:
+    disk = str(stored.folder / "disk.raw")
+    with nbdkit(stored.folder, "--filter=error", "file", disk, "error-pread-rate=100%") as uri:
+        assert uri in stored.refused(4, "backup", uri)
+    assert len(points_of(stored)) == 1
+    with nbdkit(stored.folder, "file", disk) as uri:
+        assert stored.run("backup", uri).code == 0
+    assert len(points_of(stored)) == 2
+
+
+# -- who else is there -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def slow_backup(world: World) -> Iterator[subprocess.Popen[str]]:
+    """A backup that is reading, and will be for long."""
+    delay = ("--filter=delay", "--filter=noextents", "memory", "64M", "delay-read=1500ms")
+    with nbdkit(world.folder, *delay) as uri:
+        process = world.start("backup", uri, "--json")
+        try:
+            end = time.monotonic() + 30
+            while not list((world.store / "leases").glob("*")):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+            process.wait(20)
+
+
+@pytest.mark.real
+def test_two_processes_on_one_store(stored: World) -> None:
+    with slow_backup(stored) as process:
+        message = stored.refused(5, "backup", f"image:{stored.folder}/disk.raw")
+        assert str(stored.store) in message
+        assert str(process.pid) in message
+        assert len(points_of(stored)) == 1, "readers are welcome meanwhile"
+        [lease] = stored.done("status", "--json").json["leases"]
+        assert lease["expired"] is False
+    assert stored.run("backup", f"image:{stored.folder}/disk.raw").code == 0
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_backup_leaves_no_point_and_no_lock(stored: World, number: signal.Signals) -> None:
+    with slow_backup(stored) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, (out, err)
+    assert json.loads(out)["error"]["kind"] == "Interrupted"
+    assert err == "hvbackup: error: Interrupted; nothing that was committed is lost\n"
+    assert len(points_of(stored)) == 1
+    stored.done("backup", f"image:{stored.folder}/disk.raw")
+    assert stored.done("check", "--deep", "--json").json["ok"]
+
+
+def test_ctrl_c_at_any_moment_ends_with_its_code_or_with_a_point(stored: World) -> None:
+    source = f"image:{stored.folder}/disk.raw"
+    before = points_of(stored)
+    codes = set()
+    for milliseconds in (20, 60, 120, 200, 300, 450, 650):
+        process = stored.start("backup", source, "--json")
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        codes.add(process.returncode)
+        assert "hvbackup/" not in err, err  # a traceback of Python's own, from before we were loaded, is nobody's fault
+    assert codes <= {0, 130, -signal.SIGINT}
+    assert points_of(stored)[: len(before)] == before
+    stored.run("backup", source)
+    assert stored.done("check", "--deep", "--json").json["ok"]
+
+
+# -- room ------------------------------------------------------------------------------------------------------------------
+
+
+def may_mount() -> bool:
+    mount = "mount -t tmpfs -o size=1m none /mnt"
+    return (
+        subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount], check=False).returncode
+        == 0
+    )
+
+
+@pytest.mark.real
+def test_a_full_disk_while_writing(world: World) -> None:
+    """The point does not exist, and the next run succeeds when there is room again."""
+    if not may_mount():
+        pytest.skip("no small file system can be mounted here")
+    make_disk(world.folder / "disk.raw", 6_000_128)
+    program = shutil.which("sh") or "sh"
+    run = " ".join(world.command())
+    source = f"image:{world.folder}/disk.raw"
+    script = f"""
+        set -e
+        mkdir {world.store}
+        mount -t tmpfs -o size=3m none {world.store}
+        {run} init --quiet
+        code=0; {run} backup {source} --json > full.json 2> full.err || code=$?
+        test $code = 1
+        {run} points --json > none.json
+        mount -o remount,size=64m {world.store}
+        {run} backup {source} --json > room.json
+        {run} check --deep --json > check.json
+    """
+    where = ["unshare", "--user", "--map-root-user", "--mount", program, "-c", script]
+    ran = subprocess.run(
+        where, cwd=world.folder, env=world.environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ran.returncode == 0, (ran, (world.folder / "full.err").read_text())
+    said = json.loads((world.folder / "full.json").read_text())["error"]
+    assert said["kind"] == "SpaceExhausted"
+    assert str(world.store) in said["message"]
+    assert json.loads((world.folder / "none.json").read_text())["points"] == []
+    assert json.loads((world.folder / "room.json").read_text())["runs"][0]["point"]
+    assert json.loads((world.folder / "check.json").read_text())["ok"] is True
+
+
+def test_a_place_that_may_not_be_written(world: World) -> None:
+    (world.folder / "file").write_text("x")
+    assert "file" in world.refused(1, "init", world.folder / "file" / "store")
