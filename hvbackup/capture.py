@@ -20,7 +20,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 import blake3
@@ -105,8 +105,10 @@ def capture(store: Store, hypervisor: Hypervisor, machine: Machine, options: Opt
     try:
         point = _captured(store, hypervisor, machine, options, outcome, leases, lease)
     except BaseException:
-        # Undo at once what can be undone; the lease stays for the next run to look again.
-        _release(hypervisor, machine, lease, committed_tokens(store, machine.id), outcome)
+        # Undo at once what can be undone; the lease stays for what can't.
+        if _release(hypervisor, machine, lease, committed_tokens(store, machine.id), outcome):
+            with suppress(HvbackupError):
+                leases.remove(lease.id)
         raise
     # The point is committed: from here on trouble is a note, never an error that says there is none.
     outcome.point = point

@@ -103,7 +103,7 @@ class NewFile:
         self._tmp = files.path(TMP) / secrets.token_hex(8)
         with _named_errors("create", self._tmp):
             self._fd = files.kernel.create(str(self._tmp), mode)
-        self._open = True
+        self._open, self._named = True, False
         self.size = 0
 
     def write(self, data: Buffer) -> None:
@@ -120,12 +120,15 @@ class NewFile:
             self._files.kernel.fsync(self._fd)
             self._close()
             self._files.kernel.rename(str(self._tmp), str(target))
+            self._named = True
             self._files.kernel.sync_dir(str(target.parent))
 
     def abandon(self) -> None:
         """Remove what was written; nothing happens after `commit`."""
         if self._open:
             self._close()
+        if not self._named:
+            self._named = True
             with _named_errors("remove", self._tmp):
                 self._files.kernel.unlink(str(self._tmp))
 

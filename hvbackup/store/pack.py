@@ -68,7 +68,11 @@ class PackWriter:
         self._rows: list[tuple[bytes, int, int, int, int, int]] = []
         self._ordinal = 0
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
-        self._write(f.with_crc(f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, kind, flags, ring.store, self._salt, 0)))
+        try:
+            self._write(f.with_crc(f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, kind, flags, ring.store, self._salt, 0)))
+        except BaseException:
+            self.abandon()  # nobody else knows of it yet
+            raise
 
     @property
     def size(self) -> int:

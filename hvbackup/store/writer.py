@@ -28,6 +28,7 @@ from hvbackup.store.pack import PackWriter
 PACK_BYTES = 64 * MiB  # sealed at this size: bounds what a crash wastes and what reclaim copies
 BLOCK_LEVEL = 1  # zstd level of blocks; decision 0003 has the measurements
 PAGE_LEVEL = 1
+META_COPIES = 2
 WORTH_IT = 0.97  # a frame that does not shrink below this part is stored as it is: restoring it costs nothing
 
 
@@ -114,8 +115,8 @@ class ChunkWriter:
         self._put_meta(f.CHUNK_POINT, Frame(f.CODEC_RAW, data, [chunk], [len(data)]))
 
     def _put_meta(self, what: int, frame: Frame) -> None:
-        if not self._meta:
-            self._meta = [PackWriter(self._backend, self._ring, f.KIND_META) for _ in range(2)]
+        while len(self._meta) < META_COPIES:
+            self._meta.append(PackWriter(self._backend, self._ring, f.KIND_META))
         self._put.update(frame.ids)
         for pack in self._meta:
             pack.add(what, frame.codec, frame.data, frame.ids, frame.plain)
