@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 FILE = "catalog.duckdb"
 STAMP = "catalog.json"  # what the catalog held when it was last closed: equal to the store's names, nothing is to do
-MEMORY_BYTES = 1 << 30  # what DuckDB may use
+RECONCILE_MEMORY_BYTES = 256 << 20  # what DuckDB may use to insert 10 million chunks: more does not make it faster
+QUERY_MEMORY_BYTES = 1 << 30  # and for a query
 LOCK_SECONDS = 10.0  # how long another process may hold the file before we say so
 GRACE_SECONDS = 10.0  # from the polite end of a query to the forced one
 ANSWER_BYTES_MAX = 256 << 20  # nothing longer is taken from a query
@@ -55,7 +56,13 @@ OFFLINE = {
     "python_enable_replacements": "false",
 }
 # And, for strangers: no file but the catalog, no network, and nothing of this can be changed.
-SEALED = {**OFFLINE, "enable_external_access": "false", "allow_persistent_secrets": "false", "temp_directory": ""}
+SEALED = {
+    **OFFLINE,
+    "enable_external_access": "false",
+    "allow_persistent_secrets": "false",
+    "temp_directory": "",
+    "memory_limit": f"{QUERY_MEMORY_BYTES}B",
+}
 
 Answer = tuple[list[str], list[list[Any]]]
 
@@ -134,7 +141,7 @@ class Catalog:
     def _open(self) -> Iterator[DuckDBPyConnection]:
         import duckdb
 
-        config = {**OFFLINE, "temp_directory": f"{self.path}.tmp"}
+        config = {**OFFLINE, "temp_directory": f"{self.path}.tmp", "memory_limit": f"{RECONCILE_MEMORY_BYTES}B"}
         with closing(_connect(str(self.path), config, read_only=False)) as con:
             try:
                 yield con
@@ -210,11 +217,11 @@ def _connect(path: str, config: dict[str, str], *, read_only: bool) -> DuckDBPyC
     """An open catalog, in UTC.  Raises Busy naming the process that holds it, duckdb.Error."""
     import duckdb
 
-    limits = {"memory_limit": f"{MEMORY_BYTES}B", "threads": str(min(THREADS_MAX, os.cpu_count() or 1))}
+    threads = {"threads": str(min(THREADS_MAX, os.cpu_count() or 1))}
     give_up = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            con = duckdb.connect(path, read_only=read_only, config={**limits, **config})
+            con = duckdb.connect(path, read_only=read_only, config={**threads, **config})
         except duckdb.IOException as e:
             if "lock" not in str(e):
                 raise

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hvbackup.errors import StoreDamage
+from hvbackup.errors import HvbackupError
 from hvbackup.store.catalog_schema import COLUMNS
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def _load_chunks(con: Connection, store: Store, numbers: dict[str, int]) -> None
         number = np.array([numbers.get(name, -1) for name in names], np.int32)
         for start in range(0, len(rows), PIECE_CHUNKS) if (number >= 0).any() else ():
             piece = rows[start : start + PIECE_CHUNKS]
+            piece = piece[piece["pack"] < len(number)]  # the index may be a damaged cache itself
             of = number[piece["pack"]]
             piece, of = piece[of >= 0], of[of >= 0]
             _insert_chunks(con, piece, of)
@@ -116,11 +117,10 @@ def load_points(con: Connection, store: Store, wanted: frozenset[str]) -> list[s
         for path in paths:
             try:
                 point = store.load_point(path)
-            except FileNotFoundError:
-                continue  # pruned since it was listed
-            except StoreDamage:
-                damaged.append(path)
-                points.append(_damaged_row(path))
+            except HvbackupError:
+                if store.files.exists(path):  # else it was pruned since it was listed
+                    damaged.append(path)
+                    points.append(_damaged_row(path))
                 continue
             points.append(_point_row(path, point))
             disks += _disk_rows(path, point)
@@ -137,8 +137,8 @@ def _point_row(path: str, p: RecoveryPoint) -> Row:
 
 def _damaged_row(path: str) -> Row:
     """All that the name of a point tells."""
-    t, point = path.rsplit("/", 1)[1].split("-", 1)
-    return path, point, int(t), None, None, None, None, None, "damaged", None, 0, None, None, None
+    t, _, point = path.rsplit("/", 1)[1].partition("-")
+    return path, point, int(t) if t.isdecimal() else None, None, None, None, None, None, "damaged", None, 0, None, None, None
 
 
 def _disk_rows(path: str, point: RecoveryPoint) -> Iterator[Row]:
@@ -162,7 +162,7 @@ def load_runs(con: Connection, store: Store, wanted: frozenset[str]) -> list[str
                 rows.append(_run_row(path, unseal(store.ring, f.KIND_RUN, path, store.files.read(path))))
             except FileNotFoundError:
                 continue
-            except StoreDamage:
+            except HvbackupError:
                 damaged.append(path)
         _insert(con, "runs", rows)
     return damaged
