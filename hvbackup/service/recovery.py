@@ -25,6 +25,7 @@ from hvbackup.recover.boot import Boot, Boots
 from hvbackup.recover.boot import Options as BootOptions
 from hvbackup.recover.export import exports
 from hvbackup.recover.processes import start_detached
+from hvbackup.recover.qcow2 import to_qcow2
 from hvbackup.recover.restore import Restored
 from hvbackup.service import lonefile
 from hvbackup.service.look import find_point, roots
@@ -183,7 +184,7 @@ def _refuse_overwriting(plan: Sequence[RestoredDisk], machine_file: Path | None,
 
 
 def _one(view: Any, disk: RestoredDisk, key: bytes, progress: OnProgress) -> RestoredDisk:
-    write = restoring.to_qcow2 if disk.format == "qcow2" else restoring.to_file
+    write = to_qcow2 if disk.format == "qcow2" else restoring.to_file
     try:
         done = write(view, disk.path, key, lambda at, total: progress(disk.root.disk.id, at, total))
     except StoreDamage as e:
