@@ -1,0 +1,235 @@
+"""The index against a dictionary: adding, merging, damaged places, vanished packs, and caches in any state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from hvbackup.files import Files
+from hvbackup.store import format as f
+from hvbackup.store import index as index_module
+from hvbackup.store import pack as packs
+from hvbackup.store.index import NOWHERE, Generation, Index
+from hvbackup.store.keys import Keyring
+from tests.world import CarelessKernel
+
+RING = Keyring.generate(bytes(16), encrypted=False)
+Known = dict[bytes, set[tuple[str, int]]]  # chunk -> the places that hold it
+
+
+def chunk(number: int) -> bytes:
+    """An id; many share their first 8 bytes, and their filter bits."""
+    return bytes([number % 3] * 8) + number.to_bytes(4, "big") * 2 + bytes([7] * 16)
+
+
+@dataclass
+class Bench:
+    """A store with nothing but packs, and an index over it."""
+
+    files: Files
+    state: Files
+    index: Index = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reopen()
+
+    def reopen(self, *, keep: bool = True) -> None:
+        self.index = Index(self.files, self.state, keep=keep)
+        self.index.sync()
+
+    def write(self, numbers: list[int]) -> tuple[str, np.ndarray]:
+        """A pack with these chunks is in the store; the index does not know."""
+        writer = packs.PackWriter(self.files, RING, f.KIND_DATA)
+        for number in numbers:
+            writer.add(f.CHUNK_BLOCK, f.CODEC_RAW, b"x", [chunk(number)], [1])
+        return writer.seal()
+
+    def check(self, known: Known, damaged: set[tuple[str, int]], numbers: range = range(60)) -> None:
+        ids = [chunk(n) for n in numbers]
+        found = self.index.lookup(np.frombuffer(b"".join(ids), "V32"))
+        for one, row in zip(ids, found, strict=True):
+            places = known.get(one, set()) - damaged
+            if not places:
+                assert row["pack"] == NOWHERE
+            else:
+                assert (self.index.packs[int(row["pack"])], int(row["offset"])) in places
+            everywhere = {(pack, int(r["offset"][0])) for pack, r in self.index.everywhere(one)}
+            assert everywhere == known.get(one, set()), "a reader looks at damaged places too"
+
+
+@contextmanager
+def bench() -> Iterator[Bench]:
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as path:
+        kernel = CarelessKernel()
+        yield Bench(Files(f"{path}/store", kernel), Files(f"{path}/state", kernel))
+
+
+class IndexLife(RuleBasedStateMachine):
+    """Any order of everything that can happen to an index."""
+
+    written = Bundle("written")
+
+    @initialize()
+    def begin(self) -> None:
+        self.context = bench()
+        self.bench = self.context.__enter__()
+        self.known: Known = {}
+        self.damaged: set[tuple[str, int]] = set()
+        self.rng = random.Random(5)
+
+    def teardown(self) -> None:
+        self.context.__exit__(None, None, None)
+
+    def _learn(self, name: str, rows: np.ndarray) -> None:
+        for row in rows:
+            self.known.setdefault(row["id"].tobytes(), set()).add((name, int(row["offset"])))
+
+    @rule(target=written, numbers=st.lists(st.integers(0, 59), min_size=1, max_size=8, unique=True))
+    def add(self, numbers: list[int]) -> str:
+        name, rows = self.bench.write(numbers)
+        self.bench.index.add(name, rows)
+        self._learn(name, rows)
+        return name
+
+    @rule(target=written, count=st.integers(1, 40))
+    def add_many(self, count: int) -> object:
+        return multiple(*(self.add([self.rng.randrange(60)]) for _ in range(count)))
+
+    @rule(numbers=st.lists(st.integers(0, 59), min_size=1, max_size=4, unique=True))
+    def somebody_else_writes(self, numbers: list[int]) -> None:
+        self._learn(*self.bench.write(numbers))
+        self.bench.index.sync()
+
+    @rule(keep=st.booleans())
+    def reopen(self, keep: bool) -> None:
+        self.bench.reopen(keep=keep)
+        self.damaged &= {p for places in self.known.values() for p in places}
+
+    @rule(name=written)
+    def a_pack_vanishes(self, name: str) -> None:
+        self.bench.files.remove(packs.path_of(name))
+        self.known = {c: {p for p in places if p[0] != name} for c, places in self.known.items()}
+        self.damaged = {p for p in self.damaged if p[0] != name}
+        self.bench.reopen()
+
+    @rule(data=st.data())
+    def places_are_damaged(self, data: st.DataObject) -> None:
+        places = sorted({p for several in self.known.values() for p in several})
+        if places:
+            self.damaged = set(data.draw(st.lists(st.sampled_from(places), max_size=5)))
+            self.bench.index.set_damaged(self.damaged)
+
+    @rule(how=st.sampled_from(["delete", "cut", "empty", "garbage", "swap"]), data=st.data())
+    def a_cache_file_is_damaged(self, how: str, data: st.DataObject) -> None:
+        names = self.bench.state.names("index")
+        if not names:
+            return
+        path = self.bench.state.path(f"index/{data.draw(st.sampled_from(names))}")
+        if how == "delete":
+            path.unlink()
+        elif how == "swap":
+            other = self.bench.state.path(f"index/{names[0]}")
+            path.write_bytes(other.read_bytes())
+        else:
+            whole = path.read_bytes()
+            path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "garbage": b"\xff" * len(whole)}[how])
+        self.bench.reopen()
+
+    @rule()
+    def reread(self) -> None:
+        self.bench.index.reread()
+        assert not self.bench.index.reread()
+
+    @invariant()
+    def says_what_the_packs_say(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.check(self.known, self.damaged)
+
+
+TestIndexLife = IndexLife.TestCase
+TestIndexLife.settings = settings(stateful_step_count=12)
+
+
+def test_a_hit_is_the_whole_id_and_not_its_beginning() -> None:
+    with bench() as b:
+        name, rows = b.write([0, 3, 6, 9])
+        b.index.add(name, rows)
+        assert len({chunk(n)[:8] for n in (0, 3, 6, 9, 12)}) == 1
+        found = b.index.lookup(np.frombuffer(chunk(12) + chunk(9), "V32"))
+        assert found["pack"].tolist() == [NOWHERE, 0]
+
+
+def test_a_damaged_place_is_passed_over_for_another_copy() -> None:
+    with bench() as b:
+        first, rows = b.write([1, 2])
+        b.index.add(first, rows)
+        second, rows = b.write([2])
+        b.index.add(second, rows)
+        places = {p: int(r["offset"][0]) for p, r in b.index.everywhere(chunk(2))}
+        b.index.set_damaged({(first, places[first])})
+        row = b.index.lookup(np.frombuffer(chunk(2), "V32"))[0]
+        assert b.index.packs[int(row["pack"])] == second
+        b.reopen()
+        assert b.index.damaged == {(first, places[first])}
+
+
+def test_generations_stay_few_and_on_disk() -> None:
+    with bench() as b:
+        for number in range(5 * index_module.GENERATIONS_MAX):
+            b.index.add(*b.write([number]))
+        b.index.sync()
+        assert len(b.state.names("index")) <= index_module.GENERATIONS_MAX
+        b.reopen()
+        assert len(b.state.names("index")) <= index_module.GENERATIONS_MAX
+        assert b.index.chunks == 5 * index_module.GENERATIONS_MAX
+        assert sum(len(rows) for _, rows in b.index.rows()) == b.index.chunks
+
+
+def test_a_reader_writes_nothing_down() -> None:
+    with bench() as b:
+        for number in range(2 * index_module.GENERATIONS_MAX):
+            b.write([number])
+        b.reopen(keep=False)
+        assert b.state.names("index") == []
+        assert b.index.chunks == 2 * index_module.GENERATIONS_MAX
+
+
+def test_a_pack_nobody_can_read_is_named_and_the_others_serve() -> None:
+    with bench() as b:
+        bad, _ = b.write([1])
+        good, rows = b.write([2])
+        b.files.path(packs.path_of(bad)).write_bytes(b"nothing of ours")
+        b.reopen()
+        assert b.index.unreadable == [bad]
+        b.check({chunk(2): {(good, int(rows["offset"][0]))}}, set())
+
+
+@given(st.binary(max_size=400))
+def test_loading_any_bytes_as_a_generation(data: bytes) -> None:
+    with TemporaryDirectory() as path:
+        file = Path(path) / "x.idx"
+        file.write_bytes(data)
+        assert Generation.load(str(file)) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_a_generation_comes_back_from_its_file(tmp_path: Path, count: int) -> None:
+    rows = np.zeros(count, f.ROW)
+    rows["id"] = [chunk(n) for n in range(count)]
+    made = Generation.of({"p" * 64: packs.sort_rows(rows)})
+    (tmp_path / "x.idx").write_bytes(made.dump())
+    loaded = Generation.load(str(tmp_path / "x.idx"))
+    assert loaded is not None
+    assert loaded.packs == made.packs
+    assert loaded.rows.tobytes() == made.rows.tobytes()
+    assert loaded.keys.tobytes() == made.keys.tobytes()
