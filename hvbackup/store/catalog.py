@@ -180,21 +180,23 @@ class Catalog:
         if not self.path.is_file():
             raise HvbackupError(f"There is no catalog at {self.path} yet; reconcile makes it")
         asked = {"path": str(self.path), "sql": sql, "seconds": timeout_seconds, "rows": max_rows}
-        command = [sys.executable, "-c", "from hvbackup.store.catalog import main; main()"]
+        command = [sys.executable, "-P", "-c", "from hvbackup.store.catalog import main; main()"]
         try:
             done = subprocess.run(
                 command,
                 input=json.dumps(asked).encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                capture_output=True,
                 timeout=timeout_seconds + LOCK_SECONDS + GRACE_SECONDS,
                 check=False,
             )
-            said = json.loads(done.stdout)
         except subprocess.TimeoutExpired:
             raise UsageError(f"The query took longer than {timeout_seconds:g} s and was stopped") from None
-        except ValueError:
-            raise UsageError("The query ended its process: it needs more memory than a query may have") from None
+        if done.returncode < 0:  # by a limit: DuckDB can't always say so itself
+            raise UsageError("The query needs more memory or time than a query may have; ask for less at once")
+        if done.returncode > 0:
+            last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise HvbackupError(f"The process of the query failed: {last or done.returncode}")
+        said = json.loads(done.stdout)
         if "error" in said:
             raise {"busy": Busy, "usage": UsageError}.get(said["class"], HvbackupError)(said["error"])
         return said["columns"], said["rows"]

@@ -606,3 +606,40 @@ def test_a_catalog_that_cannot_be_written_at_all_is_an_error(
     monkeypatch.setattr(module, "load_packs", broken)
     with pytest.raises(HvbackupError, match="Cannot write the catalog"):
         catalog.reconcile(store)
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "said"),
+    [
+        ("import os; os.abort()", UsageError, "more memory or time"),
+        ("import no_such_module", HvbackupError, "No module named 'no_such_module'"),
+        ("raise SystemExit(3)", HvbackupError, "failed: 3"),
+        ("import time; time.sleep(60)", UsageError, "took longer than 0.2 s"),
+    ],
+)
+def test_a_process_that_ends_otherwise_is_an_error_too(
+    still: Catalog, monkeypatch: pytest.MonkeyPatch, script: str, error: type[HvbackupError], said: str
+) -> None:
+    real = subprocess.run
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(module.subprocess, "run", lambda c, **more: real([*c[:-1], script], **more))
+    with pytest.raises(error, match=said):
+        still.query("SELECT 1", timeout_seconds=0.2)
+
+
+def test_modules_that_lie_about_are_not_run(still: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person may ask from any directory, also from one that somebody else can write to."""
+    for name in ("json.py", "duckdb.py", "blake3.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    assert still.query("SELECT 1")[1] == [[1]]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_refusals_keep_their_class(still: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.3)
+    assert ask(still, "SELECT count(*) FROM range(1000000000000) a, range(1000000) b", 0.3)["class"] == "usage"
+    assert ask(still, "SELECT list(range) FROM range(1000000000)")["class"] == "usage"
+    monkeypatch.setattr(module, "ANSWER_BYTES_MAX", 1000)
+    assert "longer than" in ask(still, "SELECT repeat('x', 1000)")["error"]
