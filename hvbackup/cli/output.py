@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvbackup.errors import HvbackupError, PartlyFailed
+from hvbackup.errors import HvbackupError, PartlyFailed, UsageError
 
 PROGRAM = "hvbackup"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -86,6 +87,16 @@ def size(count: int | float) -> str:
     while value >= 1023.95 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def parse_size(text: str) -> int:
+    """A size with K, M, G or T behind it; megabytes without, and nothing is 0.  Raises UsageError."""
+    if not text:
+        return 0
+    found = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise UsageError(f"{text} is no size; write 512M or 2G")
+    return int(found[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[found[2].upper()]
 
 
 def duration(seconds: float) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvbackup.cli.invocation import session_of
-from hvbackup.cli.output import Out, duration, size, table
+from hvbackup.cli.output import Out, duration, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_verb
 from hvbackup.cli.progress import Progress
 from hvbackup.errors import UsageError
@@ -132,23 +131,13 @@ def boot(args: argparse.Namespace, out: Out) -> int:
         disks=args.disk,
         generic=args.generic,
         new_identity=args.new_identity,
-        memory_bytes=_bytes(args.memory),
+        memory_bytes=parse_size(args.memory),
         cpus=args.cpus,
     )
     made, notes = recovery.boot(session_of(args), _which(args), options)
     out.answer({**shapes.boot(made), "notes": notes}, _boot_lines(made))
     out.warn_all(notes)
     return 0
-
-
-def _bytes(text: str) -> int:
-    """A size with K, M, G or T behind it; megabytes without.  Raises UsageError."""
-    if not text:
-        return 0
-    found = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text, re.IGNORECASE)
-    if not found:
-        raise UsageError(f"{text} is no size; write 512M or 2G")
-    return int(found[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[found[2].upper()]
 
 
 def _boot_lines(made: Boot) -> Iterator[str]:

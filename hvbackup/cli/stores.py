@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.cli.invocation import session_of
-from hvbackup.cli.output import Out, count, duration, size, table
+from hvbackup.cli.output import Out, count, duration, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_shared, add_verb
 from hvbackup.cli.progress import Progress
 from hvbackup.cli.recovery import boot_row, boot_table
 from hvbackup.errors import StoreDamage, UsageError
 
 if TYPE_CHECKING:
+    from hvbackup.service.benchmark import Speeds
     from hvbackup.service.look import History, Leftover, Overview
     from hvbackup.service.stores import Made
 
@@ -28,6 +30,16 @@ def add(verbs: Verbs) -> None:
     _add_key(verbs)
     _add_check(verbs)
     _add_sql(verbs)
+    verb = add_verb(
+        verbs,
+        "benchmark",
+        "what this machine can do, and what the pipeline reaches",
+        "Measure what this machine can do at most (hash, compress, encrypt, write, read), and next to it what a whole backup\n"
+        "and restore reach.  Needs no store; writes below a folder, and removes what it wrote.",
+    )
+    verb.add_argument("--in", dest="folder", default="", metavar="FOLDER", help="where (default: beside the store)")
+    verb.add_argument("--size", default="256M", metavar="SIZE", help="how much is backed up (default: 256M)")
+    verb.set_defaults(run=benchmark)
 
 
 # -- init ------------------------------------------------------------------------------------------------------------------
@@ -267,3 +279,30 @@ def sql(args: argparse.Namespace, out: Out) -> int:
     out.answer({"columns": found.columns, "rows": found.rows}, table(found.columns, cells))
     out.warn_all(found.notes)
     return 0
+
+
+# -- benchmark -------------------------------------------------------------------------------------------------------------
+
+
+def benchmark(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup benchmark`."""
+    from hvbackup.service import benchmark as service
+
+    folder = Path(args.folder) if args.folder else session_of(args).places.store.parent
+    wanted = parse_size(args.size)
+    found = service.benchmark(folder, wanted)
+    shown = asdict(found) | {"folder": str(folder), "size_bytes": wanted}
+    out.answer(shown, _speed_lines(found))
+    return 0
+
+
+def _speed_lines(found: Speeds) -> Iterator[str]:
+    yield f"{found.folder}, {count(found.cores, 'core')}; the sample compresses to {100 * found.compressed_share:.0f} %"
+    head = ("", "", "PER SECOND", "CPU PER GiB")
+    for title, speeds in (("one core, or the disk, at most:", found.ceilings), ("the whole pipeline:", found.pipeline)):
+        yield ""
+        yield title
+        rows = [
+            (f"  {s.name}", s.what, f"{size(s.bytes_per_second)}/s", f"{s.cpu_seconds_per_gib:.2f} s") for s in speeds
+        ]
+        yield from table(head, rows, (2, 3))

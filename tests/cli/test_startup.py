@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,8 @@ def test_docs_list_every_exit_code_verb_and_option() -> None:
 
     text = (Path(__file__).resolve().parents[2] / "docs/cli.md").read_text()
     parser = build()
-    missing = [
-        option for option in parser.every_option() if f"`{option}" not in text and option not in ("-h", "--help")
-    ]
-    assert missing == []
+    known = set(re.findall(r"--[a-z-]+", text)) | {"-h", "--help"}
+    assert set(parser.every_option()) - known == set()
     for code in (1, 2, 3, 4, 5, 20, 130):
         assert f"| {code} |" in text
 

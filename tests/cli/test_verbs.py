@@ -179,3 +179,12 @@ def test_an_answer_nobody_reads_is_no_failure(stored: World) -> None:
     )
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_a_benchmark_measures_every_step_and_leaves_nothing(world: World) -> None:
+    shown = world.done("benchmark", "--in", world.folder / "here", "--size", "16M", "--json").json
+    assert [s["name"] for s in shown["ceilings"]] == ["hash", "compress", "encrypt", "decompress", "write", "read"]
+    assert [s["name"] for s in shown["pipeline"]] == ["backup", "again", "restore"]
+    assert all(s["bytes_per_second"] > 0 for s in shown["ceilings"] + shown["pipeline"])
+    assert 0.2 < shown["compressed_share"] < 0.7
+    assert list((world.folder / "here").iterdir()) == []
