@@ -62,7 +62,7 @@ CODEC_ZSTD = 1
 
 CHUNK_BLOCK = 1
 CHUNK_PAGE = 2
-CHUNK_POINT = 3  # a copy of a point file, for repair only; its id is BLAKE3 of the file
+CHUNK_POINT = 3  # for repair only: 2 bytes length of a point's path, the path, the file; its id is BLAKE3 of all that
 CHUNK_FACTS = (
     4  # of a segment: the bytes of facts, one stream cut every SEGMENT_PIECE_BYTES, in the order of the records
 )

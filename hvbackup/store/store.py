@@ -266,10 +266,10 @@ class Store:
 
     def commit(self, point: RecoveryPoint, writer: ChunkWriter) -> None:
         """The point exists when this returns, and did not exist before it was called."""
-        data = points.dump(self.ring, point)
-        writer.put_point_copy(data)
+        path, data = self.path_of(point), points.dump(self.ring, point)
+        writer.put_point_copy(path, data)
         writer.seal()
-        self.files.write_new(points.path_of(self.ring, point), data)
+        self.files.write_new(path, data)
 
     def tell(self, kind: str, t: Instant, **value: Any) -> None:
         """Append a run record."""

@@ -109,10 +109,10 @@ class ChunkWriter:
             self._put_meta(f.CHUNK_PAGE, frame)
         return chunk
 
-    def put_point_copy(self, data: bytes) -> None:
-        """A copy of a point file, for repair only."""
-        chunk = blake3.blake3(data).digest()
-        self._put_meta(f.CHUNK_POINT, Frame(f.CODEC_RAW, data, [chunk], [len(data)]))
+    def put_point_copy(self, path: str, data: bytes) -> None:
+        """A copy of a point file, for repair only; without its name nobody could decrypt or verify it."""
+        copy = len(path).to_bytes(2, "little") + path.encode() + data
+        self._put_meta(f.CHUNK_POINT, Frame(f.CODEC_RAW, copy, [blake3.blake3(copy).digest()], [len(copy)]))
 
     def _put_meta(self, what: int, frame: Frame) -> None:
         while len(self._meta) < META_COPIES:
