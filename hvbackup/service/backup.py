@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hvbackup.capture import Options, Progress, capture
@@ -152,4 +152,5 @@ def _open(session: Session, store: Store, source: str, request: Request) -> Hype
 def _planned(store: Store, source: str, machine: Machine, request: Request) -> Planned:
     newest = store.newest(machine.id)
     known = [] if newest is None or request.full else [d.disk.id for d in newest.disks if d.token]
+    machine = replace(machine, name=_name(store, machine, request) or machine.name)
     return Planned(source, machine, newest, [d.id for d in machine.disks if d.id in known])

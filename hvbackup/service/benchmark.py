@@ -75,7 +75,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def sample_bytes(size: int, seed: int = 1) -> memoryview:
-    """Bytes that compress about as disks do, to somewhat less than half: of each 24 KiB, 4 are noise and the others words in random order."""
+    """Bytes that compress as disks do, to less than half: of each 24 KiB, 4 are noise and 20 words in random order."""
     rng = random.Random(seed)
     words = [rng.randbytes(rng.randrange(3, 12)) for _ in range(_WORDS)]
     out = bytearray()

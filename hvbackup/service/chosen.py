@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, cast
 
 from hvbackup.errors import NotFound
 from hvbackup.hypervisors import Frozen, FrozenDisk, Hypervisor
@@ -17,10 +18,8 @@ from hvbackup.model import (
     Consistency,
     Disk,
     DiskId,
-    Instant,
     LeaseId,
     Machine,
-    MachineConfig,
     Token,
 )
 
@@ -52,27 +51,20 @@ class ChosenDisks:
             left_out = [d.disk.id for d in frozen.disks if d.disk.id not in self._disks]
             notes = [*frozen.notes, *(f"Disk {disk} was left out, as asked" for disk in left_out)]
             disks = [d for d in frozen.disks if d.disk.id in self._disks]
-            yield ChosenFrozen(frozen, chosen, frozen.t, frozen.consistency, frozen.config, notes, disks)
+            yield cast(Frozen, _Fewer(frozen, chosen, notes, disks))
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
         self._whole.release(machine, lease, keep)
 
 
-@dataclass(slots=True)
-class ChosenFrozen:
-    """The chosen disks at the moment of the snapshot."""
+class _Fewer:
+    """The moment of a snapshot with the chosen disks; everything else is as the whole machine says."""
 
-    whole: Frozen
-    machine: Machine
-    t: Instant
-    consistency: Consistency
-    config: MachineConfig
-    notes: Sequence[str]
-    disks: Sequence[FrozenDisk]
+    def __init__(self, whole: Frozen, machine: Machine, notes: Sequence[str], disks: Sequence[FrozenDisk]) -> None:
+        self._whole, self.machine, self.notes, self.disks = whole, machine, notes, disks
 
-    def verify(self) -> Sequence[str]:
-        """As the whole machine says."""
-        return self.whole.verify()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
 
 
 def no_disk(machine: str, name: str, known: Sequence[str]) -> str:

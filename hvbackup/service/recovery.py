@@ -18,7 +18,6 @@ from hvbackup.errors import NotFound, StoreDamage, UsageError
 from hvbackup.model import DiskRoot, Instant, RecoveryPoint
 from hvbackup.moments import rfc3339
 from hvbackup.nbd.server import NbdServer
-from hvbackup.nbd.session import OnError
 from hvbackup.nbd.uri import NbdUri
 from hvbackup.recover import restore as restoring
 from hvbackup.recover.boot import Boot, Boots
@@ -34,6 +33,7 @@ from hvbackup.service.session import Session
 MACHINE_FILE = "machine.json"  # beside the disks of a restored machine
 FORMATS = ("raw", "qcow2")
 OnProgress = Callable[[str, int, int], None]
+OnError = Callable[[str, str, Exception], None]  # the export, what was asked of it, what went wrong
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hvbackup.model import MiB
 from tests.cli.rig import World, make_disk
+from tests.hypervisors.daemon import Daemon, make_image
 
 
 def test_a_store_is_made_with_a_key_outside_of_the_state(world: World) -> None:
@@ -188,3 +190,29 @@ def test_a_benchmark_measures_every_step_and_leaves_nothing(world: World) -> Non
     assert all(s["bytes_per_second"] > 0 for s in shown["ceilings"] + shown["pipeline"])
     assert 0.2 < shown["compressed_share"] < 0.7
     assert list((world.folder / "here").iterdir()) == []
+
+
+@pytest.mark.real
+def test_a_running_machine_is_captured_by_its_changes(world: World) -> None:
+    image = make_image(world.folder / "vda.qcow2", 64 * MiB)
+    node = {"driver": "qcow2", "node-name": "vda", "file": {"driver": "file", "filename": str(image)}}
+    world.done("init")
+    daemon = Daemon(world.folder, [node]).start()
+    try:
+        runs = []
+        for n in range(3):
+            write = f"write -P {n + 1} {n}M 1M"
+            guest = f"nbd+unix:///vda?socket={world.folder}/guest.sock"
+            subprocess.run(
+                ["qemu-io", "-f", "raw", "-c", write, guest], stdout=subprocess.DEVNULL, timeout=30, check=True
+            )
+            runs += world.done("backup", f"qemu:{daemon.qmp_path}", "--name", "web1", "--json").json["runs"]
+    finally:
+        daemon.stop()
+    assert [r["point"]["disks"][0]["how"] for r in runs] == ["full", "incremental", "incremental"]
+    assert runs[2]["figures"]["read_bytes"] == MiB
+    assert list((world.state / "scratch").iterdir()) == []
+    at = runs[1]["point"]["id"]
+    world.done("restore", "web1", "--at", at, "--disk", "vda", "--to", world.folder / "out.raw")
+    content = (world.folder / "out.raw").read_bytes()
+    assert content == b"\1" * MiB + b"\2" * MiB + bytes(62 * MiB)
