@@ -149,12 +149,12 @@ def test_equal_maps_have_equal_roots_however_they_were_made(one: Edit, other: Ed
     assert edited.root == apply(pages, None, Edit(other.blocks, [], runs)).root
 
 
-@given(edits(), st.integers(0, 3000), st.integers(0, 3000))
+@given(edits(), st.integers(0, 3000), st.integers(1, 3000))
 def test_leaves_in_a_range_are_those_that_touch_it(edit: Edit, first: int, count: int) -> None:
     tree = apply(Pages(), None, edit)
     everything = [n for n, _ in tree.leaves()]
     lo, hi = first, first + count
-    assert [n for n, _ in tree.leaves_in(lo, hi)] == [n for n in everything if n < hi and n + PAGE_IDS > lo and lo < hi]
+    assert [n for n, _ in tree.leaves_in(lo, hi)] == [n for n in everything if n < hi and n + PAGE_IDS > lo]
 
 
 @given(edits())
