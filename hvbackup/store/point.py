@@ -61,9 +61,10 @@ def load(ring: Keyring, path: str, data: bytes) -> RecoveryPoint:
     value = unseal(ring, f.KIND_POINT, path, data)
     try:
         point = _point(value)
-    except (KeyError, TypeError, ValueError) as e:
+        place = path_of(ring, point)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as e:
         raise PointDamaged(f"{path} holds no recovery point: {e}") from e
-    if path_of(ring, point) != path:
+    if place != path:
         raise PointDamaged(f"{path} holds the point of another place")
     return point
 
