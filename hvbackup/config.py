@@ -13,7 +13,7 @@ directory holds `keys/STORE-ID.key`, and nothing of a key is ever written to STA
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +91,30 @@ def _default(environment: Mapping[str, str], root: bool, what: str) -> str:
     base = environment.get(name, "")
     if not os.path.isabs(base):  # the XDG rules: anything else is ignored
         home = environment.get("HOME", "") or "/"
-        base = tempfile.gettempdir() if what == "RUNTIME" else os.path.join(home, _HOME[what])
+        base = _temporary() if what == "RUNTIME" else os.path.join(home, _HOME[what])
     if what == "RUNTIME" and name not in environment:
         return os.path.join(base, f"hvbackup-{os.geteuid()}")
     return os.path.join(base, "hvbackup", "store") if what == "DATA" else os.path.join(base, "hvbackup")
+
+
+def _temporary() -> str:
+    import tempfile  # it costs more than all the rest of this module
+
+    return tempfile.gettempdir()
+
+
+def private(folder: Path) -> Path:
+    """The folder exists and is ours alone when this returns.  Raises UsageError: in a shared place anybody may have made it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as e:
+        raise UsageError(f"Cannot make the folder {folder}: {e.strerror}; set HVBACKUP_RUN") from e
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise UsageError(
+            f"{folder} belongs to somebody else or can be written by others; remove it, or set HVBACKUP_RUN"
+        )
+    return folder
 
 
 def key_options(

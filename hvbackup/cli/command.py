@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 from collections.abc import Sequence
 
 from hvbackup.cli import machines, papers, recovery, stores
@@ -26,6 +28,7 @@ def run(argv: Sequence[str]) -> int:
     words = list(argv)
     out = Out(json="--json" in words)  # until the words are understood
     _terminate_like_ctrl_c()
+    _print_anything()
     try:
         args = build().parse_args(split_off_moment(words))
         out = Out.of(args)
@@ -37,6 +40,13 @@ def run(argv: Sequence[str]) -> int:
         return out.fail(Interrupted("Interrupted; nothing that was committed is lost"))
     except OSError as e:
         return out.fail(HvbackupError(f"{e.filename or 'The system'}: {e.strerror or e}"))
+
+
+def _print_anything() -> None:
+    """Names that the terminal's encoding does not have are shown escaped, and are no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminate_like_ctrl_c() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import getpass
+import time
 from typing import TYPE_CHECKING
 
 from hvbackup import config
 from hvbackup.cli.parser import interactive
+from hvbackup.model import Instant
 
 if TYPE_CHECKING:
     from hvbackup.service.session import Session
@@ -20,5 +21,16 @@ def session_of(args: argparse.Namespace) -> Session:
     return Session(
         config.places(args.store),
         config.key_options(args.key_file, args.passphrase_file),
-        getpass.getpass if interactive() else None,
+        _ask if interactive() else None,
     )
+
+
+def _ask(prompt: str) -> str:
+    import getpass
+
+    return getpass.getpass(prompt)
+
+
+def now() -> Instant:
+    """The moment a command begins: time comes in here and nowhere below."""
+    return Instant(time.time_ns())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -47,17 +48,22 @@ class Out:
 
     def _print(self, lines: Iterable[str]) -> None:
         """An answer that finds no reader, as in `hvbackup points | head -1`, does not turn what was done into a failure."""
+        if sys.stdout is None:
+            return  # closed by whoever started us
         try:
             for line in lines:
                 print(line)
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
+        except OSError as e:
+            _discard_output()
+            raise HvbackupError(f"Cannot write the answer: {e.strerror}") from e
 
     def warn(self, note: str) -> None:
         """The command does what it should, but not as planned."""
         self.warned = True
-        print(f"{PROGRAM}: warning: {note}", file=sys.stderr, flush=True)
+        _complain(f"warning: {note}")
 
     def warn_all(self, notes: Iterable[str]) -> None:
         """Several warnings."""
@@ -66,7 +72,7 @@ class Out:
 
     def error(self, e: HvbackupError) -> None:
         """One line on stderr."""
-        print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        _complain(f"error: {e}")
 
     def fail(self, e: HvbackupError) -> int:
         """The command ends with this error; returns its exit code."""
@@ -79,6 +85,22 @@ class Out:
     def finish(self, code: int) -> int:
         """The exit code of a command that ended by itself."""
         return PartlyFailed.exit_code if code == 0 and self.strict and self.warned else code
+
+
+def _complain(text: str) -> None:
+    """One line on stderr, whatever is in the text; where nobody reads it, the exit code has to do."""
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    """What Python still holds for stdout goes nowhere, so that it does not fail again at our end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """The text without anything that a terminal obeys: names come from guests and hosts."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def size(count: int | float) -> str:
@@ -116,7 +138,7 @@ def count(n: int, noun: str) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Columns under a head; those in `right` are aligned to the right."""
-    all_ = [[str(cell) for cell in row] for row in (head, *rows)]
+    all_ = [[printable(str(cell)) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in all_) for i in range(len(head))]
     aligned = set(right)
 

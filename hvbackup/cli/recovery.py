@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvbackup.cli.invocation import session_of
+from hvbackup.cli.invocation import now, session_of
 from hvbackup.cli.output import Out, duration, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_verb
 from hvbackup.cli.progress import Progress
@@ -46,10 +46,9 @@ def _add_which(verb: argparse.ArgumentParser) -> None:
 
 
 def _which(args: argparse.Namespace) -> Which:
-    from hvbackup.capture import system_clock
     from hvbackup.service.recovery import Which
 
-    return Which(args.machine, args.at, system_clock(), args.disk)
+    return Which(args.machine, args.at, now(), args.disk)
 
 
 # -- restore ---------------------------------------------------------------------------------------------------------------
@@ -149,18 +148,17 @@ def _boot_lines(made: Boot) -> Iterator[str]:
 
 def discard(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup discard NAME`, `hvbackup discard --list`."""
-    from hvbackup.capture import system_clock
     from hvbackup.service import recovery, shapes
 
-    session, now = session_of(args), system_clock()
+    session, moment = session_of(args), now()
     if args.list == bool(args.name):
         raise UsageError("Say which machine to discard, or --list; see hvbackup discard --help")
     if args.list:
-        found = recovery.boots(session, now)
+        found = recovery.boots(session, moment)
         rows = [boot_row(b) for b in found]
         out.answer({"boots": [shapes.boot(b) for b in found]}, boot_table(rows) if rows else ["No machine is booted"])
         return 0
-    recovery.discard(session, args.name, now)
+    recovery.discard(session, args.name, moment)
     out.answer({"discarded": args.name}, [f"{args.name} is discarded"])
     return 0
 

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvbackup.cli.invocation import session_of
+from hvbackup.cli.invocation import now, session_of
 from hvbackup.cli.output import Out, count, duration, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_shared, add_verb
 from hvbackup.cli.progress import Progress
 from hvbackup.cli.recovery import boot_row, boot_table
 from hvbackup.errors import StoreDamage, UsageError
+from hvbackup.model import Instant
 
 if TYPE_CHECKING:
     from hvbackup.service.benchmark import Speeds
@@ -174,17 +175,16 @@ def key_paper(args: argparse.Namespace, out: Out) -> int:
 
 def status(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup status`."""
-    from hvbackup.capture import system_clock
     from hvbackup.service import look, shapes
 
-    now = system_clock()
-    found = look.status(session_of(args), now)
-    out.answer(shapes.overview(found, now), _overview_lines(found, now))
+    moment = now()
+    found = look.status(session_of(args), moment)
+    out.answer(shapes.overview(found, moment), _overview_lines(found, moment))
     out.warn_all(found.notes)
     return 0
 
 
-def _overview_lines(found: Overview, now: int) -> Iterator[str]:
+def _overview_lines(found: Overview, moment: Instant) -> Iterator[str]:
     s = found.store
     sealed = "not encrypted" if s.cipher == "none" else s.cipher
     yield f"Store {s.path} ({s.id}), {sealed}, blocks of {size(s.block)}"
@@ -194,7 +194,7 @@ def _overview_lines(found: Overview, now: int) -> Iterator[str]:
         return
     yield ""
     head = ("MACHINE", "NEWEST POINT", "TIME", "AGE", "CONSISTENCY", "POINTS", "DISKS", "SIZE")
-    yield from table(head, [_machine_row(h, now) for h in found.machines], (3, 5, 6, 7))
+    yield from table(head, [_machine_row(h, moment) for h in found.machines], (3, 5, 6, 7))
     if found.boots:
         yield ""
         yield from boot_table([boot_row(b) for b in found.boots])
@@ -203,12 +203,12 @@ def _overview_lines(found: Overview, now: int) -> Iterator[str]:
         yield from table(("RUN", "MACHINE", "SOURCE", "STATE"), [_leftover_row(v) for v in found.leftovers])
 
 
-def _machine_row(h: History, now: int) -> Sequence[str]:
+def _machine_row(h: History, moment: Instant) -> Sequence[str]:
     from hvbackup.moments import local
     from hvbackup.service.look import age_seconds
 
     newest = h.points[-1]
-    age = duration(round(age_seconds(newest, now)))  # type: ignore[arg-type]
+    age = duration(round(age_seconds(newest, moment)))
     total = size(sum(d.disk.size for d in newest.disks))
     return (h.machine.name, newest.id, local(newest.t), age, str(newest.consistency), str(len(h.points)),
             str(len(newest.disks)), total)  # fmt: skip

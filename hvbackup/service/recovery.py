@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hvbackup.config import KeyOptions
+from hvbackup.config import KeyOptions, private
 from hvbackup.errors import NotFound, StoreDamage, UsageError
 from hvbackup.model import DiskRoot, Instant, RecoveryPoint
 from hvbackup.moments import rfc3339
@@ -92,10 +92,7 @@ def mapped(session: Session, which: Which, address: Address, on_error: OnError) 
 def _listen(session: Session, server: NbdServer, address: Address) -> NbdUri:
     if address.host:
         return server.listen_tcp(address.host, address.port)
-    path = address.socket or session.places.run / f"map-{os.getpid()}.sock"
-    if address.socket is None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return server.listen_unix(path)
+    return server.listen_unix(address.socket or private(session.places.run) / f"map-{os.getpid()}.sock")
 
 
 # -- restore ---------------------------------------------------------------------------------------------------------------

@@ -56,3 +56,14 @@ def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for name, why in (("k", "is not text"), ("gone", "can't be read")):
         with pytest.raises(KeyRefused, match=f"Key file {tmp_path}/{name} {why}"):
             config.read_secret(tmp_path / name, "Key file")
+
+
+def test_a_run_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    assert config.private(tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "file").touch()
+    for name in ("open", "link", "file"):
+        with pytest.raises(UsageError, match=f"{tmp_path}/{name}"):
+            config.private(tmp_path / name)

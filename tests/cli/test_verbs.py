@@ -173,6 +173,29 @@ def test_a_booted_machine_is_listed_and_discarded(stored: World) -> None:
         assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
 
 
+def test_an_answer_that_cannot_be_written_is_a_failure(stored: World) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            stored.command("points"),
+            env=stored.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (ran.returncode, ran.stderr) == (1, b"hvbackup: error: Cannot write the answer: No space left on device\n")
+
+
+def test_names_are_shown_whatever_they_hold(stored: World) -> None:
+    nasty = "w\x1b[31mé☃"
+    stored.done("backup", f"image:{stored.folder}/disk.raw", "--name", nasty)
+    assert stored.done("points", "--json").json["points"][1]["machine"]["name"] == nasty
+    shown = stored.done("points").out
+    assert "w?[31mé☃" in shown
+    plain = stored.done("points", PYTHONIOENCODING="ascii").out
+    assert "\\u2603" in plain
+
+
 def test_an_answer_nobody_reads_is_no_failure(stored: World) -> None:
     reader, writer = os.pipe()
     os.close(reader)
