@@ -133,6 +133,7 @@ def _captured(
     writer = store.writer()
     try:
         with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
+            _stood_still(frozen, parent if options.consistency is None else None, outcome)
             roots = take_in(store, writer, frozen, parent, since, options, outcome, lambda: leases.renew(lease))
         point = point_of(frozen, roots, options, outcome)
         store.commit(point, writer)
@@ -141,6 +142,16 @@ def _captured(
         raise
     outcome.figures.stored_bytes = writer.stored_bytes
     return point
+
+
+def _stood_still(frozen: Frozen, parent: RecoveryPoint | None, outcome: Outcome) -> None:
+    """Write down how the guest took part; less of it than for the newest point is trouble, if nobody has said so yet."""
+    outcome.figures.frozen_seconds = frozen.standstill.frozen_seconds
+    levels, remark = list(Consistency), frozen.standstill.remark
+    if remark:
+        outcome.remarks.append(remark)
+    if parent and not frozen.notes and levels.index(frozen.consistency) < levels.index(parent.consistency):
+        outcome.degrade(f"The newest point was {parent.consistency}-consistent, this one is only {frozen.consistency}")
 
 
 def take_in(
@@ -174,7 +185,7 @@ def point_of(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcom
         frozen.consistency,
         tuple(roots),
         frozen.config,
-        {k: v for k, v in asdict(outcome.figures).items() if not k.endswith("seconds")},
+        {k: v for k, v in asdict(outcome.figures).items() if k not in ("seconds", "cpu_seconds")},
         tuple(outcome.notes),
         options.seq,
     )

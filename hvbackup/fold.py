@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from hvbackup import extents
 from hvbackup.capture import Options, point_of, take_in
-from hvbackup.hypervisors import Changes
+from hvbackup.hypervisors import LEFT_ALONE, Changes, Standstill
 from hvbackup.model import (
     Consistency,
     Continuity,
@@ -65,6 +65,7 @@ class FoldedMachine:
     config: MachineConfig
     disks: Sequence[FoldedDisk]
     consistency: Consistency = Consistency.CRASH
+    standstill: Standstill = LEFT_ALONE
     notes: Sequence[str] = ()
 
     def verify(self) -> Sequence[str]:

@@ -123,6 +123,7 @@ class Figures:
     stored_bytes: int = 0  # added to the store, everything included
     reused_blocks: int = 0
     zero_blocks: int = 0
+    frozen_seconds: float = 0.0  # the guest's file systems stood still
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -133,6 +134,7 @@ class Outcome:
 
     status: Status = Status.OK
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # good to know, and no trouble
     figures: Figures = field(default_factory=Figures)
     point: RecoveryPoint | None = None
 

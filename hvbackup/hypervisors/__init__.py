@@ -40,6 +40,7 @@ class Can:
     several_disks_at_once: bool = False  # all disks of a machine at one moment
     pushed_session: bool = False  # the platform begins the session
     readers: int = 1  # how many readers of one disk make sense in parallel
+    cycles: bool = False  # has `cycles`: many snapshots, one after the other, at little cost each
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,26 @@ class FrozenDisk(Protocol):
         """A new connection.  Raises HostUnreachable."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standstill:
+    """How a guest stood still for the moment: not at all, unless its file systems were frozen."""
+
+    filesystems: int = 0
+    freezing_seconds: float = 0.0  # until the last of them stood: hooks in the guest and flushing included
+    frozen_seconds: float = 0.0  # from then until they were let go
+    remark: str = ""  # why the guest knew no more of the moment, where that is nothing to be alarmed about
+
+
+LEFT_ALONE = Standstill()
+
+
 class Frozen(Protocol):
     """A machine at one moment, all disks together."""
 
     machine: Machine
     t: Instant
     consistency: Consistency
+    standstill: Standstill
     config: MachineConfig
     notes: Sequence[str]  # expected trouble, for the outcome
 
@@ -100,6 +115,22 @@ class Frozen(Protocol):
         """
 
 
+class Cycles(Protocol):
+    """Snapshots of one machine, one after the other, under one lease; what all of them need is made once.
+
+    Thread safety: one thread.
+    """
+
+    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[Frozen]:
+        """Freeze all disks of the machine at one moment, as `Hypervisor.snapshot` does."""
+
+    def keep(self, tokens: Collection[Token]) -> None:
+        """Every other checkpoint of our store may go: a durable barrier or point names these."""
+
+    def close(self) -> None:
+        """Nothing but the checkpoints that are kept is left on the host.  Raises HostUnreachable."""
+
+
 class Hypervisor(Protocol):
     """One connection to a platform."""
 
@@ -114,8 +145,9 @@ class Hypervisor(Protocol):
     ) -> AbstractContextManager[Frozen]:
         """Freeze all disks of the machine at one moment.
 
-        Leaving the context ends the frozen view; checkpoints stay until `release`.  `consistency`
-        is the least wanted, None the best the platform offers.  Raises HostUnreachable, Busy, NotFound, UsageError.
+        Leaving the context ends the frozen view; checkpoints stay until `release`.  CRASH leaves the guest alone, FILESYSTEM
+        and APPLICATION are the least wanted, None is the best that works: where a guest can't be frozen the point says so in
+        a note.  A frozen guest goes on before this returns.  Raises HostUnreachable, Busy, NotFound, UsageError.
         """
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
@@ -124,3 +156,10 @@ class Hypervisor(Protocol):
         `keep` names every token that a committed point or barrier of this store still needs, whichever run made it.
         Callable from another process after a crash, and twice.  Raises HostUnreachable.
         """
+
+
+class Cycling(Hypervisor, Protocol):
+    """A platform with `can.cycles`."""
+
+    def cycles(self, machine: Machine, lease: LeaseId) -> Cycles:
+        """Begin a series of snapshots.  Raises HostUnreachable, Busy, NotFound."""

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup import extents
-from hvbackup.errors import Busy, NotFound, ReadFailed, UsageError
+from hvbackup.errors import Busy, HostUnreachable, NotFound, ReadFailed, UsageError
 from hvbackup.extents import Spans
-from hvbackup.hypervisors import Can, Changes
+from hvbackup.hypervisors import Can, Changes, Standstill
 from hvbackup.model import (
     Consistency,
     Continuity,
@@ -143,13 +143,14 @@ class FakeDisk:
 
 @dataclass(slots=True)
 class FakeMachine:
-    """One machine; `consistency` is the best it can offer."""
+    """One machine; `consistency` is the best it can offer, unless its guest can't be frozen because of `agent_trouble`."""
 
     id: str
     disks: dict[str, FakeDisk]
     name: str = ""
     config: MachineConfig = field(default_factory=MachineConfig)
     consistency: Consistency = Consistency.CRASH
+    agent_trouble: str = ""
 
     def model(self) -> Machine:
         """What the product sees of it now."""
@@ -171,7 +172,7 @@ class FakeHypervisor:
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.order = order
-        self.can = Can(changed_extents=True, allocated_extents=True, several_disks_at_once=True, readers=2)
+        self.can = Can(changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2)
         self.open_snapshots: dict[tuple[str, LeaseId], FakeFrozen] = {}
         self.read_bytes = 0
         self._prefix = f"hvb-{store_id}-"
@@ -227,7 +228,7 @@ class FakeHypervisor:
         found = self._wanted(machine, consistency)
         self.reached("snapshot")
         with self._lock:
-            frozen = self._freeze(found, lease, since)
+            frozen = self._freeze(found, lease, since, consistency)
         try:
             yield frozen
         except (Killed, GeneratorExit):  # dead, or dropped without leaving
@@ -255,14 +256,18 @@ class FakeHypervisor:
         levels = list(Consistency)
         if consistency is not None and levels.index(consistency) > levels.index(found.consistency):
             raise UsageError(f"Machine {machine.name} can only be captured {found.consistency}-consistent")
+        if consistency not in (None, Consistency.CRASH) and found.agent_trouble:
+            raise HostUnreachable(f"The guest agent of machine {machine.name} {found.agent_trouble}")
         if any(key[0] == machine.id for key in self.open_snapshots):
             raise Busy(f"Machine {machine.name} has an open snapshot; release its lease or wait for it")
         return found
 
-    def _freeze(self, found: FakeMachine, lease: LeaseId, since: Mapping[DiskId, Token]) -> FakeFrozen:
+    def _freeze(
+        self, found: FakeMachine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None = None
+    ) -> FakeFrozen:
         name = f"{self._prefix}safe-{next(self._unique)}"
         asked = since if self.order is Order.AT_START else None
-        frozen = FakeFrozen(self, found, Instant(self._clock()))
+        frozen = FakeFrozen(self, found, Instant(self._clock()), wanted)
         frozen.disks = [FakeFrozenDisk(frozen, DiskId(i), disk, name, asked) for i, disk in found.disks.items()]
         self.open_snapshots[found.id, lease] = frozen
         return frozen
@@ -276,13 +281,17 @@ class FakeHypervisor:
 class FakeFrozen:
     """A machine at one moment.  A test sets `broken` (the scratch ran full) or `doubts` (somebody wrote meanwhile)."""
 
-    def __init__(self, hypervisor: FakeHypervisor, found: FakeMachine, t: Instant) -> None:
+    def __init__(
+        self, hypervisor: FakeHypervisor, found: FakeMachine, t: Instant, wanted: Consistency | None = None
+    ) -> None:
         self.hypervisor = hypervisor
         self.machine = found.model()
         self.t = t
-        self.consistency = found.consistency
+        quiet = wanted is Consistency.CRASH or found.consistency is Consistency.CRASH or bool(found.agent_trouble)
+        self.consistency = Consistency.CRASH if quiet else found.consistency
+        self.standstill = Standstill(remark="The guest was left alone") if quiet else Standstill(1, 0.02, 0.03)
         self.config = found.config
-        self.notes: list[str] = []
+        self.notes: list[str] = [found.agent_trouble] if found.agent_trouble and wanted is None else []
         self.disks: list[FakeFrozenDisk] = []
         self.broken = ""
         self.doubts: list[str] = []

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvbackup.errors import Busy, NotFound, UsageError
-from hvbackup.hypervisors import Can, imagedisk, qemuimg, qemunbd
+from hvbackup.hypervisors import LEFT_ALONE, Can, Standstill, imagedisk, qemuimg, qemunbd
 from hvbackup.hypervisors.imagedisk import Image, ImageSpec, RawDisk, ServedDisk
 from hvbackup.hypervisors.imageformat import RAW
 from hvbackup.hypervisors.nbddisk import NbdDisk
@@ -162,6 +162,7 @@ class ImageFrozen:
     notes: Sequence[str]
     disks: Sequence[RawDisk | ServedDisk]
     consistency: Consistency = Consistency.CRASH
+    standstill: Standstill = LEFT_ALONE
 
     def verify(self) -> Sequence[str]:
         """What somebody changed while it was read.  Raises ReadFailed when a disk lost its end."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed, UsageError
-from hvbackup.hypervisors import Can, Changes, Reader, changedlist
+from hvbackup.hypervisors import LEFT_ALONE, Can, Changes, Reader, Standstill, changedlist
 from hvbackup.hypervisors.nbddisk import ALLOCATION, BITMAP, NbdDisk
 from hvbackup.model import Consistency, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, MachineId, Token
 from hvbackup.nbd.client import NbdClient, Settings
@@ -96,6 +96,7 @@ class NbdFrozen:
     notes: Sequence[str]
     disks: Sequence[NbdFrozenDisk]
     consistency: Consistency = Consistency.CRASH
+    standstill: Standstill = LEFT_ALONE
 
     def verify(self) -> Sequence[str]:
         """The server is there to the end.  Raises ReadFailed when not; whether its disk stood still can't be seen."""

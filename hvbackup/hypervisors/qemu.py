@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Any
 
 from hvbackup import extents
-from hvbackup.errors import HostUnreachable, NotFound, ReadFailed, UsageError
-from hvbackup.hypervisors import Can, Changes, qemu_config, qemu_fleece, qemu_server
+from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
+from hvbackup.hypervisors import Can, Changes, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
+from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_graph import (
     Bitmap,
     BlockGraph,
@@ -73,7 +74,7 @@ class QemuHypervisor:
     """The machine behind one QMP socket."""
 
     platform = "qemu"
-    can = Can(changed_extents=True, allocated_extents=True, several_disks_at_once=True, readers=2)
+    can = Can(changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2)
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class QemuHypervisor:
         scratch_dir: Path,
         machine_file: Path | None = None,
         settings: Settings | None = None,
+        freezing: Freezing | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.path = Path(socket_path)
@@ -90,6 +92,7 @@ class QemuHypervisor:
         self._scratch_dir = scratch_dir.absolute()
         self._machine_file = machine_file
         self._settings = settings or Settings()
+        self._freezing = freezing or Freezing()
         self._clock = clock
 
     def machines(self) -> Sequence[Machine]:
@@ -99,12 +102,9 @@ class QemuHypervisor:
     def snapshot(
         self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
     ) -> AbstractContextManager[QemuFrozen]:
-        if consistency not in (None, Consistency.CRASH):
-            raise UsageError(
-                f"Machine {machine.name} can't be captured {consistency}-consistent by its QMP socket alone, "
-                "which does not reach into the guest; ask for crash consistency"
-            )
-        return _Snapshot(lambda: self._begin(machine, lease, since), lambda f: self._end(f.names, f.folder, f.watch))
+        return _Snapshot(
+            lambda: self._begin(machine, lease, since, consistency), lambda f: self._end(f.names, f.folder, f.watch)
+        )
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
         folders = self._folders(machine, lease)
@@ -113,6 +113,7 @@ class QemuHypervisor:
         try:
             with self._connect() as qmp:
                 qemu_fleece.sweep(qmp, prefix, self._settings.settle_seconds)
+                self._thaw(qmp, folders)
                 self._remove_bitmaps(qmp, keeping)
                 qemu_fleece.remove_folders(qmp, folders)
         except HostUnreachable:
@@ -121,7 +122,9 @@ class QemuHypervisor:
 
     # --- a snapshot begins and ends ---------------------------------------------------------------------------------
 
-    def _begin(self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token]) -> QemuFrozen:
+    def _begin(
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None
+    ) -> QemuFrozen:
         names = self._names.of(lease)
         folder = self._scratch_dir / names.folder(machine.id)
         with self._connect() as qmp:
@@ -131,17 +134,25 @@ class QemuHypervisor:
                     f"QEMU at {self.path} is not machine {machine.name} ({machine.id}) but {seen.machine.id}"
                 )
             qemu_fleece.refuse_leftovers(qmp, self._names)
+            plan = qemu_freeze.plan(qmp, seen.line.cwd, machine.name, wanted, self._freezing)
             qemu_server.make_folder(folder, qmp.peer)
         watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
         try:
             with self._connect() as qmp:
-                return self._freeze(qmp, names, folder, seen, since, watch)
+                return self._freeze(qmp, names, folder, seen, since, watch, plan)
         except BaseException:
             self._end(names, folder, watch)
             raise
 
     def _freeze(
-        self, qmp: Qmp, names: LeaseNames, folder: Path, seen: _Seen, since: Mapping[DiskId, Token], watch: Watch
+        self,
+        qmp: Qmp,
+        names: LeaseNames,
+        folder: Path,
+        seen: _Seen,
+        since: Mapping[DiskId, Token],
+        watch: Watch,
+        plan: qemu_freeze.Plan,
     ) -> QemuFrozen:
         qemu_fleece.refuse_full(folder, self._settings.scratch_reserve_bytes)
         for index, drive in enumerate(seen.drives):
@@ -152,7 +163,10 @@ class QemuHypervisor:
         checkpoint = self._names.new_checkpoint()
         # All writes in flight are waited for, on every disk.
         seconds = self._settings.settle_seconds
-        notes = [*seen.notes, *qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint, seconds)]
+        moment = qemu_freeze.moment(
+            plan, folder, lambda: qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint, seconds)
+        )
+        notes = [*seen.notes, *moment.notes]
         # Labelled when it is certain to be over: nothing the guest wrote after `t` is in it.
         t = Instant(self._clock())
         disks = []
@@ -162,7 +176,19 @@ class QemuHypervisor:
             uri = server.export(qemu_fleece.export(qmp, names, index, drive, merged))
             token = Token(TOKEN_KIND, checkpoint, f"size={drive.disk.size}")
             disks.append(QemuFrozenDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
-        return QemuFrozen(self, seen.machine, t, seen.config, notes, disks, names, folder, watch)
+        return QemuFrozen(
+            self,
+            seen.machine,
+            t,
+            seen.config,
+            notes,
+            disks,
+            names,
+            folder,
+            watch,
+            moment.consistency,
+            moment.standstill,
+        )
 
     def _end(self, names: LeaseNames, folder: Path, watch: Watch) -> None:
         """Take the frozen view down.  What a QEMU that does not answer keeps, `release` takes later, and reports."""
@@ -199,6 +225,11 @@ class QemuHypervisor:
             return self._names.is_checkpoint(name) and name not in keeping
 
         qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, unwanted)
+
+    def _thaw(self, qmp: Qmp, folders: Sequence[Path]) -> None:
+        """No run of ours that is dead, and whose guard is dead too, holds the guest still."""
+        for folder in filter(qemu_freeze.left_over, folders):
+            qemu_freeze.thaw(qmp, self._look(qmp).line.cwd, folder, self._freezing)
 
     def _folders(self, machine: Machine, lease: LeaseId | None) -> Sequence[Path]:
         if lease is not None:
@@ -288,7 +319,8 @@ class QemuFrozen:
     names: LeaseNames
     folder: Path
     watch: Watch
-    consistency: Consistency = Consistency.CRASH
+    consistency: Consistency
+    standstill: Standstill
 
     def verify(self) -> Sequence[str]:
         """Every disk was copied before each write until now.  Raises ReadFailed when not."""
