@@ -101,13 +101,22 @@ class ChunkWriter:
             self._seal_data()
 
     def put_page(self, page: bytes) -> ChunkId:
-        """The id of a map page, which is stored twice if the store did not have it."""
+        """The id of a map page, which is stored twice if the store did not have it in two packs."""
         chunk = ChunkId(blake3.blake3(page, key=self._ring.page_key).digest())
-        if chunk not in self._pages and self.claim(np.frombuffer(chunk, np.uint8).reshape(1, 32))[0]:
+        if chunk not in self._pages and self._claim_page(chunk):
             self._pages[chunk] = page
             frame = self._frame(page, PAGE_LEVEL, [chunk], [len(page)])
             self._put_meta(f.CHUNK_PAGE, frame)
         return chunk
+
+    def _claim_page(self, chunk: ChunkId) -> bool:
+        """Whether fewer than two packs hold a page, as after a run that died between the two, and nobody has claimed it."""
+        places = {(pack, int(row["offset"][0])) for pack, row in self._index.everywhere(chunk)} - self._index.damaged
+        with self._lock:
+            if len({pack for pack, _ in places}) >= 2 or chunk in self._claimed:
+                return False
+            self._claimed.add(chunk)
+            return True
 
     def put_point_copy(self, path: str, data: bytes) -> None:
         """A copy of a point file, for repair only; without its name nobody could decrypt or verify it."""
