@@ -14,6 +14,7 @@ recorded, with unsynced writes dropped and reordered.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -265,7 +266,26 @@ class Files:
         """All bytes of a file.  Raises FileNotFoundError, HvbackupError."""
         path = self.path(name)
         with _named_errors("read", path):
-            return path.read_bytes()
+            try:
+                return path.read_bytes()
+            except NotADirectoryError as e:
+                raise FileNotFoundError(e.errno, e.strerror, str(path)) from e
+
+    def read_synced(self, name: str) -> bytes:
+        """What a file that somebody else appends to holds now; it is durable when this returns, whoever wrote it.
+
+        So a reader never shows what a power cut could still take back.  Raises FileNotFoundError, HvbackupError.
+        """
+        path = self.path(name)
+        with _named_errors("read", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = os.fstat(fd).st_size
+                with contextlib.suppress(OSError):  # a read-only file system has nothing that is not durable
+                    os.fsync(fd)
+                return os.pread(fd, size, 0)
+            finally:
+                os.close(fd)
 
     def read_at(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises FileNotFoundError, HvbackupError."""
