@@ -26,11 +26,13 @@ from hvbackup.nbd.buffers import Shelf
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.options import Handshake
 from hvbackup.nbd.protocol import DEFAULT_PORT, ProtocolError
-from hvbackup.nbd.session import Limits, OnError, Session
+from hvbackup.nbd.requests import OnError
+from hvbackup.nbd.session import Limits, Session
 from hvbackup.nbd.uri import NbdUri
 from hvbackup.nbd.wire import Wire
 
 _BACKLOG = 128
+_WATCH_SECONDS = 0.05  # between two looks at the sessions
 _ACCEPT_PAUSE_SECONDS = 0.1  # after accept(2) failed for want of file descriptors or memory
 
 
@@ -56,6 +58,8 @@ class NbdServer:
         self._closed = False
         self._listeners: list[tuple[socket.socket, threading.Thread, NbdUri]] = []
         self._clients: dict[Wire, _Client] = {}
+        self._somebody = threading.Event()  # there are clients, or the end has come
+        self._watcher = threading.Thread(target=self._watch, name="nbd watch", daemon=True)
 
     # --- what is served ----------------------------------------------------------------------------------------------
 
@@ -112,6 +116,8 @@ class NbdServer:
                 sock.close()
                 raise HvbackupError(f"{uri}: The server is closed")
             self._listeners.append((sock, thread, uri))
+            if self._watcher.ident is None:
+                self._watcher.start()
         thread.start()
         return uri
 
@@ -137,6 +143,7 @@ class NbdServer:
             welcome = not self._closed and len(self._clients) < self._limits.connections
             if welcome:
                 self._clients[wire] = client
+                self._somebody.set()
                 client.thread.start()
         if not welcome:
             wire.close()
@@ -152,13 +159,25 @@ class NbdServer:
                 return
             client.export = chosen.export
             client.wire.set_timeout(self._limits.stall_seconds)
-            Session(client.wire, chosen, self._shelf, self._limits, self._on_error).run()
+            client.session = Session(client.wire, chosen, self._shelf, self._limits, self._on_error)
+            client.session.run()
         except (OSError, ProtocolError):
             return  # a port scanner, or a client that did not like what is offered
         finally:
             with self._lock:
                 del self._clients[client.wire]
+                if not self._clients and not self._closed:
+                    self._somebody.clear()
             client.wire.close()
+
+    def _watch(self) -> None:
+        """Help sessions whose threads are stuck, while there are any clients."""
+        while not self._closed:
+            self._somebody.wait()
+            for client in self._snapshot():
+                if client.session is not None:
+                    client.session.rescue()
+            time.sleep(_WATCH_SECONDS)
 
     def _snapshot(self) -> list[_Client]:
         with self._lock:
@@ -176,6 +195,7 @@ class NbdServer:
             if self._closed:
                 return
             self._closed = True
+            self._somebody.set()
         self._shelf.budget.close()
         for sock, thread, uri in self._listeners:
             if uri.socket:  # first, while we still listen: what is there afterwards is somebody else's
@@ -184,6 +204,8 @@ class NbdServer:
             thread.join(self._limits.close_seconds)
             sock.close()
         self._disconnect_all()
+        if self._watcher.ident is not None:
+            self._watcher.join()
 
     def _disconnect_all(self) -> None:
         end = time.monotonic() + self._limits.close_seconds
@@ -205,11 +227,12 @@ class NbdServer:
 class _Client:
     """One connection and its first thread."""
 
-    __slots__ = ("export", "thread", "wire")
+    __slots__ = ("export", "session", "thread", "wire")
 
     def __init__(self, server: NbdServer, wire: Wire) -> None:
         self.wire = wire
         self.export: Export | None = None
+        self.session: Session | None = None
         self.thread = threading.Thread(target=server._serve, args=(self,), name="nbd client", daemon=True)
 
 

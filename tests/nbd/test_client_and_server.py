@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, ReadFailed, StoreDamage
+from hvbackup.nbd import protocol
 from hvbackup.nbd.client import NbdClient, RequestFailed, Settings, list_exports
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.protocol import BASE_ALLOCATION
@@ -24,6 +25,7 @@ from hvbackup.nbd.server import NbdServer
 from hvbackup.nbd.session import Limits
 from tests.nbd.conftest import Serve, wait_for
 from tests.nbd.exports import DIRTY, CachedExport, MemoryExport, TrickExport
+from tests.nbd.raw import RawClient
 
 _SIZE = 300_001  # no multiple of anything
 _OFFSETS = st.integers(0, _SIZE)
@@ -184,6 +186,43 @@ def test_requests_of_one_connection_run_in_parallel(serve: Serve) -> None:
     with NbdClient.open(serve(export), settings=Settings(request_bytes=4096)) as client:
         _read(client, 0, 4 * 4096)
     assert export.most_inside == 4
+
+
+def test_commands_that_are_stuck_do_not_hold_up_others_of_a_quick_export(serve: Serve) -> None:
+    release = threading.Event()
+    export = TrickExport(1 << 20, lambda offset, length: release.wait(20) and None if offset < 3 * 4096 else None)
+    with RawClient(serve(export)) as client:
+        client.open()
+        for _ in range(200):  # by now the server takes the export for a quick one
+            client.ask(protocol.READ, 65536, 512)
+            client.simple()
+            client.take(512)
+        for cookie in range(3):
+            client.ask(protocol.READ, cookie * 4096, 512, cookie=cookie)
+        for cookie in range(100, 120):
+            client.ask(protocol.READ, 65536, 512, cookie=cookie)
+        assert {(client.simple(), client.take(512))[0] for _ in range(20)} == {(0, n) for n in range(100, 120)}
+        release.set()
+        assert {(client.simple(), client.take(512))[0] for _ in range(3)} == {(0, 0), (0, 1), (0, 2)}
+
+
+def test_threads_come_when_an_export_is_slow_and_go_when_it_is_quick(serve: Serve) -> None:
+    slow = threading.Event()
+    export = TrickExport(1 << 20, lambda offset, length: time.sleep(0.02) if slow.is_set() else None)
+    with NbdClient.open(serve(export), settings=Settings(request_bytes=4096)) as client:
+        _read(client, 0, 1 << 20)
+        assert _session_threads() == 1
+        slow.set()
+        _read(client, 0, 1 << 20)
+        assert export.most_inside == _session_threads() == Limits().workers
+        slow.clear()
+        for _ in range(20):
+            _read(client, 0, 1 << 20)
+        assert wait_for(lambda: _session_threads() <= 2)  # one may still sleep at the input
+
+
+def _session_threads() -> int:
+    return sum(thread.name in ("nbd client", "nbd disk") for thread in threading.enumerate())
 
 
 def test_a_serial_export_sees_one_request_after_the_other_in_order(serve: Serve) -> None:
