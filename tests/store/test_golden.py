@@ -25,6 +25,7 @@ from hvbackup.store.history import History
 from hvbackup.store.store import Store
 from hvbackup.store.view import DiskView
 from tests.golden.make import secrets_of
+from tests.store.test_format import point_copies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 READER = Path(__file__).parents[2] / "labs" / "readpoint.py"
@@ -92,6 +93,12 @@ def test_every_moment_of_the_journal_reads_as_it_was(store: Store, unpacked: Unp
 def test_nothing_in_it_is_damaged(store: Store) -> None:
     assert check(store, deep=True).problems == []
     assert store.runs.problems() == []
+
+
+def test_every_point_has_its_two_repair_copies(store: Store, unpacked: Unpacked) -> None:
+    copies = [copy for name in store.index.packs for copy in point_copies(store, name)]
+    files = [(f"points/{name}", store.files.read(f"points/{name}")) for name in unpacked[1]["points"]]
+    assert sorted(copies) == sorted(files * 2)
 
 
 def test_it_has_one_of_everything(store: Store, unpacked: Unpacked) -> None:
