@@ -1,0 +1,117 @@
+"""SIGKILL of hvbackup, of QEMU and of both at random moments, while the guest writes: no promise is broken, nothing is left.
+
+The quick version is part of every run, the long one of `make soak`, which also prints the figures that docs/testing.md quotes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.endtoend.rig import Protected, protected
+
+KILLS_OF_A_STORE = 5  # then a new one, or proving all old points again would take most of the time
+WAIT_SECONDS = 90
+START_SECONDS = 0.25  # a program that is not loaded yet is not worth killing
+
+
+@dataclass
+class Tally:
+    """What was hit."""
+
+    kills: int = 0
+    points: int = 0  # committed and proved
+    stages: Counter[str] = field(default_factory=Counter)
+    hows: Counter[str] = field(default_factory=Counter)  # how the next run read its disks
+    seconds: float = 0.0
+
+
+def torture(victim: str, kills: int, seed: int) -> Tally:
+    """So many kills of the victim, each followed by every proof."""
+    tally, began, rng = Tally(), time.monotonic(), random.Random(seed)
+    while tally.kills < kills:
+        with protected(rng.getrandbits(32)) as case:
+            for _ in range(min(KILLS_OF_A_STORE, kills - tally.kills)):
+                tally.stages[kill_once(case, victim, rng)] += 1
+                tally.kills += 1
+                tally.hows.update(recover(case, victim))
+            tally.points += len(case.proved)
+    tally.seconds = round(time.monotonic() - began)
+    return tally
+
+
+def kill_once(case: Protected, victim: str, rng: random.Random) -> str:
+    """Begin a backup, and kill at a random moment; what had happened by then."""
+    began = time.monotonic()
+    process = case.start()
+    time.sleep(rng.uniform(START_SECONDS, case.span * 1.1))
+    if victim != "hvbackup":
+        case.machine.kill()
+    if victim == "both":
+        time.sleep(rng.choice([0, rng.uniform(0, 0.05)]))
+    if victim != "qemu":
+        process.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=WAIT_SECONDS)
+    assert "Traceback" not in err, err
+    assert time.monotonic() - began < WAIT_SECONDS
+    stage = stage_of(case, process)
+    if victim == "qemu":
+        judge_survivor(case, process, out, err)
+    return stage
+
+
+def stage_of(case: Protected, process: subprocess.Popen[str]) -> str:
+    """How far the run got, by what is left of it."""
+    points = len([p for p in (case.world.store / "points").rglob("*") if p.is_file()])
+    if points > len(case.proved):
+        return "after its end" if process.returncode == 0 else "after the commit"
+    return "while the snapshot was open" if list((case.world.store / "leases").glob("*")) else "outside of it"
+
+
+def judge_survivor(case: Protected, process: subprocess.Popen[str], out: str, err: str) -> None:
+    """A run whose QEMU was killed ends with its point, or with exit code 4 and a message that names the machine."""
+    if process.returncode == 0:
+        return
+    assert process.returncode == 4, (process.returncode, out, err)
+    error = json.loads(out.splitlines()[-1])["error"]
+    assert str(case.machine.daemon.folder) in error["message"] or "nbd+unix" in error["message"], error
+
+
+def recover(case: Protected, victim: str) -> list[str]:
+    """Everything that was promised holds, the next run works, and then nothing is left; how its disks were read."""
+    case.prove_points()  # what was written before the crash counts for them, not what the crash left
+    case.prove_store()
+    if victim != "hvbackup":
+        case.machine.revive()
+    began = time.monotonic()
+    ran, hows = case.backup()
+    case.span = max(0.5, float(ran.json["runs"][0]["figures"]["seconds"]) + START_SECONDS + 0.3)
+    assert time.monotonic() - began < WAIT_SECONDS
+    if victim == "hvbackup":
+        assert hows == ["incremental", "incremental"], ran.err
+    case.prove_clean()
+    return hows
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("victim", ["hvbackup", "qemu", "both"])
+def test_killed_at_random_moments(victim: str) -> None:
+    assert torture(victim, 3, seed=20261122).points >= 4
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("victim", ["hvbackup", "qemu", "both"])
+def test_killed_fifty_times(victim: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = torture(victim, 50, seed=random.SystemRandom().getrandbits(32))
+    with capsys.disabled():
+        print(f"\nKilled {victim} {tally.kills} times: {tally}")
+    assert tally.points >= tally.kills
