@@ -26,7 +26,8 @@ class Usage:
     """What one run cost, with everything it started.  `rss_bytes` is the largest single process."""
 
     wall_seconds: float
-    cpu_seconds: float
+    user_seconds: float
+    system_seconds: float
     rss_bytes: int
     code: int
     output: str
@@ -46,7 +47,8 @@ def measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str]
     usages = [usage, *_reap_orphans()]
     return Usage(
         wall_seconds=wall,
-        cpu_seconds=sum(one.ru_utime + one.ru_stime for one in usages),
+        user_seconds=sum(one.ru_utime for one in usages),
+        system_seconds=sum(one.ru_stime for one in usages),
         rss_bytes=max(one.ru_maxrss for one in usages) * 1024,
         code=child.returncode,
         output=log.read_bytes()[-4000:].decode(errors="replace"),
@@ -77,8 +79,13 @@ def _children(parent: int) -> list[int]:
     return [int(pid) for pid in listed.split()]
 
 
-def file_bytes(folder: Path) -> int:
-    """The lengths of all files under `folder`, or of the one file it is."""
+def files(folder: Path) -> Iterator[Path]:
+    """All regular files under `folder`, or the one file that it is."""
     if folder.is_file():
-        return folder.stat().st_size
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        yield folder
+    yield from (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def file_bytes(folder: Path) -> int:
+    """The lengths of all files under `folder`."""
+    return sum(path.stat().st_size for path in files(folder))

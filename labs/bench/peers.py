@@ -4,8 +4,9 @@
 
 Every tool takes v1, v2 and v3 under one and the same path and restores the last; each phase runs for all tools in turn before
 the next phase begins, so that what disturbs the machine disturbs all of them alike, and ratios are taken within a round.
-CPU is user and system time of everything the tool started.  Sources are read into the page cache before every run, dirty
-pages are written out, and each restored image is compared with its source, neither of which counts.
+CPU is user and system time of everything the tool started.  Before every run dirty pages are written out, the image and the
+tool's own store are read into the page cache, and the stores of the others dropped from it: a kernel that must first reclaim
+their pages charges that to whoever allocates.  Each restored image is compared with its source.  None of this counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from labs.bench import export
-from labs.bench.measure import Usage, file_bytes, measured
+from labs.bench.measure import Usage, file_bytes, files, measured
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -69,9 +70,15 @@ class Result:
     phase: str
     round: int
     wall_seconds: float
-    cpu_seconds: float
+    user_seconds: float
+    system_seconds: float
     rss_bytes: int
     store_bytes: int
+
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time."""
+        return self.user_seconds + self.system_seconds
 
 
 # The tools
@@ -233,12 +240,22 @@ def start(tool: Tool, work: Path) -> None:
 
 
 def put_current(work: Path, image: Path) -> None:
-    """work/cur/disk.raw is `image`, by a hard link, and is in the page cache."""
+    """work/cur/disk.raw is `image`, by a hard link."""
     current = work / "cur/disk.raw"
     current.parent.mkdir(parents=True, exist_ok=True)
-    current.unlink(missing_ok=True)
+    if current.exists():
+        drop(current)
+        current.unlink()
     current.hardlink_to(image)
-    warm(current)
+
+
+def settle(tool: Tool, chosen: list[Tool], work: Path) -> None:
+    """Nothing waits to be written, and the page cache holds what this tool reads and nothing of the others."""
+    os.sync()
+    for other in chosen:
+        for path in files(other.store):
+            (warm if other is tool else drop)(path)
+    warm(work / "cur/disk.raw")
 
 
 def warm(path: Path) -> None:
@@ -248,9 +265,14 @@ def warm(path: Path) -> None:
             pass
 
 
+def drop(path: Path) -> None:
+    """The file is not in the page cache."""
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def play(tool: Tool, phase: str, number: int, work: Path, images: Path) -> Result:
     """One phase of one tool, measured; a failure or a wrong image ends the benchmark."""
-    os.sync()
     usage = measured(tool.phases[phase], log=tool.folder / "run.log", env=environment(tool), cwd=work)
     if usage.code:
         sys.exit(f"{tool.name}: {phase} failed with {usage.code}: {usage.output}")
@@ -275,7 +297,8 @@ def as_result(tool: Tool, phase: str, number: int, usage: Usage) -> Result:
         phase=phase,
         round=number,
         wall_seconds=usage.wall_seconds,
-        cpu_seconds=usage.cpu_seconds,
+        user_seconds=usage.user_seconds,
+        system_seconds=usage.system_seconds,
         rss_bytes=usage.rss_bytes,
         store_bytes=file_bytes(tool.store),
     )
@@ -284,7 +307,8 @@ def as_result(tool: Tool, phase: str, number: int, usage: Usage) -> Result:
 def report(result: Result) -> None:
     """One line at once, so that a long benchmark shows how far it is."""
     print(
-        f"{result.tool:17s} {result.phase:10s} wall {result.wall_seconds:6.2f} s  cpu {result.cpu_seconds:6.2f} s  "
+        f"{result.tool:17s} {result.phase:10s} wall {result.wall_seconds:6.2f} s  "
+        f"cpu {result.cpu_seconds:6.2f} s ({result.user_seconds:.2f} + {result.system_seconds:.2f})  "
         f"rss {result.rss_bytes / 1e6:4.0f} MB  store {result.store_bytes / 1e6:5.0f} MB",
         flush=True,
     )
@@ -298,6 +322,7 @@ def play_round(chosen: list[Tool], number: int, work: Path, images: Path) -> Ite
         if phase.startswith("backup"):
             put_current(work, images / f"{phase.split()[1]}.raw")
         for tool in (tool for tool in chosen if phase in tool.phases):
+            settle(tool, chosen, work)
             yield play(tool, phase, number, work, images)
 
 
