@@ -20,6 +20,7 @@ from hvbackup.errors import HvbackupError, StoreDamage
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import SECOND, Instant, LeaseId, Machine, MachineId, Token
 from hvbackup.store import format as f
+from hvbackup.store.history import newest_tokens
 from hvbackup.store.sealed import seal, unseal
 from hvbackup.store.store import Store
 
@@ -107,6 +108,7 @@ class Leases:
 
 
 def committed_tokens(store: Store, machine: MachineId) -> list[Token]:
-    """The tokens that the newest committed point of a machine names: what no clean-up may remove."""
+    """The tokens that the newest point and the newest barrier of a machine name: what no clean-up may remove."""
     point = store.newest(machine)
-    return [d.token for d in point.disks if d.token] if point else []
+    barrier = [Token(**token) for token in newest_tokens(store, machine).values()]
+    return [*(d.token for d in point.disks if d.token), *barrier] if point else barrier

@@ -1,51 +1,66 @@
 """Continuous protection by micro-snapshots: every few seconds a frozen moment of the machine goes into its journal.
 
-A life of protection begins with a capture, which makes the point that the journal's facts are laid over, and goes on in cycles:
-freeze, read what changed since the last barrier, append it as one set, close the set with a barrier that names the new tokens.
-Nothing that records changes is released before a durable barrier or a committed point names its successor.
+A life of protection begins with a point that the journal's facts are laid over, and goes on in cycles: freeze, read what changed
+since the last barrier, append it as one set, close the set with a barrier that names the new tokens.  Nothing that records
+changes is released before a durable barrier or a committed point names its successor.
 
     killed after                    left behind                         cleaned by
     1 lease written                 nothing on the host                 settle() of the next life
     2 snapshot, new bitmaps         both sets of bitmaps recording      the same: what barrier and point name stays
     3 some facts appended           a set without a barrier             dropped when the log is taken over
-    4 barrier durable               the old bitmaps, snapshot, lease    settle()
-    5 released                      the lease                           settle()
+    4 barrier durable               the old bitmaps                     settle(); the next cycle
+    5 old bitmaps removed           snapshot's folder, lease            settle()
 
-A life ends when continuity can't be proved any more (a lost bitmap, another QEMU, a host that is gone).  The next one begins
-with a capture again, which compares what it must, and the journal says from when to when nothing was recorded.
+A life ends when something breaks: the host is gone, a bitmap is lost, the journal's disk is full.  The next one goes on from the
+newest barrier where its bitmaps still prove what changed since; where they don't, it begins with a capture, which compares what
+it must.  Either way the journal says from when to when nothing was recorded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import numpy as np
 
 from hvbackup import extents
 from hvbackup.capture import Options, capture
-from hvbackup.errors import HostUnreachable, HvbackupError
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, SpaceExhausted
 from hvbackup.extents import Spans
 from hvbackup.fold import fold
-from hvbackup.hypervisors import Frozen, FrozenDisk, Hypervisor
-from hvbackup.leases import Leases, committed_tokens
-from hvbackup.model import SECOND, Continuity, DiskId, Machine, MiB, RecoveryPoint, Token
+from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Reader
+from hvbackup.leases import Lease, Leases, committed_tokens
+from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
+from hvbackup.nbd.client import NbdClient
 from hvbackup.store.history import History, Moment
 from hvbackup.store.recorder import Recorder
 from hvbackup.store.store import Store
+from hvbackup.store.window import Limits, check_budget, journal_bytes, trim
 
 PIECE_BYTES = 1 * MiB  # read and appended at a time: bounds memory
+SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
+ZERO_TEST_BYTES = (
+    64 * 1024
+)  # ranges at least this long are looked at for zeroes: the others cost more to look at than to keep
+FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
 BUSY_SHARE = (
-    0.5  # a cycle may take this part of the interval; a longer one stretches it, so that the guest keeps its throughput
+    0.2  # the part of the time a machine may spend frozen: a longer cycle stretches the interval, for the guest's sake
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
-    """How often moments and points are made."""
+    """How often moments and points are made, and how long moments are kept."""
 
     every_ns: int = 5 * SECOND
     fold_every_ns: int = 3600 * SECOND
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(slots=True)
@@ -56,25 +71,104 @@ class Cycle:
     read_bytes: int
     seconds: float
     lag_seconds: float  # from the moment to its durability: what would have been lost
+    marks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A point was made of a moment."""
+
+    point: RecoveryPoint
+    seconds: float
+    removed_bytes: int  # of the journal, because its window has passed or its budget was used up
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A life ended or could not begin; it is tried again."""
+
+    error: HvbackupError
+    retry_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A life has begun."""
+
+    moment: Moment
+    point: RecoveryPoint
+    gap: Mapping[str, object] | None
+    how: str  # "resumed" from the newest barrier, or "captured"
+    seconds: float
+
+
+Event = Cycle | Folded | Trouble | Begun
 
 
 class ContinuityLost(HvbackupError):
     """The hypervisor can't say any more what changed since the last barrier; a new life compares the disks."""
 
 
+class Mark:
+    """A name for the next moment, and whether it has got one."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._done = threading.Event()
+        self._moment: Moment | None = None
+
+    def put_on(self, moment: Moment) -> None:
+        """The moment is durable and has the name."""
+        self._moment = moment
+        self._done.set()
+
+    def wait(self, seconds: float) -> Moment | None:
+        """The moment, or None when there is none in time."""
+        self._done.wait(seconds)
+        return self._moment
+
+
+class OneByOne:
+    """Cycles on a platform that has none: each is a snapshot like any other, and its release."""
+
+    def __init__(self, hypervisor: Hypervisor, machine: Machine, lease: LeaseId) -> None:
+        self._hypervisor, self._machine, self._lease = hypervisor, machine, lease
+
+    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[Frozen]:
+        """Freeze all disks."""
+        return self._hypervisor.snapshot(self._machine, self._lease, since, Consistency.CRASH)
+
+    def keep(self, tokens: Collection[Token]) -> None:
+        """Release everything else."""
+        self._hypervisor.release(self._machine, self._lease, tokens)
+
+    def close(self) -> None:
+        """Nothing is held between snapshots."""
+
+
 @dataclass(slots=True)
 class Life:
-    """One life of protection: from a capture to the loss of continuity."""
+    """One life of protection: from a capture, or the newest barrier, to the loss of continuity."""
 
     recorder: Recorder
+    cycles: Cycles
+    lease: Lease
     point: RecoveryPoint
     tokens: dict[DiskId, Token]
-    gap: dict[str, object] | None = None  # to be told with the first barrier
-    folded: int = 0  # the moment of the newest point
+    how: str
+    newest: Moment
+    gap: dict[str, object] | None = None  # to be told with the next barrier
+    told_gap: Mapping[str, object] | None = None
+    folded: int = 0  # the time of the moment that was folded last
+    folding: threading.Thread | None = None
+    fold_tokens: Sequence[Token] = ()  # what the point that is being made will name
 
 
 class Protection:
-    """Protects one machine until it is told to stop.  Thread safety: `run` on one thread, `mark` from any."""
+    """Protects one machine until it is told to end.
+
+    Thread safety: `run` on one thread; `mark` and `end` from any.  `writing` is held while chunks or points are written.
+    """
 
     def __init__(
         self,
@@ -83,124 +177,300 @@ class Protection:
         machine: Machine,
         options: Options,
         rhythm: Rhythm,
-        report: Callable[[Cycle | str], None] = lambda _: None,
+        report: Callable[[Event], None] = lambda _: None,
+        writing: AbstractContextManager[object] | None = None,
     ) -> None:
         self._store, self._hypervisor, self._machine = store, hypervisor, machine
         self._options, self._rhythm, self._report = options, rhythm, report
+        self._writing = writing or threading.RLock()
         self._leases = Leases(store, options.clock)
-        self._marks: list[str] = []
+        self._marks: list[Mark] = []
         self._lock = threading.Lock()
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._failures = 0
 
-    def mark(self, label: str) -> None:
-        """Name the moment of the next cycle."""
+    def mark(self, label: str) -> Mark:
+        """Name the moment of the next cycle, which begins at once."""
+        mark = Mark(label)
         with self._lock:
-            self._marks.append(label)
+            self._marks.append(mark)
+        self._wake.set()
+        return mark
 
-    def run(self, stop: threading.Event) -> None:
-        """Protect until `stop` is set.  Raises SpaceExhausted, UsageError, StoreDamage; an unreachable host is waited for."""
-        failures, why = 0, "protection was not running"
-        while not stop.is_set():
+    def end(self) -> None:
+        """`run` returns soon."""
+        self._ended.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        """Protect until told to end.  Raises UsageError, StoreDamage; whatever may pass by itself is waited for."""
+        why = "protection was not running"
+        while not self._ended.is_set():
             try:
                 life = self.begin(why)
-                failures = 0
-                self._live(life, stop)
-                return
-            except (HostUnreachable, ContinuityLost) as e:
-                why = str(e)
-                self._report(why)
-                stop.wait(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)])
-                failures += 1
+                self._live(life)
+            except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted) as e:
+                pause = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
+                why, self._failures = str(e), self._failures + 1
+                self._report(Trouble(e, pause))
+                self._ended.wait(pause)
+
+    # -- a life begins and ends ------------------------------------------------------------------------------------------
 
     def begin(self, why: str) -> Life:
-        """A life begins: a point, and an open journal behind it.  `why` says why there may be a gap."""
+        """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
+        began = time.monotonic()
         history = History(self._store, self._machine.id)
-        _, times = history.moments
+        last = history.last
         recorder = Recorder(self._store, self._machine.id, self._machine.disks)
-        outcome = capture(self._store, self._hypervisor, self._machine, replace(self._options, seq=recorder.last))
-        assert outcome.point is not None  # every other way out of `capture` raises
+        try:
+            check_budget(self._store, self._machine.id, self._rhythm.limits)
+            life = (self._resumed(recorder, history, last, why) if last else None) or self._captured(
+                recorder, last, why
+            )
+        except BaseException:
+            recorder.abandon()
+            raise
+        self._report(Begun(life.newest, life.point, life.told_gap, life.how, time.monotonic() - began))
+        return life
+
+    def _resumed(self, recorder: Recorder, history: History, last: Moment, why: str) -> Life | None:
+        """A life that goes on from the newest barrier, or None when its tokens prove nothing any more."""
+        told = history.told
+        tokens = {d: Token(**v) for d, v in told.tokens.items()}
+        try:
+            point = history.base(last)
+        except NotFound:
+            return None
+        if set(tokens) != set(told.disks) or {d: v.size for d, v in told.disks.items()} != self._sizes():
+            return None
+        self._leases.settle(self._hypervisor, self._machine)
+        life = self._life(recorder, point, tokens, "resumed")
+        life.gap = {"from": int(last.t), "why": why}
+        try:
+            self.cycle(life)
+        except ContinuityLost:
+            self._let_go(life)
+            recorder.rotate()  # what was appended belongs to no moment
+            return None
+        except BaseException:
+            with contextlib.suppress(HvbackupError):
+                self._let_go(life)
+            raise
+        return life
+
+    def _captured(self, recorder: Recorder, last: Moment | None, why: str) -> Life:
+        """A life that begins with a point, which compares what it must."""
+        with self._writing:
+            outcome = capture(self._store, self._hypervisor, self._machine, replace(self._options, seq=recorder.last))
         point = outcome.point
-        gap = {"from": int(times[-1]), "to": point.t, "why": why} if len(times) else None
+        assert point is not None  # every other way out of `capture` raises
         recorder.set_disks([d.disk for d in point.disks])
         tokens = {d.disk.id: d.token for d in point.disks if d.token}
-        return Life(recorder, point, tokens, gap, point.t)
+        life = self._life(recorder, point, tokens, "captured")
+        gap = {"from": int(last.t), "to": int(point.t), "why": why} if last else None
+        # Nothing before this point may be laid under what follows: what happened in between is in the point alone.
+        told: dict[str, object] = {"base": point.seq, **({"gap": gap} if gap else {})}
+        life.newest, life.told_gap = Moment(recorder.barrier(point.t, tokens, **told), point.t), gap
+        return life
 
-    def _live(self, life: Life, stop: threading.Event) -> None:
+    def _sizes(self) -> dict[DiskId, int]:
+        return {d.id: d.size for d in self._machine.disks}
+
+    def _life(self, recorder: Recorder, point: RecoveryPoint, tokens: dict[DiskId, Token], how: str) -> Life:
+        lease = self._leases.take(self._machine.id, self._options.source)
+        if self._hypervisor.can.cycles:
+            cycles = cast(Cycling, self._hypervisor).cycles(self._machine, lease.id)
+        else:
+            cycles = OneByOne(self._hypervisor, self._machine, lease.id)
+        return Life(recorder, cycles, lease, point, tokens, how, Moment(0, point.t), folded=point.t)
+
+    def _let_go(self, life: Life) -> None:
+        """Nothing of the life is left on the host but what barrier and point name; else its lease stays."""
+        life.cycles.close()
+        self._leases.remove(life.lease.id)
+
+    def _live(self, life: Life) -> None:
+        every = self._rhythm.every_ns / SECOND
+        pause = every
         try:
-            pause = self._rhythm.every_ns / SECOND
-            while not stop.wait(pause):
+            while not self._ended.is_set():
+                self._wake.wait(pause)
+                if self._ended.is_set():
+                    break
+                self._wake.clear()
                 done = self.cycle(life)
-                pause = max(self._rhythm.every_ns / SECOND - done.seconds, done.seconds * (1 / BUSY_SHARE - 1))
+                self._failures = 0
+                pause = max(every - done.seconds, done.seconds * (1 / BUSY_SHARE - 1))
                 self._report(done)
-                if done.moment.t - life.folded >= self._rhythm.fold_every_ns:
-                    self.fold(life, done.moment)
-        finally:
-            life.recorder.close()
+                self._maybe_fold(life)
+        except BaseException:
+            with contextlib.suppress(HvbackupError):
+                self._close(life)
+            raise
+        self._close(life)
+
+    def _close(self, life: Life) -> None:
+        """The journal is sealed and the host is clean."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(life.recorder.close)
+            stack.callback(self._let_go, life)
+            if life.folding:
+                life.folding.join()
+
+    # -- a cycle ---------------------------------------------------------------------------------------------------------
 
     def cycle(self, life: Life) -> Cycle:
         """One more moment.  Raises ContinuityLost, HostUnreachable, ReadFailed, SpaceExhausted."""
-        began = self._options.clock()
-        lease = self._leases.take(self._machine.id, self._options.source)
-        with self._hypervisor.snapshot(self._machine, lease.id, life.tokens, self._options.consistency) as frozen:
-            read = sum(self._append(life, frozen, disk) for disk in frozen.disks)
-            frozen.verify()
-            tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
-            t = frozen.t
-        seq = life.recorder.barrier(t, tokens, **self._told(life))
-        life.tokens, life.gap = tokens, None
-        self._hypervisor.release(self._machine, lease.id, self._kept(tokens))
-        self._leases.remove(lease.id)
-        now = self._options.clock()
-        return Cycle(Moment(seq, t), read, (now - began) / SECOND, (now - t) / SECOND)
+        began = time.monotonic()
+        life.lease = self._leases.renew(life.lease)
+        with self._taken_marks() as marks:
+            with life.cycles.snapshot(life.tokens) as frozen:
+                caught = time.monotonic()
+                read = self._append(life, frozen)
+                frozen.verify()
+                tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
+                t = frozen.t
+            told: dict[str, object] = {"mark": {"label": "; ".join(m.label for m in marks)}} if marks else {}
+            if life.gap:
+                told["gap"] = {"to": int(t), **life.gap}
+            moment = Moment(life.recorder.barrier(t, tokens, **told), t)
+        lag = time.monotonic() - caught
+        if life.gap:
+            life.told_gap, life.gap = {"to": int(t), **life.gap}, None
+        life.tokens, life.newest = tokens, moment
+        for mark in marks:
+            mark.put_on(moment)
+        life.cycles.keep(self._kept(life))
+        return Cycle(moment, read, time.monotonic() - began, lag, [m.label for m in marks])
 
-    def _told(self, life: Life) -> dict[str, object]:
+    @contextmanager
+    def _taken_marks(self) -> Iterator[Sequence[Mark]]:
+        """The marks of the moment to come; they wait for the next one when there is none."""
         with self._lock:
-            labels, self._marks = self._marks, []
-        told: dict[str, object] = {"gap": life.gap} if life.gap else {}
-        if labels:
-            told["mark"] = {"label": "; ".join(labels)}
-        return told
-
-    def _kept(self, tokens: Mapping[DiskId, Token]) -> list[Token]:
-        """What barrier and point name: no clean-up may remove it."""
-        return [*tokens.values(), *committed_tokens(self._store, self._machine.id)]
-
-    def _append(self, life: Life, frozen: Frozen, disk: FrozenDisk) -> int:
-        """Append what changed of one disk; how many bytes were read."""
-        changes = disk.changes(life.tokens.get(disk.disk.id))
-        if changes.continuity is not Continuity.INCREMENTAL or disk.disk not in life.point.machine.disks:
-            raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new, gone or resized'}")
-        if len(changes.zero):
-            life.recorder.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
-        reader = disk.open()
+            marks, self._marks = self._marks, []
         try:
-            for runs in _portions(changes.data):
-                data = bytearray(sum(length for _, length in runs))
-                at = 0
-                for offset, length in runs:
-                    reader.read_into(offset, memoryview(data)[at : at + length])
-                    at += length
-                life.recorder.write(disk.disk.id, frozen.t, runs, data)
-        finally:
-            reader.close()
-        return extents.total(changes.data)
+            yield marks
+        except BaseException:
+            with self._lock:
+                self._marks[:0] = marks
+            raise
 
-    def fold(self, life: Life, moment: Moment) -> None:
-        """A point of the moment exists when this returns; the hypervisor is not read."""
+    def _kept(self, life: Life) -> list[Token]:
+        """What barrier and point name: no clean-up may remove it."""
+        return [*life.tokens.values(), *life.fold_tokens, *committed_tokens(self._store, self._machine.id)]
+
+    def _append(self, life: Life, frozen: Frozen) -> int:
+        """Append what changed of every disk; how many bytes were read."""
+        found = [(disk, self._changes(life, disk)) for disk in frozen.disks]
+        total = sum(extents.total(changes.data) for _, changes in found)
+        if total > SET_MAX_BYTES:
+            raise ContinuityLost(f"{total} bytes changed, more than a journal takes at once")
+        if {d.disk.id for d in frozen.disks} != set(life.tokens):
+            raise ContinuityLost(f"The disks of machine {self._machine.name} are others than before")
+        for disk, changes in found:
+            if len(changes.zero):
+                life.recorder.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
+            if len(changes.data):
+                with contextlib.closing(disk.open()) as reader:
+                    self._copy(life.recorder, disk.disk.id, frozen.t, reader, changes.data)
+        return total
+
+    def _changes(self, life: Life, disk: FrozenDisk) -> Changes:
+        changes = disk.changes(life.tokens.get(disk.disk.id))
+        known = {d.id: d.size for d in life.recorder.disks}
+        if changes.continuity is not Continuity.INCREMENTAL or known.get(disk.disk.id) != disk.disk.size:
+            raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new or was resized'}")
+        return changes
+
+    @staticmethod
+    def _copy(recorder: Recorder, disk: DiskId, t: Instant, reader: Reader, data: Spans) -> None:
+        for runs in portions(data):
+            content = bytearray(sum(length for _, length in runs))
+            read_all(reader, runs, memoryview(content))
+            zero, kept = _split(runs, content)
+            if zero:
+                recorder.zero(disk, t, zero)
+            if kept:
+                recorder.write(
+                    disk, t, [run for run, _ in kept], b"".join(part for _, part in kept) if zero else content
+                )
+
+    # -- points ----------------------------------------------------------------------------------------------------------
+
+    def _maybe_fold(self, life: Life) -> None:
+        if life.folding and life.folding.is_alive():
+            return
+        limits = self._rhythm.limits
+        full = limits.budget_bytes and journal_bytes(self._store, self._machine.id) > limits.budget_bytes * FOLD_AT
+        if full:
+            check_budget(self._store, self._machine.id, limits)
+        if full or life.newest.t - life.folded >= self._rhythm.fold_every_ns:
+            moment = self._prepare_fold(life)
+            life.folding = threading.Thread(target=self._fold, args=(life, moment), name="hvbackup-fold")
+            life.folding.start()
+
+    def _prepare_fold(self, life: Life) -> Moment:
+        """The newest moment ends a segment, so that a point and the facts behind it never share one."""
         life.recorder.rotate()
-        life.recorder.finish()
-        outcome = fold(self._store, self._machine.id, moment, self._options)
-        assert outcome.point is not None
-        life.folded = moment.t
+        life.folded, life.fold_tokens = life.newest.t, list(life.tokens.values())
+        return life.newest
+
+    def _fold(self, life: Life, moment: Moment) -> None:
+        try:
+            self._report(self.fold(life, moment))
+        except HvbackupError as e:
+            self._report(Trouble(e, 0))
+
+    def fold(self, life: Life, moment: Moment) -> Folded:
+        """A point of the moment exists when this returns; the hypervisor is not read."""
+        began = time.monotonic()
+        with self._writing:
+            outcome = fold(self._store, self._machine.id, moment, self._options)
+        point = outcome.point
+        assert point is not None  # every other way out of `fold` raises
+        removed = trim(self._store, self._machine.id, self._rhythm.limits, by_age=not life.recorder.clock_stepped)
+        return Folded(point, time.monotonic() - began, removed)
 
 
-def _portions(data: Spans) -> Sequence[list[tuple[int, int]]]:
+def read_all(reader: Reader, runs: Sequence[tuple[int, int]], target: memoryview) -> None:
+    """Fill `target` with the runs, one after the other; all in flight at once where the reader can."""
+    wanted, at = [], 0
+    for offset, length in runs:
+        wanted.append((offset, target[at : at + length]))
+        at += length
+    if isinstance(reader, NbdClient):
+        reader.read_many(wanted)
+        return
+    for offset, part in wanted:
+        reader.read_into(offset, part)
+
+
+def _split(
+    runs: Sequence[tuple[int, int]], content: bytearray
+) -> tuple[list[tuple[int, int]], list[tuple[tuple[int, int], memoryview]]]:
+    """(long runs that are all zero, the others with their bytes)."""
+    zero, kept, at = [], [], 0
+    view = memoryview(content)
+    for offset, length in runs:
+        part = view[at : at + length]
+        at += length
+        if length >= ZERO_TEST_BYTES and not np.frombuffer(part, np.uint8).any():
+            zero.append((offset, length))
+        else:
+            kept.append(((offset, length), part))
+    return zero, kept
+
+
+def portions(data: Spans) -> Iterator[list[tuple[int, int]]]:
     """Ranges cut and gathered so that each portion has at most PIECE_BYTES."""
-    portions: list[list[tuple[int, int]]] = [[]]
+    portion: list[tuple[int, int]] = []
     room = PIECE_BYTES
     for offset, length in extents.pieces(data, PIECE_BYTES):
         if length > room:
-            portions.append([])
-            room = PIECE_BYTES
-        portions[-1].append((offset, length))
+            yield portion
+            portion, room = [], PIECE_BYTES
+        portion.append((offset, length))
         room -= length
-    return [p for p in portions if p]
+    if portion:
+        yield portion

@@ -6,6 +6,7 @@ output       text for people, JSON for programs, warnings, exit codes
 progress     a bar on a terminal, a line now and then elsewhere
 stores       init, key, check, status, sql, benchmark
 machines     backup, points
+continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
 papers       completion, man
 

@@ -7,12 +7,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hvbackup.cli import machines, papers, recovery, stores
+from hvbackup.cli import continuous, machines, papers, recovery, stores
 from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (stores, machines, recovery, papers)
+GROUPS = (stores, machines, continuous, recovery, papers)
 
 
 def build() -> Parser:

@@ -3,6 +3,8 @@
 session      one invocation: where things are, which keys, how to open the store
 stores       init, key
 backup       backup, and which disks of a machine
+protection   protect, tag: workers of continuous protection
+timeline     timeline: what a journal offers
 look         points, status, sql: what is there
 recovery     map, restore, boot, discard
 upkeep       check

@@ -71,7 +71,7 @@ def dry_run(session: Session, request: Request) -> list[Planned]:
     with session.open() as store:
         found = []
         for source in request.sources:
-            hypervisor = _open(session, store, source, request)
+            hypervisor = open_hypervisor(session, store, source, request)
             found += [_planned(store, source, machine, request) for machine in hypervisor.machines()]
         return found
 
@@ -102,7 +102,7 @@ def _check(request: Request) -> None:
 def _source(session: Session, store: Store, source: str, request: Request) -> Iterator[Run]:
     """One run for each machine of a source."""
     try:
-        hypervisor = _open(session, store, source, request)
+        hypervisor = open_hypervisor(session, store, source, request)
         machines = hypervisor.machines()
         if request.name and len(machines) > 1:
             raise UsageError(f"{source} has {len(machines)} machines; --name is for one")
@@ -111,16 +111,16 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
         return
     for machine in machines:
         try:
-            options = _options(request, source, machine, _name(store, machine, request))
+            options = _options(request, source, machine, name_of(store, machine, request.name))
             yield Run(source, machine, capture(store, hypervisor, machine, options))
         except HvbackupError as e:
             yield Run(source, machine, error=e)
 
 
-def _name(store: Store, machine: Machine, request: Request) -> str:
+def name_of(store: Store, machine: Machine, wanted: str) -> str:
     """What people call the machine; where the platform knows no names, a name once given stays."""
-    if request.name or machine.platform not in NAMELESS:
-        return request.name
+    if wanted or machine.platform not in NAMELESS:
+        return wanted
     newest = store.newest(machine.id)
     return newest.machine.name if newest else ""
 
@@ -135,7 +135,7 @@ def _options(request: Request, source: str, machine: Machine, name: str) -> Opti
     )
 
 
-def _open(session: Session, store: Store, source: str, request: Request) -> Hypervisor:
+def open_hypervisor(session: Session, store: Store, source: str, request: Request) -> Hypervisor:
     """The adapter of a source, limited to the disks that were asked for.  Raises UsageError."""
     options = SourceOptions(
         store_id=store.id.hex()[:8],
@@ -152,5 +152,5 @@ def _open(session: Session, store: Store, source: str, request: Request) -> Hype
 def _planned(store: Store, source: str, machine: Machine, request: Request) -> Planned:
     newest = store.newest(machine.id)
     known = [] if newest is None or request.full else [d.disk.id for d in newest.disks if d.token]
-    machine = replace(machine, name=_name(store, machine, request) or machine.name)
+    machine = replace(machine, name=name_of(store, machine, request.name) or machine.name)
     return Planned(source, machine, newest, [d.id for d in machine.disks if d.id in known])

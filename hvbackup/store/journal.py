@@ -145,13 +145,13 @@ class LogWriter:
         self._file.close()
 
 
-def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[Frame]:
-    """The frames of a log, until its end or the first one that is not whole.
+def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: bool = False) -> Iterator[Frame]:
+    """The frames of a log, until its end or the first one that is not whole; `synced`: all of them are durable.
 
     Raises StoreDamage when the file has no header of ours (a log that was cut before it is read as empty).
     """
     path = f"{FOLDER}/{machine}/{name}"
-    data = memoryview(files.read(path))
+    data = memoryview(files.read_synced(path) if synced else files.read(path))
     if len(data) < f.HEADER_BYTES:
         return
     head = parse_header(bytes(data[: f.HEADER_BYTES]), f.KIND_LOG, ring.store, path)
@@ -194,6 +194,11 @@ def _decrypted(cipher: Any, ordinal: int, payload: memoryview, bind: bytes, path
 
 def joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
     """All facts of frames, with `pos` in the one stream of all their bytes, and that stream."""
+    return joined_facts(frames), b"".join(frame.data for frame in frames)
+
+
+def joined_facts(frames: Sequence[Frame]) -> Facts:
+    """All facts of frames, with `pos` in the one stream of all their bytes."""
     parts, at = [np.zeros(0, f.FACT)], 0
     for frame in frames:
         part = frame.facts.copy()
@@ -201,7 +206,7 @@ def joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
         part["flags"][-1:] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
         parts.append(part)
         at += len(frame.data)
-    return np.concatenate(parts), b"".join(frame.data for frame in frames)
+    return np.concatenate(parts)
 
 
 def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:

@@ -17,7 +17,7 @@ from hvbackup.extents import Spans
 from hvbackup.model import Disk
 from hvbackup.store.blockmap import Ids
 from hvbackup.store.format import ID_BYTES, PAGE_IDS
-from hvbackup.store.overlay import Pieces, within
+from hvbackup.store.overlay import Table
 from hvbackup.store.view import DiskView
 
 
@@ -25,8 +25,8 @@ from hvbackup.store.view import DiskView
 class Layer:
     """What one run of facts leaves behind on a disk, and where its bytes are."""
 
-    pieces: Pieces
-    read: Callable[[int, int], bytes]  # (pos, length)
+    pieces: Table
+    read: Callable[[int, int, int], bytes]  # (source, pos, length)
 
 
 class LayeredView:
@@ -56,12 +56,14 @@ class LayeredView:
     def _from_layer(layer: Layer, part: tuple[int, int], offset: int, buffer: memoryview) -> Iterator[tuple[int, int]]:
         """Take what a layer has of a part; yield the ranges it does not have."""
         at, end = part
-        for start, stop, pos, _ in within(layer.pieces, at, end).tolist():
-            lo, hi = max(start, at), min(stop, end)
+        table = layer.pieces
+        for i in table.within(at, end):
+            start, pos = int(table.start[i]), int(table.pos[i])
+            lo, hi = max(start, at), min(int(table.end[i]), end)
             if lo > at:
                 yield at, lo
             target = buffer[lo - offset : hi - offset]
-            target[:] = bytes(hi - lo) if pos < 0 else layer.read(pos + lo - start, hi - lo)
+            target[:] = bytes(hi - lo) if pos < 0 else layer.read(int(table.source[i]), pos + lo - start, hi - lo)
             at = hi
         if at < end:
             yield at, end
@@ -75,7 +77,7 @@ class LayeredView:
 
     def cached(self, offset: int, length: int) -> memoryview | None:
         """Bytes that are in memory: only where no layer has any."""
-        if any(len(within(layer.pieces, offset, offset + length)) for layer in self._layers):
+        if any(layer.pieces.within(offset, offset + length) for layer in self._layers):
             return None
         if self._base is None or offset + length > self._base.size:
             return None
@@ -83,13 +85,20 @@ class LayeredView:
 
     def touched(self) -> Spans:
         """Every range that any layer has."""
-        parts = [np.column_stack([v.pieces["start"], v.pieces["end"] - v.pieces["start"]]) for v in self._layers]
-        return extents.clip(extents.spans(np.concatenate(parts)), 0, self.size) if parts else extents.EMPTY
+        return self._touched(0, self.size)
+
+    def _touched(self, start: int, end: int) -> Spans:
+        parts = []
+        for layer in self._layers:
+            found = layer.pieces.within(start, end)
+            lo, hi = layer.pieces.start[found.start : found.stop], layer.pieces.end[found.start : found.stop]
+            parts.append(np.column_stack([lo, hi - lo]))
+        return extents.clip(extents.spans(np.concatenate(parts)), start, end) if parts else extents.EMPTY
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
         """(length, whether it may hold data) of the runs that make up [offset, offset + length)."""
         end = min(offset + length, self.size)
-        data = extents.union(self._base_data(offset, end), extents.clip(self.touched(), offset, end))
+        data = extents.union(self._base_data(offset, end), self._touched(offset, end))
         at = offset
         for start, size in data.tolist():
             if start > at:

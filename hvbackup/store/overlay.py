@@ -5,6 +5,8 @@ The latest fact wins.  Pieces of a later run can be laid over those of an earlie
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ PIECE = np.dtype(
     ]
 )
 Pieces = NDArray[np.void]
+COLUMNS = ("start", "end", "pos", "source")
 NOTHING: Pieces = np.zeros(0, PIECE)
 CELLS_AT_ONCE = 4_000_000  # bounds memory where a few large ranges cover many small ones
 
@@ -61,8 +64,30 @@ def _owners(first: NDArray[np.int64], count: NDArray[np.int64], cells: int) -> N
     return owner
 
 
-def within(pieces: Pieces, start: int, end: int) -> Pieces:
-    """The pieces that have bytes in [start, end), whole."""
-    lo = int(np.searchsorted(pieces["end"], start, side="right"))
-    hi = int(np.searchsorted(pieces["start"], end, side="left"))
-    return pieces[lo:hi]
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Pieces, a column at a time: what is searched lies together, so a table in a file is mapped and barely touched."""
+
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    pos: NDArray[np.int64]
+    source: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> Table:
+        """The same pieces."""
+        return cls(*(np.ascontiguousarray(pieces[name]) for name in COLUMNS))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def pieces(self) -> Pieces:
+        """The same pieces, as rows."""
+        out = np.zeros(len(self), PIECE)
+        for name in COLUMNS:
+            out[name] = getattr(self, name)
+        return out
+
+    def within(self, start: int, end: int) -> range:
+        """The numbers of the pieces that have bytes in [start, end)."""
+        return range(int(self.end.searchsorted(start, side="right")), int(self.start.searchsorted(end, side="left")))

@@ -8,6 +8,7 @@ a new moment.  A log is sealed when it is old or large enough; sealing runs on a
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +19,7 @@ from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store import format as f
 from hvbackup.store import journal
+from hvbackup.store.history import History
 from hvbackup.store.journal import FOLDER, LOG, SEGMENT, LogWriter, Name
 from hvbackup.store.segment import write_segment
 from hvbackup.store.store import Store
@@ -53,17 +55,20 @@ class Recorder:
 
     def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk]) -> None:
         """Take over the journal: what was left is settled, and a new epoch begins with the first fact."""
-        self._store, self._folder = store, store.ring.machine_name(machine)
+        self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
         settle(store, machine)
         names = journal.list_files(store.files, self._folder)
         self.epoch = max((n.epoch for n in names), default=0) + 1
         # One number is left out: the point that a new life begins with takes it, and no moment before has it.
-        self._next = max((self._end(n) for n in names), default=0) + 1
-        self._disks: tuple[Disk, ...] = ()
+        self._next = (self._end(names[-1]) if names else 0) + 1
+        self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
+        self.clock_stepped = False  # the wall clock jumped in this epoch: ages mean nothing until somebody confirms it
+        self._clock: tuple[int, int] | None = None  # wall and monotonic time of the newest barrier
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
         self._sealing: threading.Thread | None = None
         self._failed: BaseException | None = None
+        self._numbers: dict[DiskId, int] = {}
         self.set_disks(disks)
 
     def _end(self, name: Name) -> int:
@@ -78,14 +83,13 @@ class Recorder:
 
     def set_disks(self, disks: Sequence[Disk]) -> None:
         """The machine has these disks from the next fact on (new ones, gone ones, other sizes)."""
-        if tuple(disks) != self._disks:
-            self._disks = tuple(disks)
-            self._numbers = {d.id: i for i, d in enumerate(self._disks)}
-            if self._log:
-                self._log.note(self._began, self._table(), barrier=False)
+        if tuple(disks) != self.disks:
+            self.disks = tuple(disks)
+            self._numbers = {d.id: i for i, d in enumerate(self.disks)}
+            self.rotate()  # each file has one table of disks, at its head
 
     def _table(self) -> dict[str, Any]:
-        disks = [{"number": i, "id": d.id, "size": d.size, "sector": d.sector} for i, d in enumerate(self._disks)]
+        disks = [{"number": i, "id": d.id, "size": d.size, "sector": d.sector} for i, d in enumerate(self.disks)]
         return {"disks": disks, "epoch": self.epoch}
 
     def _open(self, t: Instant) -> LogWriter:
@@ -95,7 +99,9 @@ class Recorder:
             self._log.note(t, self._table(), barrier=False)
         return self._log
 
-    def write(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview) -> None:
+    def write(
+        self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview
+    ) -> None:
         """Facts of one set: `data` holds the bytes of the extents (offset, length), one after the other."""
         facts = np.zeros(len(extents), f.FACT)
         rows = np.array(extents, np.uint64).reshape(-1, 2)
@@ -117,13 +123,23 @@ class Recorder:
 
         `more` is told with it: `gap={"from": t, "why": ...}` that ends here, `mark={"label": ...}`.
         """
-        value = {"tokens": {d: asdict(token) for d, token in tokens.items()}, **more}
+        value = {"tokens": {d: asdict(token) for d, token in tokens.items()}, **self._clock_step(t), **more}
         log = self._open(t)
         seq = log.note(t, value, barrier=True)
         log.sync()
         if log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS:
             self.rotate()
         return seq
+
+    def _clock_step(self, t: Instant) -> dict[str, Any]:
+        """What to tell when the wall clock went another way than the monotonic one."""
+        now, before = (int(t), time.monotonic_ns()), self._clock
+        self._clock = now
+        step = (now[0] - before[0]) - (now[1] - before[1]) if before else 0
+        if abs(step) <= CLOCK_STEP_NS:
+            return {}
+        self.clock_stepped = True
+        return {"clock": {"step_ns": step}}
 
     def rotate(self) -> None:
         """The log is being sealed, and the next fact begins a new one.  Raises what sealing the one before raised."""
@@ -140,6 +156,7 @@ class Recorder:
         try:
             seal(self._store, self._folder, name)
             self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
+            History(self._store, self._machine).warm()
         except BaseException as e:  # noqa: BLE001 - handed to the thread that owns the recorder
             self._failed = e
 
@@ -151,6 +168,14 @@ class Recorder:
         if self._failed:
             failed, self._failed = self._failed, None
             raise failed
+
+    def abandon(self) -> None:
+        """Let go of the log as it is; the next one to take over settles it."""
+        if self._log:
+            self._log.close()
+            self._log = None
+        if self._sealing:
+            self._sealing.join()
 
     def close(self) -> None:
         """Everything is sealed when this returns."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import blake3
 import numpy as np
@@ -23,9 +24,8 @@ from hvbackup.store import pack as packs
 from hvbackup.store.backend import Backend
 from hvbackup.store.journal import FOLDER, SEGMENT, Facts, Frame, Name, joined, meta_of
 from hvbackup.store.keys import Keyring
-from hvbackup.store.overlay import PIECE, Pieces, laid
 
-PIECES_CACHED = 64  # decoded pieces of the stream, 16 MiB
+PIECES_CACHED = 64  # decoded pieces, 16 MiB: bounds memory
 LEVEL = 1
 
 
@@ -58,20 +58,58 @@ def _add(pack: packs.PackWriter, ring: Keyring, zstd: zstandard.ZstdCompressor, 
         pack.add(what, f.CODEC_RAW, piece, [chunk], [len(piece)])
 
 
+class PieceCache:
+    """Decoded pieces of the streams of any number of segments, the newest used ones.  Thread safety: any thread."""
+
+    def __init__(self) -> None:
+        self._pieces: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, int], decode: Callable[[], bytes]) -> bytes:
+        """A piece, decoded unless it is here."""
+        with self._lock:
+            found = self._pieces.pop(key, None)
+        if found is None:
+            found = decode()
+        with self._lock:
+            self._pieces[key] = found
+            if len(self._pieces) > PIECES_CACHED:
+                self._pieces.popitem(last=False)
+        return found
+
+
 class Segment:
     """A sealed segment, open for reading.  Thread safety: every method from any thread."""
 
-    def __init__(self, backend: Backend, ring: Keyring, machine: str, name: Name) -> None:
+    def __init__(
+        self, backend: Backend, ring: Keyring, machine: str, name: Name, cache: PieceCache | None = None
+    ) -> None:
         self.name, self._path = name, path_of(machine, name)
         self._backend, self._ring = backend, ring
-        self._cipher, self._bind = packs.cipher_of(backend, ring, self._path)
-        rows = packs.read_footer(backend, self._path)
-        rows = rows[np.argsort(rows["offset"], kind="stable")]
-        self._stream, self._index = rows[rows["kind"] == f.CHUNK_FACTS], rows[rows["kind"] == f.CHUNK_FACT_INDEX]
-        self._cache: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache = cache or PieceCache()
+
+    # What a view never reads of a segment is never looked at, so all of it waits until it is asked for.
 
     @cached_property
+    def _secret(self) -> tuple[Any, bytes]:
+        return packs.cipher_of(self._backend, self._ring, self._path)
+
+    @cached_property
+    def _rows(self) -> NDArray[np.void]:
+        rows = packs.read_footer(self._backend, self._path)
+        return rows[np.argsort(rows["offset"], kind="stable")]
+
+    @cached_property
+    def _stream(self) -> NDArray[np.void]:
+        rows: NDArray[np.void] = self._rows[self._rows["kind"] == f.CHUNK_FACTS]
+        return rows
+
+    @cached_property
+    def _index(self) -> NDArray[np.void]:
+        rows: NDArray[np.void] = self._rows[self._rows["kind"] == f.CHUNK_FACT_INDEX]
+        return rows
+
+    @property
     def facts(self) -> Facts:
         """All facts; the sequence number of row i is `name.first + i`.  Raises ChunkDamaged."""
         return np.frombuffer(
@@ -91,16 +129,9 @@ class Segment:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _piece(self, number: int) -> bytes:
-        found = self._cache.get(number)
-        if found is None:
-            if number >= len(self._stream):
-                return b""
-            found = self._decode(self._stream[number], number)
-            with self._lock:
-                self._cache[number] = found
-                if len(self._cache) > PIECES_CACHED:
-                    self._cache.popitem(last=False)
-        return found
+        if number >= len(self._stream):
+            return b""
+        return self._cache.get((self._path, number), lambda: self._decode(self._stream[number], number))
 
     def _decode(self, row: np.void, ordinal: int) -> bytes:
         where = f"the record at {row['offset']} of {self._path}"
@@ -108,7 +139,7 @@ class Segment:
         if int.from_bytes(data[4:8], "little") != ordinal:
             # Pieces are known by their order alone, and nobody vouches for the footer.
             raise ChunkDamaged(f"{where} is not the one that belongs there")
-        plain = packs.decode(data, self._cipher, self._bind, zstandard.ZstdDecompressor(), where)
+        plain = packs.decode(data, *self._secret, zstandard.ZstdDecompressor(), where)
         if blake3.blake3(plain, key=self._ring.block_key).digest() != row["id"].tobytes():
             raise ChunkDamaged(f"{where} has other content than its id says")
         return plain
@@ -116,19 +147,3 @@ class Segment:
     def meta(self) -> Iterator[tuple[int, bytes]]:
         """(sequence number, JSON) of every META fact."""
         return meta_of(self.name.first, self.facts, self.read)
-
-
-def pieces_of(facts: Facts, disk: int, source: int) -> Pieces:
-    """What facts leave behind on one disk (its number in their file)."""
-    mine = facts[(facts["disk"] == disk) & (facts["kind"] != f.FACT_META)]
-    out = np.zeros(len(mine), PIECE)
-    out["start"] = mine["offset"]
-    out["end"] = mine["offset"] + mine["length"]
-    out["pos"] = np.where(mine["kind"] == f.FACT_ZERO, -1, mine["pos"].astype(np.int64))
-    out["source"] = source
-    return laid(out)
-
-
-def barriers(facts: Facts, first: int) -> NDArray[np.int64]:
-    """The sequence numbers of all moments among facts."""
-    return np.flatnonzero(facts["flags"] & f.FLAG_FACT_BARRIER) + first

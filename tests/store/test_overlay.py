@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvbackup.store import overlay
-from hvbackup.store.overlay import PIECE, Pieces, laid, within
+from hvbackup.store.overlay import PIECE, Pieces, Table, laid
 
 SIZE = 64
 ranges = st.lists(
@@ -53,7 +53,8 @@ def test_laying_in_two_steps_is_laying_at_once(a: list[tuple[int, int, bool]], b
 def test_within_finds_all_that_touches(drawn: list[tuple[int, int, bool]], start: int, length: int) -> None:
     pieces = laid(made(drawn))
     wanted = [p for p in pieces.tolist() if p[0] < start + length and p[1] > start]
-    assert within(pieces, start, start + length).tolist() == wanted
+    found = Table.of(pieces).within(start, start + length)
+    assert pieces[found.start : found.stop].tolist() == wanted
 
 
 def test_wide_ranges_are_laid_a_part_at_a_time(monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,217 @@
+"""protect, tag, timeline: machines under continuous protection."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hvbackup.cli.invocation import session_of
+from hvbackup.cli.output import Out, count, duration, parse_size, size
+from hvbackup.cli.parser import Verbs, add_verb
+from hvbackup.errors import UsageError
+
+if TYPE_CHECKING:
+    from hvbackup.model import Machine
+    from hvbackup.protect import Event, Rhythm
+    from hvbackup.service.timeline import Timeline
+
+LINE_SECONDS = 10.0  # between two lines for people
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SECOND = 1_000_000_000
+
+PROTECT = """\
+Protect machines continuously, until ctrl-C: every few seconds a moment of each goes into its journal, with all its disks at
+once, and now and then one becomes a recovery point.  Every moment can be recovered: see --at of restore, boot and map.
+"""
+DETAILS = """\
+stretches of time: 1s, 5m, 1h30m, 2d; sizes: 512M, 10G, 1T
+
+The interval stretches by itself while a machine writes faster than it can be read without slowing it down.  A host that does
+not answer is waited for.  `hvbackup timeline MACHINE` shows what was recorded, `hvbackup tag MACHINE NAME` names a moment.
+"""
+
+
+def add(verbs: Verbs) -> None:
+    """The verbs of this module."""
+    verb = add_verb(verbs, "protect", "record every moment of running machines, until ctrl-C", PROTECT, DETAILS)
+    verb.add_argument("source", nargs="+", metavar="SOURCE", help="as for `backup`: qemu:/run/vm/qmp.sock")
+    verb.add_argument("--every", default="5s", metavar="TIME", help="between two moments (default: 5s)")
+    verb.add_argument("--fold", default="1h", metavar="TIME", help="between two recovery points (default: 1h)")
+    verb.add_argument(
+        "--window", default="24h", metavar="TIME", help="how long moments are kept (default: 24h; 0: for ever)"
+    )
+    verb.add_argument(
+        "--journal-budget", default="0", metavar="SIZE", help="room for moments, per machine (default: any)"
+    )
+    verb.add_argument("--name", default="", metavar="NAME", help="what people call the machine")
+    verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
+    verb.set_defaults(run=protect)
+    verb = add_verb(verbs, "tag", "give the present moment of a protected machine a name")
+    verb.add_argument("machine", metavar="MACHINE", help="its name or id")
+    verb.add_argument("label", metavar="NAME", help='such as "before upgrade"; later: --at "tag:before upgrade"')
+    verb.set_defaults(run=tag)
+    verb = add_verb(verbs, "timeline", "show which moments of a machine can be recovered")
+    verb.add_argument("machine", metavar="MACHINE", help="its name or id")
+    verb.add_argument("--since", default="", metavar="TIME", help="how far back, such as 2h (default: everything)")
+    verb.set_defaults(run=timeline)
+
+
+def stretch(text: str) -> int:
+    """Nanoseconds of `5s`, `1h30m`, `500ms`; a bare number is seconds.  Raises UsageError."""
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return round(float(text) * _SECOND)
+    if found := re.fullmatch(r"(\d+)ms", text):
+        return int(found[1]) * 1_000_000
+    if not re.fullmatch(r"(\d+[smhdw])+", text):
+        raise UsageError(f"{text} is no stretch of time; write 5s, 10m, 1h30m or 2d")
+    return sum(int(n) * _UNITS[unit] for n, unit in re.findall(r"(\d+)([smhdw])", text)) * _SECOND
+
+
+def _rhythm(args: argparse.Namespace) -> Rhythm:
+    from hvbackup.protect import Rhythm
+    from hvbackup.store.window import Limits
+
+    every, fold = stretch(args.every), stretch(args.fold)
+    if every < _SECOND // 2 or fold < every:
+        raise UsageError("--every is at least 500ms, and --fold is not shorter")
+    return Rhythm(every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)))
+
+
+# -- protect -----------------------------------------------------------------------------------------------------------------
+
+
+def protect(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup protect SOURCE…`."""
+    from hvbackup.service import protection as service
+
+    request = service.Request(args.source, args.name, args.disk, _rhythm(args))
+    teller = _Teller(out)
+    workers: list[service.Worker] = []
+    try:
+        with service.protecting(session_of(args), request, teller) as workers:
+            while any(w.thread and w.thread.is_alive() for w in workers):
+                time.sleep(0.2)
+    except KeyboardInterrupt:
+        out.say("")  # ctrl-C is how this ends
+    errors = [w.error for w in workers if w.error]
+    for error in errors[1:]:
+        out.error(error)
+    return out.fail(errors[0]) if errors else 0
+
+
+class _Teller:
+    """What happens, as lines for people now and then, or as an object each time.  Thread safety: any thread."""
+
+    def __init__(self, out: Out) -> None:
+        self._out, self._lock = out, threading.Lock()
+        self._heaps: dict[str, _Heap] = {}
+
+    def __call__(self, machine: Machine, event: Event) -> None:
+        from hvbackup.protect import Cycle, Trouble
+        from hvbackup.service import shapes_continuous as shapes
+
+        with self._lock:
+            if self._out.json:
+                print(json.dumps(shapes.event(machine, event), ensure_ascii=False), flush=True)
+                return
+            if isinstance(event, Cycle) and not event.marks:
+                heap = self._heaps.setdefault(machine.id, _Heap())
+                if line := heap.add(event):
+                    self._out.say(f"{machine.name}: {line}")
+                return
+            if isinstance(event, Trouble):
+                self._out.warn(f"{machine.name}: nothing is recorded now: {event.error}")
+                return
+            for line in _event_lines(event):
+                self._out.say(f"{machine.name}: {line}")
+
+
+class _Heap:
+    """Cycles since the last line."""
+
+    def __init__(self) -> None:
+        self._cycles: list[Any] = []
+        self._told = 0.0
+
+    def add(self, cycle: Any) -> str:
+        """A line when it is time for one."""
+        self._cycles.append(cycle)
+        if time.monotonic() - self._told < LINE_SECONDS:
+            return ""
+        cycles, self._cycles, self._told = self._cycles, [], time.monotonic()
+        seconds = sorted(c.seconds for c in cycles)
+        read = size(sum(c.read_bytes for c in cycles))
+        return (
+            f"{count(len(cycles), 'moment')} up to seq:{cycles[-1].moment.seq}, {read} read, "
+            f"{1000 * seconds[len(seconds) // 2]:.0f} ms each, the slowest {1000 * seconds[-1]:.0f} ms"
+        )
+
+
+def _event_lines(event: Any) -> Iterator[str]:
+    from hvbackup.moments import local
+    from hvbackup.protect import Begun, Cycle, Folded
+
+    if isinstance(event, Begun):
+        how = "goes on from its newest moment" if event.how == "resumed" else f"point {event.point.id} was made"
+        yield f"protected since {local(event.moment.t)}; {how} in {duration(event.seconds)}"
+        if event.gap:
+            yield f"nothing was recorded from {local(event.gap['from'])} to {local(event.gap['to'])}: {event.gap['why']}"  # type: ignore[arg-type]
+    elif isinstance(event, Folded):
+        removed = f", {size(event.removed_bytes)} of the journal removed" if event.removed_bytes else ""
+        yield f"point {event.point.id} of {local(event.point.t)} folded in {duration(event.seconds)}{removed}"
+    elif isinstance(event, Cycle):
+        yield f"seq:{event.moment.seq} of {local(event.moment.t)} is {', '.join(event.marks)}"
+
+
+# -- tag ---------------------------------------------------------------------------------------------------------------------
+
+
+def tag(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup tag MACHINE NAME`."""
+    from hvbackup.model import Instant
+    from hvbackup.moments import local, rfc3339
+    from hvbackup.service import protection
+
+    made = protection.tag(session_of(args), args.machine, args.label)
+    when = Instant(made.t)
+    shown = {"machine": {"id": made.machine.id, "name": made.machine.name}, "tag": made.label, "seq": made.seq}
+    out.answer({**shown, "time": rfc3339(when)}, [f"seq:{made.seq} of {local(when)} is {made.label}"])
+    return 0
+
+
+# -- timeline ----------------------------------------------------------------------------------------------------------------
+
+
+def timeline(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup timeline MACHINE`."""
+    from hvbackup.capture import system_clock
+    from hvbackup.service import shapes_continuous as shapes
+    from hvbackup.service import timeline as service
+
+    now = system_clock()
+    found = service.timeline(session_of(args), args.machine, now, stretch(args.since) if args.since else 0)
+    out.answer(shapes.timeline(found), _timeline_lines(found))
+    out.warn_all(found.notes)
+    return 0
+
+
+def _timeline_lines(found: Timeline) -> Iterator[str]:
+    from hvbackup.moments import local
+
+    yield f"{found.machine.name} from {local(found.start)} to {local(found.now)}"
+    for band in found.bands():
+        yield f"  {band}"
+    yield ""
+    for s in found.stretches:
+        rpo = f"a moment every {duration(s.median_seconds)}, at most {duration(s.longest_seconds)} apart"
+        yield f"  {local(s.start)}  {duration((s.end - s.start) / _SECOND)}: {count(s.moments, 'moment')}, {rpo}"
+    for line in found.events():
+        yield f"  {line}"
+    if found.lag_seconds is not None:
+        worker = f"process {found.worker}" if found.worker else "NOTHING: no worker runs here"
+        yield f"  newest moment {duration(found.lag_seconds)} ago; protected by {worker}"

@@ -1,0 +1,73 @@
+"""What continuous protection looks like as JSON; the manners are those of `shapes`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvbackup.model import Instant, Machine
+from hvbackup.moments import rfc3339
+from hvbackup.protect import Begun, Cycle, Event, Folded
+from hvbackup.service import shapes
+from hvbackup.service.timeline import Protected, Timeline
+from hvbackup.store.history import Moment
+
+Json = dict[str, Any]
+
+
+def moment(m: Moment) -> Json:
+    """A moment."""
+    return {"seq": m.seq, "time": rfc3339(m.t)}
+
+
+def event(machine: Machine, e: Event) -> Json:
+    """A line of `protect --json`."""
+    base: Json = {"machine": {"id": machine.id, "name": machine.name}}
+    if isinstance(e, Cycle):
+        figures = {"read_bytes": e.read_bytes, "seconds": round(e.seconds, 4), "lag_seconds": round(e.lag_seconds, 4)}
+        return {"event": "moment", **base, **moment(e.moment), **figures, "marks": list(e.marks)}
+    if isinstance(e, Begun):
+        gap = _gap(dict(e.gap)) if e.gap else None
+        return {"event": "begun", **base, **moment(e.moment), "how": e.how, "point": e.point.id, "gap": gap,
+                "seconds": round(e.seconds, 3)}  # fmt: skip
+    if isinstance(e, Folded):
+        return {"event": "folded", **base, "point": shapes.point(e.point), "seconds": round(e.seconds, 3),
+                "removed_bytes": e.removed_bytes}  # fmt: skip
+    return {"event": "trouble", **base, "error": shapes.error(e.error), "retry_seconds": e.retry_seconds}
+
+
+def _gap(g: Json) -> Json:
+    return {"from": rfc3339(Instant(g["from"])), "to": rfc3339(Instant(g["to"])), "why": g["why"]}
+
+
+def timeline(t: Timeline) -> Json:
+    """`timeline`."""
+    return {
+        "machine": shapes.machine(t.machine),
+        "from": rfc3339(t.start),
+        "to": rfc3339(t.now),
+        "newest": moment(t.newest) if t.newest else None,
+        "lag_seconds": t.lag_seconds,
+        "worker": t.worker or None,
+        "stretches": [
+            {
+                "from": rfc3339(s.start),
+                "to": rfc3339(s.end),
+                "moments": s.moments,
+                "median_seconds": s.median_seconds,
+                "p95_seconds": s.p95_seconds,
+                "longest_seconds": s.longest_seconds,
+            }
+            for s in t.stretches
+        ],
+        "points": [{"id": p.id, "time": rfc3339(p.t), "seq": p.seq} for p in t.points],
+        "marks": [{"tag": m.label, "seq": m.seq, "time": rfc3339(m.t), "consistency": m.consistency} for m in t.marks],
+        "gaps": [{"from": rfc3339(g.start), "to": rfc3339(g.end), "why": g.why} for g in t.gaps],
+        "clock_steps": [{"seq": c.seq, "time": rfc3339(c.t), "step_seconds": c.step_ns / 1e9} for c in t.clocks],
+    }
+
+
+def protected(p: Protected | None) -> Json | None:
+    """A machine's continuous protection in `status`."""
+    if p is None:
+        return None
+    return {"newest": moment(p.newest), "lag_seconds": round(p.lag_seconds, 3), "worker": p.worker or None}

@@ -1,0 +1,115 @@
+"""How long a journal is kept, and how large it may become.
+
+A segment goes when its window has passed or room is needed, and only when a committed point covers its end: oldest first, each
+removal durable before the next, so a crash leaves the newest part, whole.  What no point covers is never removed: then nothing
+more is recorded until a point is made or the budget is raised, and the journal has a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from hvbackup.errors import SpaceExhausted
+from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
+from hvbackup.store import journal
+from hvbackup.store.journal import FOLDER, Name
+from hvbackup.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be kept of one journal."""
+
+    window_ns: int = 24 * 3600 * SECOND  # 0: as long as there is room
+    budget_bytes: int = 0  # 0: as much as the disk holds
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A file of the journal, with what decides about it."""
+
+    name: Name
+    size: int
+    last_seq: int
+    last_t: Instant
+
+
+def journal_bytes(store: Store, machine: MachineId) -> int:
+    """How large the journal of a machine is."""
+    folder = store.ring.machine_name(machine)
+    return sum(_size(store, f"{FOLDER}/{folder}/{n}") for n in journal.list_files(store.files, folder))
+
+
+def _size(store: Store, path: str) -> int:
+    try:
+        return store.files.size(path)
+    except FileNotFoundError:
+        return 0  # a log that has just been sealed
+
+
+def check_budget(store: Store, machine: MachineId, limits: Limits) -> None:
+    """Raises SpaceExhausted when the journal is full of moments that no point covers."""
+    if not limits.budget_bytes or journal_bytes(store, machine) <= limits.budget_bytes:
+        return
+    trim(store, machine, limits, by_age=True)
+    used = journal_bytes(store, machine)
+    if used > limits.budget_bytes:
+        raise SpaceExhausted(
+            f"The journal of machine {machine} has {used} bytes that no point covers yet, and may have {limits.budget_bytes}; "
+            "nothing is recorded until there is room: raise --journal-budget or make room in the store"
+        )
+
+
+def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits) -> list[Piece]:
+    """The oldest pieces that may and should go.  Pure.  Age counts from the newest moment, not from anybody's clock.
+
+    `covered` are the sequence numbers of committed points: one of them must hold exactly what goes, or what stays would
+    have nothing to build upon.
+    """
+    newest = pieces[-1].last_t if pieces else Instant(0)
+    total = sum(p.size for p in pieces)
+    gone: list[Piece] = []
+    for piece in pieces[:-1]:
+        old = bool(limits.window_ns) and newest - piece.last_t > limits.window_ns
+        over = bool(limits.budget_bytes) and total > limits.budget_bytes
+        if piece.last_seq > max(covered, default=0) or not (old or over):
+            break
+        gone.append(piece)
+        total -= piece.size
+    while gone and not any(gone[-1].last_seq <= seq < pieces[len(gone)].name.first for seq in covered):
+        gone.pop()
+    return gone
+
+
+def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> int:
+    """What need not be kept is gone; how many bytes that were.  Only for the owner of the store."""
+    from hvbackup.store.history import History
+
+    history = History(store, machine)
+    limits = limits if by_age else Limits(0, limits.budget_bytes)
+    folder = store.ring.machine_name(machine)
+    pieces = [
+        Piece(run.name, _size(store, f"{FOLDER}/{folder}/{run.name}"), run.summary.last_seq, run.summary.last_t)
+        for run in history.runs
+    ]
+    gone = removable(pieces, _covered(store, machine), limits)
+    for piece in gone:
+        store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
+    if gone:
+        History(store, machine).forget_removed()
+    return sum(piece.size for piece in gone)
+
+
+def _covered(store: Store, machine: MachineId) -> set[int]:
+    """The sequence numbers of committed points: each holds every fact up to its own."""
+    return {p.seq for p in store.points(machine) if p.seq is not None}
+
+
+def needed(store: Store, machine: MachineId) -> RecoveryPoint | None:
+    """The newest point at or before the oldest moment of the journal: nobody may forget it while that moment is offered."""
+    from hvbackup.store.history import History
+
+    runs = History(store, machine).runs
+    before = [p for p in store.points(machine) if p.seq is not None and runs and p.seq <= runs[0].summary.first_moment]
+    return max(before, key=lambda p: p.seq or 0) if before else None
