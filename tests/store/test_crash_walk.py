@@ -26,6 +26,7 @@ from hvbackup.store.store import DESCRIPTOR, Store
 from tests.crash import Fate, Recorder, Wreck, put, wrecks
 from tests.world import BLOCK, KEY, MACHINE, OTHER_KEY, Content, World
 
+pytestmark = pytest.mark.timeout(900)  # thousands of stores are opened: on a busy machine that takes its time
 KINDS = pytest.mark.parametrize(
     ("secret", "order"), [(None, Order.ASKED_AFTER), (KEY, Order.AT_START)], ids=["plain", "encrypted"]
 )
@@ -141,6 +142,11 @@ def check_survivor(run: Run, wreck: Wreck, path: Path, *, keep_state: bool) -> N
         world.oracle = {k: v for k, v in run.world.oracle.items() if k in found}
         world.check_all(store)
         assert check(store).problems == []
+        newest = store.newest(world.hv.machine(MACHINE).model().id)
+        tokens = {f"{MACHINE}/{d.disk.id}/{d.token.value}" for d in newest.disks if d.token} if newest else set()
+        assert tokens <= set(world.hv.leftovers()), "the host has forgotten since when a committed point is"
+        told = {record.value.get("point") for record in store.runs}
+        assert {store.path_of(p) for p in store.points()} <= told, "a point that could vanish unnoticed"
         world.scribble(1)
         world.capture(store)
         world.check_all(store)
