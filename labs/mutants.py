@@ -1,0 +1,305 @@
+"""Planted bugs: each one must turn the tests red, or the tests prove nothing.
+
+    python -m labs.mutants             all of them, a table, and exit code 1 when one survives
+    python -m labs.mutants --quick     the few that take seconds
+    python -m labs.mutants NAME ...    some of them
+
+A mutant is a piece of text replaced in a temporary copy of the package; the copy's own tests are run, never those of this tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 1200
+FAILED, NOTHING_RAN = 1, 5  # exit codes of pytest
+
+WALK = "tests/store/test_crash_walk.py::"
+FAULTS = "tests/capture/test_faults.py::"
+DAMAGE = "tests/store/test_damage.py::"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One planted bug, and the tests that must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    quick: bool = False
+
+
+MUTANTS = (
+    Mutant(
+        "file renamed before it is synced",
+        "hvbackup/files.py",
+        "            self._files.kernel.fsync(self._fd)\n            self._close()\n",
+        "            self._close()\n",
+        ("tests/test_files.py::test_a_power_cut_after_a_call_returned_takes_nothing",),
+        quick=True,
+    ),
+    Mutant(
+        "directory not synced",
+        "hvbackup/files.py",
+        "            self._named = True\n            self._files.kernel.sync_dir(str(target.parent))\n",
+        "            self._named = True\n",
+        ("tests/test_files.py::test_a_power_cut_after_a_call_returned_takes_nothing",),
+        quick=True,
+    ),
+    Mutant(
+        "new directory not synced",
+        "hvbackup/files.py",
+        "                return\n            self.kernel.sync_dir(str(path.parent))\n\n    def new(self)",
+        "                return\n\n    def new(self)",
+        ("tests/test_files.py::test_a_power_cut_after_a_call_returned_takes_nothing",),
+    ),
+    Mutant(
+        "unfinished files never swept",
+        "hvbackup/files.py",
+        "            self.kernel.unlink(str(self.path(TMP) / name))\n        return len(left)",
+        "            pass\n        return len(left)",
+        (f"{WALK}test_a_crash_at_every_step_of_a_life",),
+    ),
+    Mutant(
+        "point committed before its packs are sealed",
+        "hvbackup/store/store.py",
+        "        writer.seal()\n        self.files.write_new(path, data)\n",
+        "        self.files.write_new(path, data)\n        writer.seal()\n",
+        (f"{WALK}test_a_crash_at_every_step_of_a_life",),
+    ),
+    Mutant(
+        "names of a killed run never settled",
+        "hvbackup/store/store.py",
+        "            self.files.settle()\n",
+        "            pass\n",
+        (f"{WALK}test_a_killed_run_and_then_a_power_cut",),
+    ),
+    Mutant(
+        "point without a run record never told of",
+        "hvbackup/store/store.py",
+        "            store._adopt()\n",
+        "",
+        (f"{WALK}test_a_crash_at_every_step_of_a_life",),
+    ),
+    Mutant(
+        "lease not written before the snapshot",
+        "hvbackup/leases.py",
+        "self._expiry())\n        self._write(lease)\n        return lease",
+        "self._expiry())\n        return lease",
+        (f"{WALK}test_a_crash_at_every_step_of_a_life", f"{FAULTS}test_dying_at_every_call_of_the_hypervisor"),
+    ),
+    Mutant(
+        "old checkpoint removed before the commit",
+        "hvbackup/capture.py",
+        "        store.commit(point, writer)\n",
+        "        hypervisor.release(machine, lease.id, [r.token for r in roots if r.token])\n"
+        "        store.commit(point, writer)\n",
+        (f"{WALK}test_a_crash_at_every_step_of_a_life",),
+    ),
+    Mutant(
+        "release removes the committed checkpoint",
+        "hvbackup/capture.py",
+        "[d.token for d in point.disks if d.token], outcome)",
+        "[], outcome)",
+        ("tests/capture/test_lives.py",),
+    ),
+    Mutant(
+        "lease given back although the host could not be cleaned",
+        "hvbackup/capture.py",
+        "lease if released else None",
+        "lease",
+        (f"{FAULTS}test_a_host_that_is_gone_when_we_clean_up_is_cleaned_by_the_next_run",),
+        quick=True,
+    ),
+    Mutant(
+        "sample claims chunks that nobody stores",
+        "hvbackup/capture.py",
+        "            if self._compared(readers, base, batch)[3].any():\n",
+        "            if self._work(readers, base, batch).changed.any():\n",
+        (f"{FAULTS}test_a_lying_tracker_is_found_out_and_the_disk_compared_whole",),
+        quick=True,
+    ),
+    Mutant(
+        "claims of a map that could not be made are kept",
+        "hvbackup/capture.py",
+        "                self._writer.drop_claims()\n",
+        "",
+        (f"{FAULTS}test_a_lost_map_page_makes_the_disk_be_read_whole_and_nothing_is_missing",),
+    ),
+    Mutant(
+        "what the hypervisor calls unchanged is never sampled",
+        "hvbackup/capture.py",
+        "min(count, total)",
+        "0",
+        (f"{FAULTS}test_a_lying_tracker_is_found_out_and_the_disk_compared_whole",),
+    ),
+    Mutant(
+        "last block not padded",
+        "hvbackup/capture.py",
+        "                area[at + length : at + padded] = bytes(padded - length)\n",
+        "",
+        ("tests/capture/test_plan.py",),
+        quick=True,
+    ),
+    Mutant(
+        "grown tail trusted",
+        "hvbackup/capture.py",
+        "    if parent_size is not None and parent_size != size:\n",
+        "    if False:\n",
+        ("tests/capture/test_plan.py",),
+    ),
+    Mutant(
+        "view not verified before the commit",
+        "hvbackup/capture.py",
+        "[*frozen.notes, *frozen.verify()]",
+        "[*frozen.notes]",
+        (f"{FAULTS}test_a_view_that_did_not_hold_makes_no_point",),
+    ),
+    Mutant(
+        "nonce constant",
+        "hvbackup/store/pack.py",
+        'return ordinal.to_bytes(12, "little")',
+        "return bytes(12)",
+        ("tests/store/test_security.py",),
+        quick=True,
+    ),
+    Mutant(
+        "salt constant",
+        "hvbackup/store/pack.py",
+        "self._salt = os.urandom(32)",
+        "self._salt = bytes(range(32))",
+        ("tests/store/test_security.py",),
+    ),
+    Mutant(
+        "chunks not compared with their ids",
+        "hvbackup/store/reader.py",
+        "        if blake3.blake3(data, key=key).digest() != chunk:\n",
+        "        if False:\n",
+        (f"{DAMAGE}test_a_damaged_data_pack_takes_what_needs_its_bytes_and_nothing_else[plain]",),
+    ),
+    Mutant(
+        "pages stored once",
+        "hvbackup/store/writer.py",
+        "META_COPIES = 2",
+        "META_COPIES = 1",
+        (f"{DAMAGE}test_one_damaged_meta_pack_costs_nothing[plain]",),
+    ),
+    Mutant(
+        "dedup by the first 8 bytes of an id",
+        "hvbackup/store/index.py",
+        '            hit = self.rows["id"][at] == ids[todo]\n',
+        "            hit = self.keys[at] == keys[todo]\n",
+        ("tests/store/test_index.py",),
+        quick=True,
+    ),
+    Mutant(
+        "damaged cache of the index believed",
+        "hvbackup/store/index.py",
+        "                self._believed = True\n",
+        "                self._believed = False\n",
+        (f"{DAMAGE}test_damaged_state_costs_nothing[plain]",),
+    ),
+    Mutant(
+        "signatures not checked",
+        "hvbackup/store/sealed.py",
+        "        ring.verifier.verify(signature, _digest(name, data[: f.HEADER_BYTES], payload))\n",
+        "",
+        ("tests/store/test_security.py",),
+    ),
+    Mutant(
+        "one damaged copy of a key hides the other",
+        "hvbackup/store/keys.py",
+        'record.get("check") == _digest(record) and ',
+        "",
+        (f"{DAMAGE}test_one_damaged_copy_of_a_key_costs_nothing",),
+    ),
+    Mutant(
+        "vanished points not noticed",
+        "hvbackup/store/runs.py",
+        "            if not self._backend.exists(point)\n",
+        "            if False\n",
+        ("tests/store/test_security.py",),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one mutant."""
+
+    mutant: Mutant
+    killed: bool
+    by: str  # the first test that failed
+    seconds: float
+
+
+def planted(mutant: Mutant, into: Path) -> None:
+    """A copy of the package and its tests, with the bug, exists at `into` when this returns."""
+    skip = shutil.ignore_patterns("__pycache__", "guest", ".lab")
+    for name in ("hvbackup", "tests", "labs"):
+        shutil.copytree(ROOT / name, into / name, ignore=skip)
+    shutil.copy(ROOT / "pyproject.toml", into)
+    path = into / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"Mutant {mutant.name}: its text is {text.count(mutant.old)} times in {mutant.file}, not once")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def judge(mutant: Mutant) -> Verdict:
+    """Run the tests of a mutant.  Raises SystemExit when they can't be run."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="hvbackup-mutant-") as path:
+        planted(mutant, Path(path))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not soak"]
+        result = subprocess.run(
+            [*command, *mutant.tests], cwd=path, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+        )
+    if result.returncode not in (0, FAILED):
+        raise SystemExit(f"Mutant {mutant.name}: pytest could not run\n{result.stdout}{result.stderr}")
+    failed = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("FAILED ")]
+    by = failed[0].rpartition("::")[2] if failed else ""
+    return Verdict(mutant, bool(failed), by, time.monotonic() - began)
+
+
+def chosen(names: Sequence[str], *, quick: bool) -> list[Mutant]:
+    """The mutants to run.  Raises SystemExit for a name nobody has."""
+    unknown = set(names) - {m.name for m in MUTANTS}
+    if unknown:
+        raise SystemExit(f"No mutant is called {', '.join(sorted(unknown))}")
+    return [m for m in MUTANTS if (m.name in names if names else m.quick or not quick)]
+
+
+def table(verdicts: Iterable[Verdict]) -> str:
+    """The verdicts as Markdown."""
+    rows = [f"| {v.mutant.name} | {v.by if v.killed else '**survived**'} | {v.seconds:.0f} s |" for v in verdicts]
+    return "\n".join(["| planted bug | first test that fails | took |", "|---|---|---|", *rows])
+
+
+def main() -> int:
+    """Run mutants and print what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    verdicts = []
+    for mutant in chosen(options.names, quick=options.quick):
+        verdicts.append(judge(mutant))
+        print(f"{'killed  ' if verdicts[-1].killed else 'SURVIVED'} {mutant.name}", file=sys.stderr, flush=True)
+    print(table(verdicts))
+    return int(not all(v.killed for v in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
