@@ -5,6 +5,7 @@
     2026-11-22 14:03[:07]       local; seconds may be left out
     -10m, -1h30m, -2d           ago: s, m, h, d, w
     4f1c…                       a point's id, or its beginning (four digits at least)
+    seq:4711, tag:NAME          a moment of the machine's journal, by its number or by what it was called
 
 The newest point at or before the moment is taken.  A time given to the second means the end of that second, because that is
 how `points` prints them; given to the minute, or with a fraction, it means exactly what it says.
@@ -21,32 +22,36 @@ from hvbackup.errors import NotFound, UsageError
 from hvbackup.model import SECOND, Instant, RecoveryPoint
 
 LATEST = "latest"
-FORMS = "latest, 2026-11-22 14:03[:07], 2026-11-22T14:03:07Z, -10m, or a point's id"
+FORMS = "latest, 2026-11-22 14:03[:07], 2026-11-22T14:03:07Z, -10m, a point's id, tag:NAME, or seq:N"
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _AGO = re.compile(r"-((?:\d+[smhdw])+)")
 _ID = re.compile(r"[0-9a-f]{4,16}")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?\s*(\S+)?", re.IGNORECASE)
-_LATER = re.compile(r"(tag|seq):(.*)")
+_SEQ = re.compile(r"seq:(\d{1,18})")
+_TAG = re.compile(r"tag:(.*\S.*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What `--at` says: a time, or a point's id."""
+    """What `--at` says: a time, a point's id, or a moment's number or tag."""
 
     text: str
     t: Instant | None = None
     point: str = ""  # the beginning of an id
+    seq: int | None = None
+    tag: str = ""
 
 
 def parse(text: str, now: Instant) -> Moment:
-    """What the text means.  Raises UsageError naming the forms there are, NotFound for what no point can have."""
+    """What the text means.  Raises UsageError naming the forms there are."""
     text = text.strip()
     if text == LATEST:
         return Moment(text)
-    later = _LATER.fullmatch(text)
-    if later:
-        raise NotFound(f"Nothing is known of {text}: points have neither tags nor sequence numbers; use {FORMS}")
+    if seq := _SEQ.fullmatch(text):
+        return Moment(text, seq=int(seq[1]))
+    if tag := _TAG.fullmatch(text):
+        return Moment(text, tag=tag[1].strip())
     ago = _AGO.fullmatch(text)
     if ago:
         seconds = sum(int(n) * _UNITS[unit] for n, unit in re.findall(r"(\d+)([smhdw])", ago[1]))

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 MOMENTS = """\
 moments:
-  latest                     the newest point (the default)
-  "2026-11-22 14:03[:07]"    local time; the newest point at or before it
+  latest                     the newest point or moment (the default)
+  "2026-11-22 14:03[:07]"    local time; the newest point or moment at or before it
   2026-11-22T14:03:07Z       RFC 3339
   -10m, -1h30m, -2d          ago
   4f1c…                      a point's id, or its beginning
+  tag:NAME, seq:4711         a moment of a machine that was under protection; `hvbackup timeline` lists them
 """
 
 

@@ -157,7 +157,7 @@ class Boots:
     # --- steps
 
     def _claim(self, point: RecoveryPoint, options: Options) -> Boot:
-        name = options.name or f"{re.sub('[^A-Za-z0-9._-]+', '-', point.machine.name).strip('-.')[:40]}-{point.id[:8]}"
+        name = options.name or f"{re.sub('[^A-Za-z0-9._-]+', '-', point.machine.name).strip('-.')[:40]}-{_short(point)}"
         folder = self._folder(name)
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
@@ -207,6 +207,11 @@ class Boots:
             return Boot.load((self._folder(name) / RECORD).read_bytes())
         except (OSError, ValueError, KeyError, TypeError):  # killed before it was written, or damaged
             return Boot(name, "", "", "", Instant(0), self._folder(name), self._run / name)
+
+
+def _short(point: RecoveryPoint) -> str:
+    """A part of a name: the beginning of a point's id, or seq4711 for a moment of a journal."""
+    return point.id.replace(":", "") if ":" in point.id else point.id[:8]
 
 
 def _chosen(point: RecoveryPoint, options: Options) -> list[DiskRoot]:

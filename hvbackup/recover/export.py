@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from hvbackup.model import DiskRoot, RecoveryPoint
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.protocol import STATE_HOLE, STATE_ZERO
-from hvbackup.store.store import Store
+from hvbackup.store.layered import LayeredView
 from hvbackup.store.view import DiskView
 
 
@@ -16,7 +16,7 @@ class ViewExport(Export):
 
     read_only = True
 
-    def __init__(self, view: DiskView, description: str = "") -> None:
+    def __init__(self, view: DiskView | LayeredView, description: str = "") -> None:
         self.size, self.description = view.size, description
         self.preferred_block = view.block
         self._view = view
@@ -34,7 +34,9 @@ class ViewExport(Export):
         return ((n, 0 if data else STATE_HOLE | STATE_ZERO) for n, data in self._view.runs(offset, length))
 
 
-def exports(store: Store, point: RecoveryPoint, disks: Sequence[DiskRoot]) -> dict[str, Export]:
+def exports(
+    point: RecoveryPoint, disks: Sequence[DiskRoot], view: Callable[[DiskRoot], DiskView | LayeredView]
+) -> dict[str, Export]:
     """An export for each disk, by its id."""
-    when = f"{point.machine.name} at point {point.id}"
-    return {d.disk.id: ViewExport(store.view(d), f"disk {d.disk.id} of {when}") for d in disks}
+    when = f"{point.machine.name} at {point.id}"
+    return {d.disk.id: ViewExport(view(d), f"disk {d.disk.id} of {when}") for d in disks}

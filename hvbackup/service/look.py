@@ -162,14 +162,6 @@ def inventory(store: Store) -> Inventory:
     return found
 
 
-def find_point(store: Store, machine: str, at: str, now: Instant) -> tuple[RecoveryPoint, list[str]]:
-    """The point of a machine that answers for a moment, and notes.  Raises NotFound, UsageError."""
-    moment = moments.parse(at, now)
-    history = inventory(store).machine(machine)
-    point = moments.pick(history.points, moment, history.machine.name, moments.local)
-    return point, list(history.damaged)
-
-
 def roots(point: RecoveryPoint, names: Sequence[str]) -> list[DiskRoot]:
     """The named disks of a point, all when none is named.  Raises NotFound."""
     known = {d.disk.id: d for d in point.disks}

@@ -27,7 +27,8 @@ from hvbackup.recover.processes import start_detached
 from hvbackup.recover.qcow2 import to_qcow2
 from hvbackup.recover.restore import Restored
 from hvbackup.service import lonefile
-from hvbackup.service.look import find_point, roots
+from hvbackup.service.look import roots
+from hvbackup.service.moment import choose
 from hvbackup.service.session import Session
 
 MACHINE_FILE = "machine.json"  # beside the disks of a restored machine
@@ -80,9 +81,10 @@ class Mapped:
 def mapped(session: Session, which: Which, address: Address, on_error: OnError) -> Iterator[Mapped]:
     """The disks are served, read-only, for as long as the context lasts.  Raises NotFound, Busy."""
     with session.open() as store:
-        point, notes = find_point(store, which.machine, which.at, which.now)
+        found = choose(store, which.machine, which.at, which.now)
+        point, notes = found.point, found.notes
         chosen = roots(point, which.disks)
-        with NbdServer(exports(store, point, chosen), on_error=on_error) as server:
+        with found.pinned(), NbdServer(exports(point, chosen, found.view), on_error=on_error) as server:
             uri = _listen(session, server, address)
             where = {str(d.disk.id): str(replace(uri, export=d.disk.id)) for d in chosen}
             sizes = {str(d.disk.id): d.disk.size for d in chosen}
@@ -135,13 +137,15 @@ def restore(session: Session, which: Which, goal: Goal, progress: OnProgress) ->
     Raises NotFound, UsageError (something is there already), SpaceExhausted; what was written stays for `--resume`.
     """
     with session.open() as store:
-        point, notes = find_point(store, which.machine, which.at, which.now)
+        found = choose(store, which.machine, which.at, which.now)
+        point, notes = found.point, found.notes
         chosen = roots(point, which.disks)
         single = len(which.disks) == 1 and not goal.to.is_dir()
         plan = [_single(chosen[0], goal)] if single else _folder(chosen, goal)
         machine_file = None if which.disks else goal.to / MACHINE_FILE
         _refuse_overwriting(plan, machine_file, goal)
-        done = [_one(store.view(d.root), d, store.ring.block_key, progress) for d in plan]
+        with found.pinned():
+            done = [_one(found.view(d.root), d, store.ring.block_key, progress) for d in plan]
         if machine_file:
             lonefile.write(machine_file, _machine_json(point, done))
         return RestoredPoint(point, done, machine_file, notes)
@@ -221,7 +225,8 @@ def boot(session: Session, which: Which, options: BootOptions) -> tuple[Boot, li
     """The machine runs on overlays over the point when this returns, with notes.  Raises NotFound, UsageError."""
     unattended = replace(session, ask=None)  # the export is a process of its own, which nobody can type to
     with unattended.open() as store:
-        point, notes = find_point(store, which.machine, which.at, which.now)
+        found = choose(store, which.machine, which.at, which.now)
+        point, notes = found.point, found.notes
         roots(point, which.disks)
     booted = _boots(session, which.now).boot(point, _spawner(session), options)
     return booted, [*notes, *booted.notes]

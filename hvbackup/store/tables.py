@@ -198,8 +198,8 @@ class Cache:
                 for part in body:
                     file.write(part)
                 file.commit(f"{self._folder}/{name}{SUFFIX}")
-        except HvbackupError:
-            return
+        except (HvbackupError, OSError):
+            return  # no room, or an owner that has just opened the store swept what was not finished
 
     def forget(self, live: set[str]) -> None:
         """Tables that begin with segments that are gone go too."""

@@ -7,8 +7,11 @@ more is recorded until a point is made or the budget is raised, and the journal 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hvbackup.errors import SpaceExhausted
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
@@ -61,6 +64,33 @@ def check_budget(store: Store, machine: MachineId, limits: Limits) -> None:
         )
 
 
+PINS = "pins"  # under STATE: who reads a journal now
+
+
+@contextmanager
+def pinned(store: Store, machine: MachineId, seq: int, pid: int) -> Iterator[None]:
+    """No fact after `seq` goes for as long as the context lasts and the process lives."""
+    name = f"{PINS}/{store.ring.machine_name(machine)}/{seq}-{pid}-{secrets.token_hex(4)}"
+    store.state.write_new(name, b"")
+    try:
+        yield
+    finally:
+        store.state.remove(name)
+
+
+def pinned_from(store: Store, machine: MachineId) -> int | None:
+    """Every fact after this one is read by somebody; None when nobody reads."""
+    folder = f"{PINS}/{store.ring.machine_name(machine)}"
+    seqs = []
+    for name in store.state.names(folder):
+        seq, pid, _ = name.split("-")
+        if Path(f"/proc/{pid}").exists():
+            seqs.append(int(seq))
+        else:
+            store.state.remove(f"{folder}/{name}")
+    return min(seqs, default=None)
+
+
 def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits) -> list[Piece]:
     """The oldest pieces that may and should go.  Pure.  Age counts from the newest moment, not from anybody's clock.
 
@@ -94,6 +124,9 @@ def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> i
         for run in history.runs
     ]
     gone = removable(pieces, _covered(store, machine), limits)
+    pinned = pinned_from(store, machine)
+    if pinned is not None and any(piece.last_seq > pinned for piece in gone):
+        gone = removable(pieces, {seq for seq in _covered(store, machine) if seq <= pinned}, limits)
     for piece in gone:
         store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
     if gone:

@@ -67,10 +67,12 @@ def test_everything_else_is_refused_with_the_forms_there_are(text: str) -> None:
         at(text, "Europe/Berlin")
 
 
-@pytest.mark.parametrize("text", ["tag:before-update", "seq:17"])
-def test_moments_that_no_point_has_are_refused(text: str) -> None:
-    with pytest.raises(NotFound, match="neither tags nor sequence numbers"):
-        moments.parse(text, NOW)
+def test_moments_of_a_journal_have_numbers_and_tags() -> None:
+    assert moments.parse("seq:17", NOW).seq == 17
+    assert moments.parse("tag: before update ", NOW).tag == "before update"
+    for text in ("seq:", "seq:-1", "tag: "):
+        with pytest.raises(UsageError):
+            moments.parse(text, NOW)
 
 
 def points(*ts: int) -> list[RecoveryPoint]:
