@@ -195,6 +195,9 @@ def _overview_lines(found: Overview, moment: Instant) -> Iterator[str]:
     yield ""
     head = ("MACHINE", "NEWEST POINT", "TIME", "AGE", "CONSISTENCY", "POINTS", "DISKS", "SIZE")
     yield from table(head, [_machine_row(h, moment) for h in found.machines], (3, 5, 6, 7))
+    if found.protected:
+        yield ""
+        yield from table(("MACHINE", "NEWEST MOMENT", "TIME", "LAG", "PROTECTED BY"), list(_protected_rows(found)), (3,))
     if found.boots:
         yield ""
         yield from boot_table([boot_row(b) for b in found.boots])
@@ -212,6 +215,15 @@ def _machine_row(h: History, moment: Instant) -> Sequence[str]:
     total = size(sum(d.disk.size for d in newest.disks))
     return (h.machine.name, newest.id, local(newest.t), age, str(newest.consistency), str(len(h.points)),
             str(len(newest.disks)), total)  # fmt: skip
+
+
+def _protected_rows(found: Overview) -> Iterator[Sequence[str]]:
+    from hvbackup.moments import local
+
+    for h in found.machines:
+        if p := found.protected.get(h.machine.id):
+            worker = f"process {p.worker}" if p.worker else "nobody here"
+            yield h.machine.name, f"seq:{p.newest.seq}", local(p.newest.t), duration(p.lag_seconds), worker
 
 
 def _leftover_row(v: Leftover) -> Sequence[str]:

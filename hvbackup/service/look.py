@@ -5,20 +5,23 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvbackup import moments
 from hvbackup.errors import NotFound, StoreDamage, UsageError
 from hvbackup.leases import Lease, Leases
-from hvbackup.model import SECOND, DiskRoot, Instant, Machine, RecoveryPoint
+from hvbackup.model import SECOND, DiskRoot, Instant, Machine, MachineId, RecoveryPoint
 from hvbackup.recover.boot import Boot, Boots
 from hvbackup.service.chosen import no_disk
 from hvbackup.service.session import Session
 from hvbackup.store.catalog import Catalog
 from hvbackup.store.store import Store
+
+if TYPE_CHECKING:
+    from hvbackup.service.timeline import Protected
 
 
 @dataclass(slots=True)
@@ -91,6 +94,7 @@ class Overview:
     leftovers: Sequence[Leftover]
     boots: Sequence[Boot]
     notes: Sequence[str]
+    protected: Mapping[MachineId, Protected] = field(default_factory=dict)  # machines that have a journal
 
 
 def points(session: Session, machine: str = "") -> Inventory:
@@ -104,7 +108,9 @@ def points(session: Session, machine: str = "") -> Inventory:
 
 
 def status(session: Session, now: Instant) -> Overview:
-    """Machines, their newest points, the store's figures, and what runs left on hypervisors."""
+    """Machines, their newest points and moments, the store's figures, and what runs left on hypervisors."""
+    from hvbackup.service.timeline import standing
+
     with session.open() as store:
         found = inventory(store)
         names = {h.machine.id: h.machine.name for h in found.machines}
@@ -116,7 +122,11 @@ def status(session: Session, now: Instant) -> Overview:
             for v in leftovers
             if v.expired
         ]
-        return Overview(_figures(store, session), found.machines, leftovers, boots, [*found.notes, *notes])
+        protected = {
+            h.machine.id: standing_ for h in found.machines if (standing_ := standing(session, store, h.machine, now))
+        }
+        notes = [*found.notes, *notes]
+        return Overview(_figures(store, session), found.machines, leftovers, boots, notes, protected)
 
 
 def sql(session: Session, query: str) -> Answer:

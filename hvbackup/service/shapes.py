@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # each verb pays for its own modules only
     from hvbackup.recover.boot import Boot
     from hvbackup.service.backup import Planned, Run
     from hvbackup.service.recovery import Mapped, RestoredPoint
+    from hvbackup.service.timeline import Protected
 
 Json = dict[str, Any]
 
@@ -107,14 +108,19 @@ def store(s: StoreFigures) -> Json:
     }
 
 
-def protected(h: History, now: Instant) -> Json:
-    """A machine in `status`."""
+def protected(h: History, now: Instant, journal: Protected | None = None) -> Json:
+    """A machine in `status`; `protection` is null unless it is, or was, under continuous protection."""
     return {
         **machine(h.machine),
         "points": len(h.points),
         "oldest": rfc3339(h.points[0].t),
         "newest": point(h.points[-1]),
         "age_seconds": round(age_seconds(h.points[-1], now), 3),
+        "protection": journal and {
+            "newest": {"seq": journal.newest.seq, "time": rfc3339(journal.newest.t)},
+            "lag_seconds": round(journal.lag_seconds, 3),
+            "worker": journal.worker or None,
+        },
     }
 
 
@@ -133,7 +139,7 @@ def overview(o: Overview, now: Instant) -> Json:
     """`status`."""
     return {
         "store": store(o.store),
-        "machines": [protected(h, now) for h in o.machines],
+        "machines": [protected(h, now, o.protected.get(h.machine.id)) for h in o.machines],
         "leases": [leftover(v) for v in o.leftovers],
         "boots": [boot(b) for b in o.boots],
         "notes": list(o.notes),

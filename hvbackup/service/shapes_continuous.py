@@ -8,7 +8,7 @@ from hvbackup.model import Instant, Machine
 from hvbackup.moments import rfc3339
 from hvbackup.protect import Begun, Cycle, Event, Folded
 from hvbackup.service import shapes
-from hvbackup.service.timeline import Protected, Timeline
+from hvbackup.service.timeline import Timeline
 from hvbackup.store.history import Moment
 
 Json = dict[str, Any]
@@ -65,9 +65,3 @@ def timeline(t: Timeline) -> Json:
         "clock_steps": [{"seq": c.seq, "time": rfc3339(c.t), "step_seconds": c.step_ns / 1e9} for c in t.clocks],
     }
 
-
-def protected(p: Protected | None) -> Json | None:
-    """A machine's continuous protection in `status`."""
-    if p is None:
-        return None
-    return {"newest": moment(p.newest), "lag_seconds": round(p.lag_seconds, 3), "worker": p.worker or None}
