@@ -56,19 +56,21 @@ class BlockMap:
 
     def cached_id(self, block: int) -> bytes | None:
         """The id of a block whose leaf is in memory, else None."""
-        leaf = block // PAGE_IDS
-        if leaf not in self._leaves:
+        leaf, leaves = block // PAGE_IDS, self._leaves
+        if leaf not in leaves:
             return None
-        page = self._leaves[leaf]
+        page = leaves[leaf]
         return ZERO_CHUNK if page is None else page[block % PAGE_IDS].tobytes()
 
     def _leaf(self, leaf: int) -> Ids | None:
         """A leaf page, or None where all is zero."""
-        if leaf not in self._leaves:
-            if len(self._leaves) >= LEAVES_CACHED:
-                self._leaves = {}
-            self._leaves[leaf] = self._find_leaf(leaf)
-        return self._leaves[leaf]
+        leaves = self._leaves  # another thread may begin a new one at any moment; nothing is ever taken out of this one
+        if leaf not in leaves:
+            found = self._find_leaf(leaf)
+            if len(leaves) >= LEAVES_CACHED:
+                self._leaves = leaves = {}
+            leaves[leaf] = found
+        return leaves[leaf]
 
     def _find_leaf(self, leaf: int) -> Ids | None:
         at = self.root
