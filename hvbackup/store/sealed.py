@@ -51,8 +51,11 @@ def unseal(ring: Keyring, kind: int, name: str, data: bytes) -> dict[str, Any]:
         ring.verifier.verify(signature, _digest(name, data[: f.HEADER_BYTES], payload))
         cipher = ring.cipher(head.salt, kind)
         plain = cipher.decrypt(NONCE, payload, data[: f.HEADER_BYTES] + name.encode()) if cipher else payload
+        # A frame may announce any length, and would be given that much memory.
+        if zstandard.frame_content_size(plain) > JSON_MAX:
+            raise PointDamaged(f"{name} announces a record of more than {JSON_MAX} bytes")
         text = zstandard.ZstdDecompressor().decompress(plain, max_output_size=JSON_MAX)
-        value = json.loads(text)
+        value = f.parse_json(text)
     except (InvalidSignature, InvalidTag) as e:
         raise PointDamaged(f"{name} is not what was written there: its signature does not match") from e
     except (zstandard.ZstdError, ValueError) as e:
