@@ -1,5 +1,6 @@
 """The command line: a thin skin over `hvbackup.service`.  No decision lives here.
 
+interrupt    ctrl-C and its like
 command      runs one command and turns every end of it into an exit code
 parser       options that every verb has, and unknown words with their nearest neighbour
 output       text for people, JSON for programs, warnings, exit codes
@@ -15,7 +16,6 @@ Modules here import nothing heavy: `--help` answers at once, and a verb pays onl
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -23,13 +23,18 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code.  Ctrl-C ends it properly even while we are still loading."""
+    """Run one command; returns its exit code.  Ctrl-C ends it properly even while it is still being loaded."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        from hvbackup.cli import interrupt
+
+        if argv is None:  # we are the program, and nobody else's signals are concerned
+            interrupt.install(as_json="--json" in words)
         from hvbackup.cli import command
 
-        code = command.run(sys.argv[1:] if argv is None else argv)
+        code = command.run(words)
         if argv is None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and answered; only Python has yet to end
+            interrupt.done()
         return code
     except KeyboardInterrupt:
         print("hvbackup: error: Interrupted; nothing that was committed is lost", file=sys.stderr)

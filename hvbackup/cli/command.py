@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
 from collections.abc import Sequence
 
 from hvbackup.cli import continuous, machines, papers, recovery, stores
+from hvbackup.cli.interrupt import MESSAGE
 from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
@@ -27,7 +27,6 @@ def run(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     words = list(argv)
     out = Out(json="--json" in words)  # until the words are understood
-    _terminate_like_ctrl_c()
     _print_anything()
     try:
         args = build().parse_args(split_off_moment(words))
@@ -37,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     except HvbackupError as e:
         return out.fail(e)
     except KeyboardInterrupt:
-        return out.fail(Interrupted("Interrupted; nothing that was committed is lost"))
+        return out.fail(Interrupted(MESSAGE))
     except OSError as e:
         return out.fail(HvbackupError(f"{e.filename or 'The system'}: {e.strerror or e}"))
 
@@ -47,10 +46,3 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _terminate_like_ctrl_c() -> None:
-    """SIGTERM and a closed terminal end a command as ctrl-C does, unless whoever started us wanted them ignored."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)

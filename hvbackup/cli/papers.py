@@ -295,5 +295,6 @@ def _see_also(page: Page, program: Page) -> list[str]:
 
 
 def _esc(text: str) -> str:
-    safe = text.replace("\\", "\\e").replace("-", "\\-")
+    ascii_ = text.replace("\\", "\\e").replace("-", "\\-")
+    safe = "".join(c if ord(c) < 128 else f"\\[u{ord(c):04X}]" for c in ascii_)
     return f"\\&{safe}" if safe[:1] in (".", "'") else safe
