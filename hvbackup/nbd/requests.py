@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,23 +49,27 @@ class Outbox:
     """Replies of one thread that are about to be sent, and the memory they are in.
 
     Replies share a system call where the next command is at hand: waking the client costs more than a small read.
+
+    Thread safety: `flush` from any thread, which is how another one rescues replies from a thread that is stuck.
     """
 
-    __slots__ = ("_buffers", "_bytes", "_count", "_leases", "_pool", "_send")
+    __slots__ = ("_buffers", "_bytes", "_count", "_leases", "_lock", "_pool", "_send")
 
     def __init__(self, send: Callable[[Sequence[Buffer]], None], pool: Pool) -> None:
         self._send, self._pool = send, pool
+        self._lock = threading.Lock()
         self._buffers: list[Buffer] = []
         self._leases: list[Lease] = []
         self._count = self._bytes = 0
 
     def add(self, buffers: Sequence[Buffer], lease: Lease | None = None) -> None:
         """One more reply, or a piece of one."""
-        self._buffers += buffers
-        self._count += 1
-        if lease is not None:
-            self._leases.append(lease)
-            self._bytes += len(lease.view)
+        with self._lock:
+            self._buffers += buffers
+            self._count += 1
+            if lease is not None:
+                self._leases.append(lease)
+                self._bytes += len(lease.view)
 
     @property
     def full(self) -> bool:
@@ -73,14 +78,19 @@ class Outbox:
 
     def flush(self) -> None:
         """Everything is on its way, and the memory is free again."""
-        if self._buffers:
+        with self._lock:  # until all is sent: the last piece of a reply must not overtake the others
             try:
-                self._send(self._buffers)
+                if self._buffers:
+                    self._send(self._buffers)
             finally:
-                self.clear()
+                self._clear()
 
     def clear(self) -> None:
         """Forget what was not sent."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
         for lease in self._leases:
             self._pool.give_back(lease)
         self._buffers, self._leases, self._count, self._bytes = [], [], 0, 0
@@ -128,7 +138,7 @@ class Executor:
         if not request.length:
             out.add([done_reply(request.cookie, structured=self._structured)])
         for at in range(0, request.length, step or 1):
-            if out.full:
+            if out.full:  # of all the memory that this connection may use, perhaps
                 out.flush()
             if not self._read_piece(request, at, min(step, request.length - at), out):
                 break
@@ -136,7 +146,7 @@ class Executor:
     def _read_piece(self, request: Request, at: int, length: int, out: Outbox) -> bool:
         """Answer with a part of what was asked; False when it failed, which answers all of it."""
         offset = request.offset + at
-        lease = self._lease(length, out)
+        lease = self._pool.take(length)
         try:
             error = self._failure(request, self._export.read_into, offset, lease.view)
         except BaseException:
@@ -149,11 +159,6 @@ class Executor:
         done = CHUNK_DONE if at + length == request.length else 0
         out.add(data_reply(request.cookie, offset, lease.view, done, structured=self._structured), lease)
         return True
-
-    def _lease(self, length: int, out: Outbox) -> Lease:
-        if length > _TOGETHER_BYTES:
-            out.flush()  # what waits there may be all the memory that this connection may use
-        return self._pool.take(length)
 
     def _block_status(self, request: Request, out: Outbox) -> None:
         one = bool(request.flags & protocol.FLAG_REQ_ONE)

@@ -81,6 +81,7 @@ class Session:
         self._pace = 0.0  # seconds that a command waits for anything but a processor, on average
         self._begun = 0.0  # when the last command was begun
         self._output = threading.Lock()  # to send one whole reply
+        self._outboxes: dict[Outbox, None] = {}  # of all threads
 
     def run(self) -> None:
         """Serve until the client leaves; when this returns, all threads of the session have ended."""
@@ -110,6 +111,9 @@ class Session:
         finished = False
         out = Outbox(self._send, self._pool)
         try:
+            for other in list(self._outboxes):
+                other.flush()
+            self._outboxes[out] = None
             while (request := self._next(out)) is not None:
                 self._serve(request, out)
             finished = True
@@ -119,6 +123,7 @@ class Session:
             self._on_error(self._name, "talking to a client", error)
         finally:
             out.clear()
+            self._outboxes.pop(out, None)
             if not finished:
                 self._drop()
 
@@ -132,8 +137,9 @@ class Session:
         # Busy threads take turns at the interpreter, so each of them may wait for as long as the others compute.
         fair = (time.thread_time() - used) * max(1, self._busy)
         self._pace += (max(0.0, time.monotonic() - begun - fair) - self._pace) * _PACE_SHARE
-        # A reply waits for the next one only where that is a matter of microseconds.
-        if out.full or not self._pending or self._pace > _QUICK_SECONDS:
+        # A reply waits for the next one only where that is a matter of microseconds, and where, if we were wrong about
+        # that, another thread can come and send it.
+        if out.full or not self._pending or self._pace > _QUICK_SECONDS or self._workers == 1:
             out.flush()
 
     def _forget(self, request: Request) -> None:

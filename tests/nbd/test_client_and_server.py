@@ -25,7 +25,7 @@ from hvbackup.nbd.server import NbdServer
 from hvbackup.nbd.session import Limits
 from tests.nbd.conftest import Serve, wait_for
 from tests.nbd.exports import DIRTY, CachedExport, MemoryExport, TrickExport
-from tests.nbd.raw import RawClient
+from tests.nbd.raw import RawClient, request
 
 _SIZE = 300_001  # no multiple of anything
 _OFFSETS = st.integers(0, _SIZE)
@@ -204,6 +204,42 @@ def test_commands_that_are_stuck_do_not_hold_up_others_of_a_quick_export(serve: 
         assert {(client.simple(), client.take(512))[0] for _ in range(20)} == {(0, n) for n in range(100, 120)}
         release.set()
         assert {(client.simple(), client.take(512))[0] for _ in range(3)} == {(0, 0), (0, 1), (0, 2)}
+
+
+def test_a_reply_is_not_held_back_by_a_command_that_turns_out_to_be_stuck(serve: Serve) -> None:
+    release = threading.Event()
+    export = TrickExport(1 << 20, lambda offset, length: release.wait(20) and None if offset else None)
+    with RawClient(serve(export)) as client:
+        client.open().send(request(protocol.READ, 0, 512, cookie=1) + request(protocol.READ, 4096, 512, cookie=2))
+        assert client.simple() == (0, 1)
+        release.set()
+
+
+def test_a_serial_export_answers_each_command_at_once(serve: Serve) -> None:
+    allowed = threading.Semaphore(0)
+    export = TrickExport(1 << 20, lambda offset, length: allowed.acquire(timeout=20) and None)
+    export.parallel = False
+    with RawClient(serve(export)) as client:
+        client.open().send(b"".join(request(protocol.READ, 0, 512, cookie=n) for n in range(5)))
+        for n in range(5):
+            allowed.release()
+            assert client.simple() == (0, n)
+            client.take(512)
+
+
+def test_a_crowd_of_slow_commands_gets_all_the_threads(serve: Serve) -> None:
+    slow = threading.Event()
+    export = TrickExport(1 << 20, lambda offset, length: time.sleep(0.05) if slow.is_set() else None)
+    with RawClient(serve(export)) as client:
+        client.open().ask(protocol.READ, 0, 512)
+        client.simple()
+        client.take(512)
+        slow.set()
+        client.send(b"".join(request(protocol.READ, 0, 512, cookie=n) for n in range(60)))
+        for _ in range(60):
+            client.simple()
+            client.take(512)
+    assert export.most_inside == Limits().workers
 
 
 def test_threads_come_when_an_export_is_slow_and_go_when_it_is_quick(serve: Serve) -> None:

@@ -228,6 +228,23 @@ def test_a_client_that_vanishes_in_the_middle_of_requests() -> None:
         release.set()
 
 
+def test_a_client_that_vanishes_in_the_middle_of_writes() -> None:
+    release = threading.Event()
+    begun = threading.Event()
+
+    class Waiting(MemoryExport):
+        def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+            begun.set()
+            release.wait(10)
+
+    with _served(Waiting(4 * _MiB)) as (_, uri):
+        with RawClient(uri) as client:
+            client.open().send(b"".join(request(protocol.WRITE, 0, 400_000) + bytes(400_000) for _ in range(3)))
+            assert begun.wait(5)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        release.set()
+
+
 def test_a_disconnect_waits_for_the_answers() -> None:
     release = threading.Event()
     export = TrickExport(4 * _MiB, lambda offset, length: release.wait(10) and None if offset else None)
