@@ -220,6 +220,7 @@ class Protection:
     def begin(self, why: str) -> Life:
         """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
         began = time.monotonic()
+        self._machine = self._present()
         history = History(self._store, self._machine.id)
         last = history.last
         recorder = Recorder(self._store, self._machine.id, self._machine.disks)
@@ -233,6 +234,13 @@ class Protection:
             raise
         self._report(Begun(life.newest, life.point, life.told_gap, life.how, time.monotonic() - began))
         return life
+
+    def _present(self) -> Machine:
+        """The machine as it is now: its disks may have become others."""
+        found = next((m for m in self._hypervisor.machines() if m.id == self._machine.id), None)
+        if found is None:
+            raise HostUnreachable(f"Machine {self._machine.name} ({self._machine.id}) is not there any more")
+        return found
 
     def _resumed(self, recorder: Recorder, history: History, last: Moment, why: str) -> Life | None:
         """A life that goes on from the newest barrier, or None when its tokens prove nothing any more."""

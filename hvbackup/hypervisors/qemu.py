@@ -25,6 +25,7 @@ from hvbackup import extents
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
 from hvbackup.hypervisors import Can, Changes, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
+from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_graph import (
     Bitmap,
@@ -74,7 +75,9 @@ class QemuHypervisor:
     """The machine behind one QMP socket."""
 
     platform = "qemu"
-    can = Can(changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2)
+    can = Can(
+        changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2, cycles=True
+    )
 
     def __init__(
         self,
@@ -119,6 +122,31 @@ class QemuHypervisor:
         except HostUnreachable:
             self._remove_dead(folders)
             raise
+
+    def cycles(self, machine: Machine, lease: LeaseId) -> QemuCycles:
+        """A series of snapshots, at little cost each.  Raises HostUnreachable, Busy, NotFound."""
+        names, s = self._names.of(lease), self._settings
+        folder = self._scratch_dir / names.folder(machine.id)
+        with self._connect() as qmp:
+            seen = self._look(qmp)
+            if seen.machine.id != machine.id:
+                raise NotFound(
+                    f"QEMU at {self.path} is not machine {machine.name} ({machine.id}) but {seen.machine.id}"
+                )
+            qemu_fleece.refuse_leftovers(qmp, self._names)
+            qemu_server.make_folder(folder, qmp.peer)
+            server = qemu_server.start(qmp, folder, seen.line, self._names)
+
+        def sweep() -> None:
+            with self._connect() as qmp:
+                qemu_fleece.sweep(qmp, names.prefix, s.settle_seconds)
+                qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, lambda name: name == names.merged)
+
+        setting = Setting(
+            self.path, seen.machine, seen.config, names, folder, s.reply_seconds, s.settle_seconds,
+            s.scratch_reserve_bytes, self._clock, _doubt, sweep, lambda keep: self.release(machine, lease, keep),
+        )  # fmt: skip
+        return QemuCycles(setting, qmp.peer, seen.drives, server)
 
     # --- a snapshot begins and ends ---------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class Qmp:
         self.path = Path(path)
         self._timeout = timeout_seconds
         self._broken = ""
-        sock = _connected(self.path, timeout_seconds)
+        sock = connected(self.path, timeout_seconds)
         self.peer = Peer(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
         sock.setblocking(False)
         self._loop = asyncio.new_event_loop()
@@ -183,7 +183,7 @@ async def _greeted(sock: socket.socket) -> QMPClient:
     return client
 
 
-def _connected(path: Path, timeout_seconds: float) -> socket.socket:
+def connected(path: Path, timeout_seconds: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(timeout_seconds)
     end = time.monotonic() + timeout_seconds

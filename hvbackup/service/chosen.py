@@ -28,7 +28,7 @@ class ChosenDisks:
     """The same hypervisor, with machines that have fewer disks."""
 
     def __init__(self, whole: Hypervisor, disks: Sequence[str]) -> None:
-        self.platform, self.can = whole.platform, whole.can
+        self.platform, self.can = whole.platform, replace(whole.can, cycles=False)
         self._whole, self._disks = whole, list(dict.fromkeys(disks))
 
     def machines(self) -> Sequence[Machine]:

@@ -1,0 +1,375 @@
+"""Many snapshots of one QEMU, one after the other, at little cost each.
+
+Made once for all of them: the folder, the NBD server, the watchdog.  Made anew for each: an empty scratch image (we write it
+ourselves, and unlink it as soon as QEMU has it open), its node, the job, the export, the bitmap of the next cycle.  Between the
+freezing and the end nobody holds the monitor, so the watchdog, and everybody else, can have it.
+
+    killed after                       left behind                      cleaned by
+    1 scratch file                     a file                           the lease: `release`
+    2 node, transaction, export        node, job, export, bitmaps       the watchdog ends the job; `release` the rest
+    3 end of the frozen view           bitmaps                          the next cycle; `release`
+
+Bitmaps of cycles have 4 KiB grain: at 64 KiB, scattered small writes would be read twelve times over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvbackup import extents
+from hvbackup.errors import HostUnreachable, HvbackupError, ReadFailed
+from hvbackup.hypervisors import LEFT_ALONE, Changes, Standstill, qemu_fleece, qemu_server
+from hvbackup.hypervisors.qemu_graph import Bitmap, Drive
+from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames
+from hvbackup.hypervisors.qemu_watch import Watch
+from hvbackup.hypervisors.qemu_wire import Command, Wire, dashed, until
+from hvbackup.hypervisors.qmp import CommandRefused, Peer
+from hvbackup.model import (
+    Consistency,
+    Continuity,
+    Disk,
+    DiskId,
+    Instant,
+    KiB,
+    Machine,
+    MachineConfig,
+    Token,
+)
+from hvbackup.nbd.client import NbdClient
+from hvbackup.nbd.uri import NbdUri
+
+GRAIN_BYTES = 4 * KiB
+_CLUSTER = 64 * KiB
+_DIRTY = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the cycles of one machine have in common."""
+
+    path: Path
+    machine: Machine
+    config: MachineConfig
+    names: LeaseNames
+    folder: Path
+    reply_seconds: float
+    settle_seconds: float
+    reserve_bytes: int
+    clock: Callable[[], int]
+    doubt: Callable[[Drive, Token | None], str]
+    sweep: Callable[[], None]
+    release: Callable[[Collection[Token]], None]
+
+
+@dataclass(slots=True)
+class CycleDisk:
+    """One disk at the moment."""
+
+    disk: Disk
+    token: Token | None
+    uri: NbdUri
+    merged: str
+    doubt: str
+    _client: NbdClient | None = None
+
+    def changes(self, since: Token | None) -> Changes:
+        """What the bitmap says; what of it is zero is seen when it is read."""
+        if since is None or self.doubt:
+            whole = extents.whole(self.disk.size)
+            return Changes(Continuity.UNKNOWN, whole, extents.EMPTY, self.doubt or "No earlier checkpoint was given")
+        context = f"qemu:dirty-bitmap:{self.merged}"
+        client = NbdClient.open(self.uri, contexts=[context])
+        self._client = client
+        if context not in client.contexts:
+            raise HostUnreachable(f"{self.uri}: QEMU does not offer {context} on disk {self.disk.id}")
+        rows = client.status(context)
+        return Changes(Continuity.INCREMENTAL, extents.spans(rows[(rows[:, 2] & _DIRTY) != 0, :2]), extents.EMPTY)
+
+    def open(self) -> NbdClient:
+        """The connection that told what changed."""
+        client, self._client = self._client, None
+        return client or NbdClient.open(self.uri)
+
+    def close(self) -> None:
+        """Let go of the connection if nobody read through it."""
+        if self._client:
+            self._client.close()
+            self._client = None
+
+
+@dataclass(slots=True)
+class CycleFrozen:
+    """All disks at one moment."""
+
+    machine: Machine
+    t: Instant
+    config: MachineConfig
+    disks: Sequence[CycleDisk]
+    prove: Callable[[], None]
+    consistency: Consistency = Consistency.CRASH
+    standstill: Standstill = LEFT_ALONE
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def verify(self) -> Sequence[str]:
+        """Every disk was copied before each write until now.  Raises ReadFailed when not."""
+        self.prove()
+        return ()
+
+
+class QemuCycles:
+    """See the module.  Thread safety: one thread."""
+
+    def __init__(self, setting: Setting, peer: Peer, drives: Sequence[Drive], server: qemu_server.Server) -> None:
+        self._set, self._peer, self._server = setting, peer, server
+        self._drives = list(drives)
+        self._watch: Watch | None = None
+        self._keeping: set[str] | None = None  # names of checkpoints; None: not told yet, so nothing goes
+        self._wire: Wire | None = None
+
+    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[CycleFrozen]:
+        """Freeze all disks at one moment."""
+        return self._frozen(since)
+
+    def keep(self, tokens: Collection[Token]) -> None:
+        """What the next cycle, and `close`, do not remove."""
+        self._keeping = {t.value for t in tokens if t.kind == TOKEN_KIND}
+
+    def close(self) -> None:
+        """Nothing is left but the checkpoints that are kept."""
+        self._drop_wire()
+        try:
+            if self._keeping is not None:
+                self._set.release([Token(TOKEN_KIND, name) for name in self._keeping])
+        finally:
+            if self._watch:
+                self._watch.stop()
+
+    # --- one cycle ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _frozen(self, since: Mapping[DiskId, Token]) -> Iterator[CycleFrozen]:
+        self._guard()
+        try:
+            frozen = self._begin(since)
+            try:
+                yield frozen
+            finally:
+                for disk in frozen.disks:
+                    disk.close()
+            self._end()
+        except BaseException:
+            self._drop_wire()
+            with contextlib.suppress(
+                HvbackupError
+            ):  # the first error says more; the lease stays, and so does the watchdog
+                self._sweep()
+            raise
+
+    def _guard(self) -> None:
+        """A watchdog looks after the scratch; the one before may have had to let the guest go."""
+        s = self._set
+        if self._watch is not None and not self._watch.reason:
+            return
+        if self._watch is not None:
+            self._watch.stop()
+        qemu_fleece.refuse_full(s.folder, s.reserve_bytes)
+        self._watch = Watch(s.path, s.names.prefix, s.folder, s.reserve_bytes)
+
+    def _begin(self, since: Mapping[DiskId, Token]) -> CycleFrozen:
+        s = self._set
+        with Wire(s.path, s.reply_seconds) as wire:
+            drives = self._present(wire)
+            doubts = {d.disk.id: s.doubt(d, since.get(d.disk.id)) for d in drives}
+            old = {d.disk.id: d.bitmaps[since[d.disk.id].value] for d in drives if not doubts[d.disk.id]}
+            checkpoint = s.names.store.new_checkpoint()
+            t = self._freeze(wire, drives, old, checkpoint)
+        disks = []
+        for drive in drives:
+            disk = drive.disk
+            uri = self._server.export(f"{s.names.prefix}{disk.id}")
+            token = Token(TOKEN_KIND, checkpoint, f"size={disk.size}")
+            disks.append(CycleDisk(disk, token, uri, s.names.merged, doubts[disk.id]))
+        return CycleFrozen(s.machine, t, s.config, disks, self._prove)
+
+    def _present(self, wire: Wire) -> Sequence[Drive]:
+        """The disks as they are now; looked for again when the block graph has changed."""
+        nodes = {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
+        if any(d.node not in nodes or nodes[d.node]["image"]["virtual-size"] != d.disk.size for d in self._drives):
+            raise HostUnreachable(f"The disks of machine {self._set.machine.name} are not where they were")
+        found = []
+        for drive in self._drives:
+            bitmaps = {b["name"]: Bitmap.parse(b) for b in nodes[drive.node].get("dirty-bitmaps", ()) if b.get("name")}
+            found.append(Drive(drive.disk, drive.node, drive.driver, drive.read_only, drive.keeps_bitmaps, bitmaps))
+        return found
+
+    def _freeze(self, wire: Wire, drives: Sequence[Drive], old: Mapping[DiskId, Bitmap], checkpoint: str) -> Instant:
+        """The moment.  Nodes, transaction and exports go out together; what depends on what failed is refused too."""
+        names, times = self._set.names, [0]
+        adds = [self._scratch(index, drive) for index, drive in enumerate(drives)]
+
+        def seen(number: int) -> None:
+            if number == len(adds):  # labelled when it is certain to be over: nothing the guest wrote after it is in it
+                times[0] = self._set.clock()
+
+        actions = self._actions(drives, old, checkpoint, persistent=True)
+        exports = [_export(names, index, drive, drive.disk.id in old) for index, drive in enumerate(drives)]
+        try:
+            wire.all([*adds, ("transaction", {"actions": actions}), *exports], seen)
+        except CommandRefused as refused:
+            if "persistent" not in refused.reason:
+                raise
+            actions = self._actions(drives, old, checkpoint, persistent=False)
+            adds = []
+            wire.all([("transaction", {"actions": actions}), *exports], seen)
+        finally:
+            for index in range(len(drives)):
+                self._scratch_path(index).unlink(missing_ok=True)
+        return Instant(times[0])
+
+    def _scratch_path(self, index: int) -> Path:
+        return self._set.folder / f"scratch{index}.qcow2"
+
+    def _scratch(self, index: int, drive: Drive) -> Command:
+        names, path = self._set.names, self._scratch_path(index)
+        path.unlink(missing_ok=True)
+        write_empty_qcow2(path, drive.disk.size, self._peer)
+        cache = {"no-flush": True}  # losing the scratch with the host loses nothing
+        file = dashed(driver="file", node_name=names.file(index), filename=str(path), cache=cache)
+        return "blockdev-add", dashed(
+            driver="qcow2", node_name=names.fleece(index), file=file, backing=drive.node, cache=cache, discard="unmap"
+        )
+
+    def _actions(
+        self, drives: Sequence[Drive], old: Mapping[DiskId, Bitmap], checkpoint: str, *, persistent: bool
+    ) -> list[dict[str, Any]]:
+        names, actions = self._set.names, []
+        for index, drive in enumerate(drives):
+            node = drive.node
+            stays = persistent and drive.keeps_bitmaps
+            actions.append(_action("add", node, name=checkpoint, granularity=GRAIN_BYTES, persistent=stays))
+            if source := old.get(drive.disk.id):
+                actions.append(_action("add", node, name=names.merged, granularity=source.granularity, disabled=True))
+                actions.append(_action("merge", node, target=names.merged, bitmaps=[source.name]))
+            actions += [_action("remove", node, name=name) for name in self._unwanted(drive, source)]
+            backup = dashed(job_id=names.job(index), device=node, target=names.fleece(index), sync="none")
+            actions.append({"type": "blockdev-backup", "data": {**backup, "auto-dismiss": False}})
+        return actions
+
+    def _unwanted(self, drive: Drive, source: Bitmap | None) -> list[str]:
+        """Checkpoints of ours that no barrier and no point names any more."""
+        if self._keeping is None:
+            return []
+        kept = {*self._keeping, source.name if source else ""}
+        return [
+            b.name for b in drive.bitmaps.values()
+            if self._set.names.store.is_checkpoint(b.name) and b.name not in kept and not b.busy
+        ]  # fmt: skip
+
+    def _prove(self) -> None:
+        """The frozen view held until now.  The connection stays, for the end, which follows at once."""
+        s = self._set
+        self._drop_wire()
+        wire = self._wire = Wire(s.path, s.reply_seconds)
+        jobs = {job["id"]: job for job in wire.one("query-jobs")}
+        broken = self._watch.reason if self._watch else ""
+        for index in range(len(self._drives)):
+            job = jobs.get(s.names.job(index))
+            if job is None or job["status"] not in ("running", "ready", "paused", "standby") or job.get("error"):
+                said = (job or {}).get("error") or (job or {}).get("status", "gone")
+                broken = broken or f"job {s.names.job(index)}: {said}"
+        if broken:
+            raise ReadFailed(
+                f"The snapshot of machine {s.machine.name} did not hold: {broken}; nothing read from it is used"
+            )
+
+    def _end(self) -> None:
+        """The frozen view is gone, and the copied bitmap."""
+        s, names = self._set, self._set.names
+        wire = self._wire or Wire(s.path, s.reply_seconds)
+        numbers = range(len(self._drives))
+        try:
+            ending: list[Command] = [("block-export-del", {"id": names.export(i), "mode": "hard"}) for i in numbers]
+            ending += [("job-cancel", {"id": names.job(i)}) for i in numbers]
+            wire.all(ending)
+            until(lambda: _is_over(wire, names), f"jobs {names.prefix}*", s.path, s.settle_seconds)
+            last: list[Command] = [("job-dismiss", {"id": names.job(i)}) for i in numbers]
+            last += [("blockdev-del", dashed(node_name=names.fleece(i))) for i in numbers]
+            last += [("block-dirty-bitmap-remove", {"node": d.node, "name": names.merged}) for d in self._drives]
+            wire.all(last)
+        finally:
+            self._wire = None
+            wire.close()
+
+    def _sweep(self) -> None:
+        """Nothing of a cycle that failed is left, however far it came; what records changes stays."""
+        self._set.sweep()
+
+    def _drop_wire(self) -> None:
+        if self._wire:
+            self._wire.close()
+            self._wire = None
+
+
+def _is_over(wire: Wire, names: LeaseNames) -> bool:
+    exports, jobs = wire.all([("query-block-exports", {}), ("query-jobs", {})])
+    mine = [j for j in jobs if str(j["id"]).startswith(names.prefix)]
+    return all(j["status"] == "concluded" for j in mine) and not any(
+        str(e["id"]).startswith(names.prefix) for e in exports
+    )
+
+
+def _export(names: LeaseNames, index: int, drive: Drive, has_bitmap: bool) -> Command:
+    extra: dict[str, Any] = {"bitmaps": [names.merged]} if has_bitmap else {}
+    name = f"{names.prefix}{drive.disk.id}"
+    return "block-export-add", dashed(
+        type="nbd", id=names.export(index), node_name=names.fleece(index), name=name, **extra
+    )
+
+
+def _action(what: str, node: str, **data: Any) -> dict[str, Any]:
+    return {"type": f"block-dirty-bitmap-{what}", "data": {"node": node, **data}}
+
+
+def write_empty_qcow2(path: Path, size: int, peer: Peer) -> None:
+    """A qcow2 image (version 3) in which nothing is allocated, as `qemu-img create` would make it."""
+    l1_entries = -(-size // (_CLUSTER * (_CLUSTER // 8)))
+    l1_clusters = -(-l1_entries * 8 // _CLUSTER)
+    used = 3 + l1_clusters  # header, refcount table, refcount block, L1 table
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQII",
+        b"QFI\xfb",
+        3,
+        0,
+        0,
+        16,
+        size,
+        0,
+        l1_entries,
+        3 * _CLUSTER,
+        _CLUSTER,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        4,
+        104,
+    )
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, used * _CLUSTER)
+        os.pwrite(fd, header, 0)
+        os.pwrite(fd, struct.pack(">Q", 2 * _CLUSTER), _CLUSTER)
+        os.pwrite(fd, b"\0\1" * used, 2 * _CLUSTER)
+        if os.geteuid() == 0:
+            os.fchown(fd, peer.uid, peer.gid)
+    finally:
+        os.close(fd)
