@@ -317,7 +317,9 @@ def test_a_full_disk_at_every_write_makes_no_point_and_the_next_run_works(ram: P
     assert failures > 12
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")], ids=["ctrl-C", "EIO"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")], ids=["ctrl-C", "EIO"]
+)
 def test_an_error_at_every_step_of_writing(ram: Path, error: BaseException) -> None:
     failures = 0
     for nth in range(1000):

@@ -230,6 +230,7 @@ def test_a_killed_run_and_then_a_power_cut(ram: Path, secret: keys.Secret | None
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("secret", [None, KEY], ids=["plain", "encrypted"])
 @pytest.mark.parametrize("order", list(Order), ids=lambda order: order.name.lower())
 def test_many_crashes_at_every_step_of_a_longer_life(ram: Path, secret: keys.Secret | None, order: Order) -> None:
