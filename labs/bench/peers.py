@@ -416,7 +416,7 @@ def limits(figures: Figures) -> Iterator[Limit]:
     yield Limit("restore: CPU-s per GiB of disk", per_gib(figures.median(plain, restore, cpu)), 1.8)
     yield Limit("restore: wall / restic", figures.ratio(plain, "restic", restore, wall), 1.0)
     yield Limit("a short command (points): wall s", figures.median(plain, "list", wall), 0.3)
-    yield peak_memory(figures, plain)
+    yield peak_memory(figures, (plain, hinted))
 
 
 def per_gib(seconds: float | None) -> float | None:
@@ -424,9 +424,9 @@ def per_gib(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 4
 
 
-def peak_memory(figures: Figures, name: str) -> Limit:
+def peak_memory(figures: Figures, names: tuple[str, ...]) -> Limit:
     """The promise about memory; one chunk for each 64 KiB block with data bounds the index from below."""
-    peaks = [one.rss_bytes / 1e6 for one in figures.results if one.tool == name]
+    peaks = [one.rss_bytes / 1e6 for one in figures.results if one.tool in names]
     chunks = 46_000
     return Limit("peak RSS MB, all phases", max(peaks, default=None), 150 + 16 * chunks / 1e6)
 
