@@ -1,0 +1,87 @@
+"""A guest that can be checked: numbered writes to the disks of a storage daemon, one after the other, over the same blocks.
+
+The images of all disks at one moment are right when some n exists such that every block holds the last write to it among the
+first n: an exact prefix, across all disks.  A write that found no answer is made again with the same number.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hvbackup.errors import HostUnreachable
+from hvbackup.nbd.client import NbdClient
+from tests.hypervisors.daemon import Daemon
+
+BLOCK = 4096
+
+
+class Scribe:
+    """Writes on a thread of its own until told to stop."""
+
+    def __init__(self, daemon: Daemon, sizes: Mapping[str, int], rate: float, seed: int = 1) -> None:
+        self._daemon, self._sizes, self._pause = daemon, dict(sizes), 1 / rate
+        self._rng = random.Random(seed)
+        self.log: list[tuple[str, int]] = [("", 0)]  # number n is entry n
+        self.acked = 0
+        self.latencies: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Scribe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        clients: dict[str, NbdClient] = {}
+        due = time.monotonic()
+        while not self._stop.is_set():
+            number = self.acked + 1
+            if len(self.log) == number:
+                disk = self._rng.choice(sorted(self._sizes))
+                self.log.append((disk, self._rng.randrange(self._sizes[disk] // BLOCK)))
+            disk, block = self.log[number]
+            began = time.monotonic()
+            try:
+                client = clients.get(disk) or self._daemon.guest(disk)
+                clients[disk] = client
+                client.write(block * BLOCK, number.to_bytes(8, "little") * (BLOCK // 8))
+            except HostUnreachable:
+                clients.pop(disk, None)
+                self._stop.wait(0.05)
+                continue
+            self.acked = number
+            self.latencies.append(time.monotonic() - began)
+            due = max(due + self._pause, began)
+            self._stop.wait(max(0.0, due - time.monotonic()))
+        for client in clients.values():
+            client.close()
+
+    def verify(self, images: Mapping[str, bytes | bytearray]) -> int:
+        """The n of which the images are a prefix; an assertion when there is none."""
+        cells = {disk: np.frombuffer(image, np.uint64).reshape(-1, BLOCK // 8) for disk, image in images.items()}
+        n = max(int(c[:, 0].max()) for c in cells.values())
+        assert n < len(self.log), "a number nobody wrote"
+        for disk, c in cells.items():
+            expected = np.zeros(len(c), np.uint64)
+            for number, (where, block) in enumerate(self.log[: n + 1]):
+                if where == disk and number:
+                    expected[block] = number
+            wrong = np.flatnonzero((c != expected[:, None]).any(axis=1))
+            assert not len(wrong), f"{disk}: {len(wrong)} blocks are not of the first {n} writes, such as {wrong[:3]}"
+        return n
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]

@@ -1,0 +1,181 @@
+"""Continuous protection of a storage daemon that is written to all the time: every moment is an exact prefix of the writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvbackup.capture import Options
+from hvbackup.errors import JournalGap
+from hvbackup.model import SECOND, DiskId, Instant, MiB
+from hvbackup.protect import Protection, Rhythm
+from hvbackup.store.history import History, Moment
+from hvbackup.store.store import Store, init
+from tests.hypervisors.daemon import Daemon, make_image, node, only
+from tests.scribe import Scribe
+
+pytestmark = pytest.mark.real
+SIZES = {"vda": 8 * MiB, "vdb": 4 * MiB}
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """Two raw disks: what a guest was told is written survives the death of the daemon."""
+    nodes = [node(name, make_image(tmp_path / f"{name}.raw", size, "raw"), "raw") for name, size in SIZES.items()]
+    made = Daemon(tmp_path, nodes).start()
+    yield made
+    made.kill()
+
+
+def images(history: History, moment: Moment) -> dict[str, bytearray]:
+    found = {}
+    for disk, size in SIZES.items():
+        found[disk] = bytearray(size)
+        history.view(moment, DiskId(disk)).read_into(0, memoryview(found[disk]))
+    return found
+
+
+def every_moment(history: History) -> list[Moment]:
+    seqs, times = history.moments
+    return [Moment(int(s), Instant(int(t))) for s, t in zip(seqs, times, strict=True)]
+
+
+def test_every_moment_of_two_disks_is_a_prefix(daemon: Daemon, tmp_path: Path) -> None:
+    init(tmp_path / "store", None)
+    with (
+        Store.open(tmp_path / "store", tmp_path / "state", [], owner=True) as store,
+        Scribe(daemon, SIZES, 1500) as scribe,
+    ):
+        hypervisor = daemon.hypervisor()
+        protection = Protection(store, hypervisor, only(hypervisor), Options(), Rhythm(SECOND))
+        life = protection.begin("a test")
+        known: dict[int, tuple[int, int]] = {}
+        rng = random.Random(3)
+        for _ in range(25):
+            time.sleep(rng.random() * 0.2)
+            before = scribe.acked
+            cycle = protection.cycle(life)
+            known[cycle.moment.seq] = (before, scribe.acked)
+        protection.fold(life, protection._prepare_fold(life))
+        protection._close(life)
+        scribe.stop()
+        history = History(store, only(hypervisor).id)
+        reached = [scribe.verify(images(history, moment)) for moment in every_moment(history)]
+        assert reached == sorted(reached)
+        for moment, n in zip(every_moment(history), reached, strict=True):
+            low, high = known.get(moment.seq, (0, scribe.acked))
+            assert low <= n <= high + 1, moment
+        assert len(reached) >= 26
+        point = store.newest(only(hypervisor).id)
+        assert point is not None
+        folded = {d.disk.id: bytearray(d.disk.size) for d in point.disks}
+        for root in point.disks:
+            store.view(root).read_into(0, memoryview(folded[root.disk.id]))
+        assert scribe.verify(folded) == reached[-1]
+    assert not daemon.leftovers()
+
+
+class Worker:
+    """`hvbackup protect` as a process, and what it says."""
+
+    def __init__(self, folder: Path, source: str, *more: str) -> None:
+        places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
+        self.environment = {**os.environ, **{f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}}
+        words = ["protect", source, "--every", "500ms", "--fold", "3s", "--name", "m1", "--json", *more]
+        self.log = (folder / "worker.log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hvbackup", *words], env=self.environment, stdout=subprocess.PIPE, stderr=self.log
+        )
+        self.events: list[dict[str, Any]] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.append(json.loads(line))
+
+    def wait_for(self, event: str, count: int = 1, seconds: float = 40) -> None:
+        end = time.monotonic() + seconds
+        while sum(e["event"] == event for e in self.events) < count:
+            assert self.process.poll() is None, "the worker ended"
+            assert time.monotonic() < end, f"no {event} in time"
+            time.sleep(0.02)
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(40)
+        self._thread.join(10)
+        self.log.close()
+        return code
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "hvbackup", *words]
+        return subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.timeout(280)
+def test_kills_of_either_side_spoil_no_moment(daemon: Daemon, tmp_path: Path) -> None:
+    init(tmp_path / "store", None)
+    rng = random.Random(11)
+    source = f"qemu:{daemon.qmp_path}"
+    seen: dict[int, int] = {}
+    resumed = 0
+    with Scribe(daemon, SIZES, 800) as scribe:
+        for turn in range(10):
+            before = scribe.acked
+            worker = Worker(tmp_path, source)
+            worker.wait_for("begun")
+            if turn in (4, 7):
+                worker.wait_for("moment")
+                daemon.kill()
+                time.sleep(rng.random())
+                daemon.start()
+                worker.wait_for("begun", 2)
+            time.sleep(rng.random() * 2)
+            worker.end(signal.SIGKILL)
+            resumed += sum(e["event"] == "begun" and e["how"] == "resumed" for e in worker.events)
+            verify_all(tmp_path, scribe, seen, before)
+        last = Worker(tmp_path, source)
+        last.wait_for("begun")
+        scribe.stop()
+        tagged = last.run("tag", "m1", "the end", "--json")
+        assert tagged.returncode == 0, tagged.stderr
+        assert last.end(signal.SIGTERM) == 0
+        verify_all(tmp_path, scribe, seen, 0)
+        assert seen[json.loads(tagged.stdout)["seq"]] == scribe.acked
+    assert resumed >= 7, "a worker that was killed goes on from its newest barrier"
+    assert not daemon.leftovers()
+    told = json.loads(last.run("timeline", "m1", "--json").stdout)
+    assert len(told["gaps"]) >= 10
+
+
+def verify_all(folder: Path, scribe: Scribe, seen: dict[int, int], at_least: int) -> None:
+    """Whatever a stranger finds in the store now is an exact prefix; what was offered before still is, and is the same."""
+    with Store.open(folder / "store", folder / "state2", []) as store:
+        [machine] = {p.machine.id for p in store.points()}
+        history = History(store, machine)
+        acked = scribe.acked
+        offered = every_moment(history)
+        assert set(seen) <= {m.seq for m in offered}
+        for moment in offered:
+            if moment.seq not in seen or moment is offered[len(offered) // 2]:
+                n = scribe.verify(images(history, moment))
+                assert seen.setdefault(moment.seq, n) == n
+        assert [seen[m.seq] for m in offered] == sorted(seen[m.seq] for m in offered)
+        assert at_least <= seen[offered[-1].seq] <= acked + 1
+        for gap in history.told.gaps:
+            if gap.end - gap.start > 2:
+                with pytest.raises(JournalGap):
+                    history.at(Instant((gap.start + gap.end) // 2))
