@@ -9,6 +9,7 @@
     │   └── ReadFailed                it answered, and could not read or write these bytes
     ├── Busy                      5   somebody else holds the store, the machine or the disk
     ├── SpaceExhausted            1   no room left; what was committed is untouched
+    ├── HookFailed                1   a program of the administrator's said no, or did not end
     ├── KeyRefused                2   no key, a wrong key, or a damaged key file
     └── StoreDamage              20   stored bytes are missing or wrong
         ├── ChunkDamaged              one chunk; `check` names what needs it
@@ -66,6 +67,10 @@ class Busy(HvbackupError):
 
 class SpaceExhausted(HvbackupError):
     """The store, the scratch or the target has no room left; committed points are untouched."""
+
+
+class HookFailed(HvbackupError):
+    """A hook ended with an error or not in time; before a freeze this means that there is no point."""
 
 
 class PartlyFailed(HvbackupError):

@@ -44,13 +44,32 @@ def add(verbs: Verbs) -> None:
         default="auto",
         metavar="LEVEL",
         choices=("auto", "crash", "filesystem", "application"),
-        help="the least wanted: crash, filesystem, application; auto: the best there is",
+        help="crash: leave the guest alone; filesystem, application: the least wanted; auto: the best there is",
     )
+    _add_freezing(verb)
     verb.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     verb.set_defaults(run=backup)
     verb = add_verb(verbs, "points", "list what can be recovered")
     verb.add_argument("machine", nargs="?", default="", metavar="MACHINE", help="only this one")
     verb.set_defaults(run=points)
+
+
+def _add_freezing(verb: argparse.ArgumentParser) -> None:
+    """What has to do with the guest at the moment of the snapshot."""
+    verb.add_argument(
+        "--agent", metavar="PATH", help="the socket of the machine's guest agent, where QEMU does not know"
+    )
+    verb.add_argument(
+        "--exclude-mountpoint", action="append", default=[], metavar="PATH", help="not frozen; may be repeated"
+    )
+    verb.add_argument(
+        "--freeze-limit", type=float, metavar="SECONDS", help="a frozen guest is let go then, whatever happens (10)"
+    )
+    verb.add_argument(
+        "--hook", action="append", default=[], metavar="PATH", help="run this program, or those in this directory"
+    )
+    verb.add_argument("--hook-optional", action="store_true", help="a hook that fails before the freeze is a warning")
+    verb.add_argument("--hook-timeout", type=float, default=60.0, metavar="SECONDS", help="kill a hook then (60)")
 
 
 # -- backup ----------------------------------------------------------------------------------------------------------------
@@ -70,6 +89,12 @@ def backup(args: argparse.Namespace, out: Out) -> int:
         changed=Path(args.changed) if args.changed else None,
         consistency=args.consistency,
         full=args.full,
+        agent=Path(args.agent) if args.agent else None,
+        exclude_mountpoints=args.exclude_mountpoint,
+        freeze_limit_seconds=args.freeze_limit,
+        hooks=[Path(hook) for hook in args.hook],
+        hooks_optional=args.hook_optional,
+        hook_timeout_seconds=args.hook_timeout,
         progress=lambda m, p: progress(f"{m.name} {p.disk}", p.done_bytes, p.total_bytes),
     )
     if args.dry_run:
@@ -103,6 +128,9 @@ def _run_lines(run: Run) -> Iterator[str]:
         f"  read {size(figures.read_bytes)}, changed {size(figures.changed_bytes)}, new {size(figures.new_bytes)}, "
         f"stored {size(figures.stored_bytes)} in {duration(figures.seconds)}"
     )
+    if figures.frozen_seconds:
+        yield f"  frozen for {figures.frozen_seconds:.3f} s"
+    yield from (f"  {remark}" for remark in run.outcome.remarks)
 
 
 def _plan_lines(plan: Planned) -> Iterator[str]:

@@ -218,6 +218,14 @@ def hook_in_configuration(text: str) -> str:
     return ""
 
 
+def frozen_already(path: Path) -> Busy:
+    """Somebody else froze the guest; it is theirs to thaw."""
+    return Busy(
+        f"The file systems of the guest behind {path} are frozen already, by another program; "
+        "let it end, or thaw them with guest-fsfreeze-thaw (virsh domfsthaw)"
+    )
+
+
 # --- freezing --------------------------------------------------------------------------------------------------------
 
 
@@ -261,10 +269,7 @@ class Freezer:
     def ready(self) -> None:
         """The agent answers, and nothing is frozen.  Raises HostUnreachable, Busy."""
         if self._next(_START_SECONDS, "listen")["frozen"]:
-            raise Busy(
-                f"The file systems of the guest behind {self.path} are frozen already, by another program; "
-                "end it, or thaw them with guest-fsfreeze-thaw (virsh domfsthaw)"
-            )
+            raise frozen_already(self.path)
 
     def freeze(self) -> int:
         """How many file systems stand still now.  Raises HostUnreachable; then they are let go again."""

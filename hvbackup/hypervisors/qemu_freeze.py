@@ -24,6 +24,7 @@ from hvbackup.hypervisors.guestagent import (
     Freezer,
     GuestAgent,
     Stood,
+    frozen_already,
     why_not_application,
 )
 from hvbackup.hypervisors.qmp import CommandRefused, Qmp
@@ -92,7 +93,7 @@ def plan(qmp: Qmp, cwd: str, name: str, wanted: Consistency | None, freezing: Fr
     try:
         with GuestAgent(path) as agent:
             return _with(agent, name, wanted, freezing)
-    except HostUnreachable as trouble:
+    except (HostUnreachable, Busy) as trouble:
         if wanted is not None:
             raise
         return Plan(notes=[_only_crash(str(trouble))])
@@ -149,6 +150,8 @@ def _without(name: str, wanted: Consistency | None, reason: str) -> Plan:
 
 
 def _with(agent: GuestAgent, name: str, wanted: Consistency | None, freezing: Freezing) -> Plan:
+    if agent.frozen():
+        raise frozen_already(agent.path)
     command = FREEZE_LIST if freezing.excluded else FREEZE
     if command not in agent.commands:
         raise HostUnreachable(

@@ -1,6 +1,6 @@
 """What the user calls a source: `qemu:/run/vm/qmp.sock`, `image:/srv/vm.raw`, `nbd://host/export`.
 
-    qemu:/path/qmp.sock                       the machine of a running QEMU
+    qemu:/path/qmp.sock                       the machine of a running QEMU; ?agent=PATH where its guest agent listens
     image:/path/disk.raw,/path/other.qcow2    the disks of a machine that is switched off
     nbd://host:port/export                    any NBD export; also nbds://, nbd+unix:///export?socket=/path
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -49,11 +49,23 @@ class SourceOptions:
     name: str = ""  # what people call the machine; "": what the platform says
     changed: Path | None = None  # a list of changed extents for a source with one disk
     machine_file: Path | None = None  # the machine's configuration, where it can't be asked
+    agent: Path | None = None  # where the guest agent of a source with one machine listens; None: QEMU knows
+    exclude_mountpoints: Sequence[str] = ()  # these go on when the guest is frozen
+    freeze_limit_seconds: float | None = None  # the guest is let go then, whatever happens; None: the adapter's own
+
+    @property
+    def freezing(self) -> bool:
+        """Whether something was said about freezing a guest."""
+        return bool(self.agent or self.exclude_mountpoints or self.freeze_limit_seconds)
 
 
 def open_source(source: str, options: SourceOptions) -> Hypervisor:
     """The adapter for a source; nothing is connected yet.  Raises UsageError."""
     scheme, _, rest = source.partition(":")
+    if scheme in SCHEMES and scheme != "qemu" and options.freezing:
+        raise UsageError(
+            f"{source}: There is no guest to freeze; --agent, --exclude-mountpoint and --freeze-limit go with qemu:"
+        )
     if scheme in NBD_SCHEMES:
         return _nbd(source, options)
     if scheme == "image" and rest:
@@ -67,10 +79,16 @@ def _qemu(rest: str, options: SourceOptions) -> Hypervisor:
     if options.changed:
         raise UsageError("A list of changed extents is for images and NBD exports; QEMU knows by itself what changed")
     path, given = _path_and_options(rest)
-    _only(f"qemu:{rest}", given, ())
+    _only(f"qemu:{rest}", given, ("agent",))
     adapter = _adapter("hvbackup.hypervisors.qemu", "qemu:")
+    agent = Path(given["agent"]) if given.get("agent") else options.agent
+    limit = {"limit_seconds": options.freeze_limit_seconds} if options.freeze_limit_seconds else {}
     found: Hypervisor = adapter.QemuHypervisor(
-        path, options.store_id, scratch_dir=options.scratch, machine_file=options.machine_file
+        path,
+        options.store_id,
+        scratch_dir=options.scratch,
+        machine_file=options.machine_file,
+        freezing=adapter.Freezing(agent, options.exclude_mountpoints, **limit),
     )
     return found
 

@@ -12,6 +12,7 @@ from hvbackup.hypervisors import Hypervisor
 from hvbackup.hypervisors.source import SourceOptions, open_source
 from hvbackup.model import Consistency, Machine, Outcome, RecoveryPoint
 from hvbackup.service.chosen import ChosenDisks
+from hvbackup.service.hooks import TIMEOUT_SECONDS, HookedHypervisor, Hooks, after, find
 from hvbackup.service.session import Session
 from hvbackup.store.store import Store
 
@@ -35,6 +36,12 @@ class Request:
     changed: Path | None = None
     consistency: str = AUTO
     full: bool = False
+    agent: Path | None = None  # where the guest agent listens
+    exclude_mountpoints: Sequence[str] = ()
+    freeze_limit_seconds: float | None = None
+    hooks: Sequence[Path] = ()
+    hooks_optional: bool = False
+    hook_timeout_seconds: float = TIMEOUT_SECONDS
     progress: OnProgress = _silent
 
 
@@ -93,8 +100,14 @@ def _called(run: Run) -> str:
 
 
 def _check(request: Request) -> None:
-    if len(request.sources) > 1 and (request.name or request.changed or request.machine_file or request.disks):
-        raise UsageError("--name, --disk, --changed and --machine belong to one source; run once for each")
+    single = request.name or request.changed or request.machine_file or request.disks or request.agent
+    if len(request.sources) > 1 and single:
+        raise UsageError("--name, --disk, --changed, --machine and --agent belong to one source; run once for each")
+    if request.freeze_limit_seconds is not None and not 0 < request.freeze_limit_seconds <= 3600:
+        raise UsageError("--freeze-limit is a number of seconds, more than 0 and at most 3600")
+    if request.exclude_mountpoints and request.consistency == Consistency.CRASH:
+        raise UsageError("--exclude-mountpoint leaves file systems out of a freeze, and crash consistency freezes none")
+    find(request.hooks)
     if request.consistency != AUTO and request.consistency not in list(Consistency):
         raise UsageError(f"There is no consistency {request.consistency}; there are auto, {', '.join(Consistency)}")
 
@@ -109,12 +122,23 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
     except HvbackupError as e:
         yield Run(source, error=e)
         return
+    hooks = Hooks(find(request.hooks), request.hooks_optional, request.hook_timeout_seconds, source)
+    hooked = HookedHypervisor(hypervisor, hooks) if request.hooks else hypervisor
     for machine in machines:
-        try:
-            options = _options(request, source, machine, name_of(store, machine, request.name))
-            yield Run(source, machine, capture(store, hypervisor, machine, options))
-        except HvbackupError as e:
-            yield Run(source, machine, error=e)
+        options = _options(request, source, machine, name_of(store, machine, request.name))
+        yield _run(store, hooked, machine, options, hooks)
+
+
+def _run(store: Store, hypervisor: Hypervisor, machine: Machine, options: Options, hooks: Hooks) -> Run:
+    """One machine, and the hooks told of it."""
+    try:
+        outcome = capture(store, hypervisor, machine, options)
+    except HvbackupError as e:
+        after(hooks, machine, "", e)  # what hooks say of a failure is not what failed
+        return Run(options.source, machine, error=e)
+    for trouble in after(hooks, machine, outcome.point.id if outcome.point else "", None):
+        outcome.degrade(trouble)
+    return Run(options.source, machine, outcome)
 
 
 def name_of(store: Store, machine: Machine, wanted: str) -> str:
@@ -144,6 +168,9 @@ def open_hypervisor(session: Session, store: Store, source: str, request: Reques
         name=request.name,
         changed=request.changed,
         machine_file=request.machine_file,
+        agent=request.agent,
+        exclude_mountpoints=request.exclude_mountpoints,
+        freeze_limit_seconds=request.freeze_limit_seconds,
     )
     hypervisor = open_source(source, options)
     return ChosenDisks(hypervisor, request.disks) if request.disks else hypervisor

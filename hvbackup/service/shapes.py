@@ -64,6 +64,7 @@ def outcome(o: Outcome) -> Json:
         "point": point(o.point) if o.point else None,
         "figures": asdict(o.figures),
         "notes": list(o.notes),
+        "remarks": list(o.remarks),
     }
 
 
@@ -116,7 +117,8 @@ def protected(h: History, now: Instant, journal: Protected | None = None) -> Jso
         "oldest": rfc3339(h.points[0].t),
         "newest": point(h.points[-1]),
         "age_seconds": round(age_seconds(h.points[-1], now), 3),
-        "protection": journal and {
+        "protection": journal
+        and {
             "newest": {"seq": journal.newest.seq, "time": rfc3339(journal.newest.t)},
             "lag_seconds": round(journal.lag_seconds, 3),
             "worker": journal.worker or None,
