@@ -185,7 +185,7 @@ def point_of(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcom
         frozen.consistency,
         tuple(roots),
         frozen.config,
-        {k: v for k, v in asdict(outcome.figures).items() if k not in ("seconds", "cpu_seconds")},
+        {k: v for k, v in asdict(outcome.figures).items() if k not in ("stored_bytes", "seconds", "cpu_seconds")},
         tuple(outcome.notes),
         options.seq,
     )
