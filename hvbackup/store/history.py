@@ -24,7 +24,7 @@ from hvbackup.model import Disk, DiskId, Instant, MachineId, RecoveryPoint
 from hvbackup.store import journal, tables
 from hvbackup.store.journal import LOG, Facts, Name
 from hvbackup.store.layered import Layer, LayeredView
-from hvbackup.store.overlay import Pieces, Table, laid
+from hvbackup.store.overlay import Pieces, Table
 from hvbackup.store.segment import PieceCache, Segment, path_of
 from hvbackup.store.store import Store
 from hvbackup.store.tables import Summary, pieces_of, summary_of
@@ -372,12 +372,8 @@ class History:
 
     def _merge(self, group: Sequence[Run], disk: DiskId) -> Pieces:
         step = max(1, len(group) // FANOUT)
-        parts = []
-        for i in range(0, len(group), step):
-            part = self._table(group[i : i + step], disk).pieces()
-            part["source"] += i
-            parts.append(part)
-        return laid(np.concatenate(parts))
+        parts = [(i, self._table(group[i : i + step], disk)) for i in range(0, len(group), step)]
+        return tables.merged(parts)
 
     def warm(self) -> None:
         """The tables that a view of the newest moment needs are there when this returns."""

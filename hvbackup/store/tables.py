@@ -9,6 +9,7 @@ its point touches a few pages of each.  Nothing here is trusted to be there; wha
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -34,6 +35,8 @@ SUFFIX = ".tab"
 _MAGIC = b"hvT2"
 _HEAD = struct.Struct("<4sII")  # magic, length of the JSON, its crc32
 _PAGE = 4096
+_END = 2**62  # behind every disk
+MERGED_AT_ONCE = 300_000  # pieces
 _EMPTY = Table(*(np.zeros(0, PIECE[name]) for name in COLUMNS))
 
 Metas = Sequence[tuple[int, int, Any]]  # (sequence number, time, what it says)
@@ -143,10 +146,33 @@ def pieces_of(facts: Facts, disk: int, source: int) -> Pieces:
     return laid(out)
 
 
-def merged(tables: Sequence[Table]) -> Pieces:
-    """What tables, oldest first, leave behind together; `source` is the number of the table, or what it had times its base."""
-    parts = [table.pieces() for table in tables]
-    return laid(np.concatenate(parts)) if parts else NOTHING
+def merged(parts: Sequence[tuple[int, Table]]) -> Pieces:
+    """What tables, oldest first, leave behind together; each comes with what its sources are raised by.
+
+    Done a stretch of the disk at a time: bounds memory where the tables are large.
+    """
+    stretches = max(1, sum(len(table) for _, table in parts) // MERGED_AT_ONCE)
+    largest = max((table for _, table in parts), key=len).start
+    inner = [int(largest[len(largest) * i // stretches]) for i in range(1, stretches)] if len(largest) else []
+    bounds = [0, *sorted(set(inner) - {0}), _END]
+    found = [
+        laid(np.concatenate([_cut(table, raised, lo, hi) for raised, table in parts]))
+        for lo, hi in itertools.pairwise(bounds)
+    ]
+    return np.concatenate(found)
+
+
+def _cut(table: Table, raised: int, lo: int, hi: int) -> Pieces:
+    """The part of a table that is in [lo, hi)."""
+    within = table.within(lo, hi)
+    out = np.zeros(len(within), PIECE)
+    for name in COLUMNS:
+        out[name] = getattr(table, name)[within.start : within.stop]
+    out["source"] += raised
+    start = np.maximum(out["start"], lo)
+    out["pos"] = np.where(out["pos"] < 0, -1, out["pos"] + (start - out["start"]))
+    out["start"], out["end"] = start, np.minimum(out["end"], hi)
+    return out
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------
