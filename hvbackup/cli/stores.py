@@ -197,7 +197,9 @@ def _overview_lines(found: Overview, moment: Instant) -> Iterator[str]:
     yield from table(head, [_machine_row(h, moment) for h in found.machines], (3, 5, 6, 7))
     if found.protected:
         yield ""
-        yield from table(("MACHINE", "NEWEST MOMENT", "TIME", "LAG", "PROTECTED BY"), list(_protected_rows(found)), (3,))
+        yield from table(
+            ("MACHINE", "NEWEST MOMENT", "TIME", "LAG", "PROTECTED BY"), list(_protected_rows(found)), (3,)
+        )
     if found.boots:
         yield ""
         yield from boot_table([boot_row(b) for b in found.boots])
@@ -241,6 +243,7 @@ def _add_check(verbs: Verbs) -> None:
         "Look for damage in the store and name every point that needs what is damaged.",
     )
     verb.add_argument("--deep", action="store_true", help="read, decrypt and hash everything that is stored")
+    verb.add_argument("--repair", action="store_true", help="put back keys and points of which there is a good copy")
     verb.set_defaults(run=check)
 
 
@@ -250,7 +253,10 @@ def check(args: argparse.Namespace, out: Out) -> int:
 
     with Progress(out) as progress:
         found = upkeep.check(
-            session_of(args), deep=args.deep, progress=lambda done, total: progress("check", done, total)
+            session_of(args),
+            deep=args.deep,
+            repair=args.repair,
+            progress=lambda done, total: progress("check", done, total),
         )
     out.answer(upkeep.shape(found), _report_lines(found))
     out.warn_all(found.notes)
@@ -261,6 +267,7 @@ def check(args: argparse.Namespace, out: Out) -> int:
 
 def _report_lines(found: Any) -> Iterator[str]:
     r = found.report
+    yield from (f"repaired: {line}" for line in found.repaired)
     for problem in r.problems:
         yield f"{'LOST' if problem.lost else 'damaged'}: {problem.what}"
     how = f"{size(r.read_bytes)} read and verified" if r.read_bytes else "contents not read, `--deep` does that"

@@ -1,4 +1,4 @@
-"""check: is everything we promised still there?"""
+"""check: is everything we promised still there, and what can be put back?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from hvbackup.errors import Busy
 from hvbackup.service.session import Session
 from hvbackup.store import check as store_check
+from hvbackup.store import repair as store_repair
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +19,19 @@ class Checked:
     report: store_check.Report
     deep: bool
     notes: Sequence[str] = ()
+    repaired: Sequence[str] = ()  # before it was checked
 
 
-def check(session: Session, *, deep: bool, progress: Callable[[int, int], None]) -> Checked:
-    """Everything that is wrong with the store.  As the owner where possible, so that what is damaged is remembered and healed."""
+def check(session: Session, *, deep: bool, repair: bool, progress: Callable[[int, int], None]) -> Checked:
+    """Everything that is wrong with the store, after what is there twice was put back if `repair` says so.
+
+    As the owner where possible, so that what is damaged is remembered and healed.  Raises Busy when it is to be repaired and
+    somebody else owns it.
+    """
+    if repair:
+        with session.open(owner=True) as store:
+            done = store_repair.repair(store)
+            return Checked(store_check.check(store, deep=deep, progress=progress), deep, repaired=done)
     try:
         opened, notes = session.open(owner=True), []
     except Busy as e:
@@ -48,5 +58,6 @@ def shape(found: Checked) -> dict[str, Any]:
         "deep": found.deep,
         "problems": [asdict(p) for p in r.problems],
         **figures,
+        "repaired": list(found.repaired),
         "notes": list(found.notes),
     }

@@ -329,3 +329,13 @@ def test_a_full_disk_while_writing(world: World) -> None:
 def test_a_place_that_may_not_be_written(world: World) -> None:
     (world.folder / "file").write_text("x")
     assert "file" in world.refused(1, "init", world.folder / "file" / "store")
+
+
+def test_what_has_a_copy_is_put_back(stored: World) -> None:
+    [point] = [p for p in (stored.store / "points").rglob("*") if p.is_file()]
+    point.unlink()
+    assert stored.run("check").code == 20
+    ran = stored.done("check", "--repair", "--json")
+    assert ran.json["ok"] is True
+    assert len(ran.json["repaired"]) == 1
+    assert len(points_of(stored)) == 1
