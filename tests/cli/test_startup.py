@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hvbackup import errors
-from hvbackup.cli.parser import EPILOG
+from hvbackup.cli.parser import EPILOG, split_off_moment
 from tests.cli.rig import World
 
 HEAVY = ("numpy", "duckdb", "cryptography", "zstandard", "blake3", "qemu", "asyncio", "argon2")
@@ -75,3 +76,29 @@ def test_options_of_every_verb_may_stand_before_it(world: World) -> None:
     world.done("--store", world.folder / "elsewhere", "init")
     assert (world.folder / "elsewhere/HVBACKUP").exists()
     assert world.done("--store", world.folder / "elsewhere", "--json", "status").json["machines"] == []
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """The hvbackup commands in a page's blocks of code; what is left open (`…`, `STORE-ID`) stays as it is."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.match(r"(sudo )?hvbackup (?!\[)", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_in_the_docs_is_one(page: Path) -> None:
+    from hvbackup.cli.command import build
+
+    for line in commands(page):
+        words = shlex.split(line, comments=True)
+        words = words[: words.index("|")] if "|" in words else words
+        words = words[: words.index(">")] if ">" in words else words
+        build().parse_args(split_off_moment(words[words.index("hvbackup") + 1 :]))
+
+
+def test_the_tour_is_found() -> None:
+    assert len(commands(ROOT / "README.md")) >= 10
