@@ -50,20 +50,21 @@ class Garbled(Exception):
 class Line:
     """One connection to a guest agent.  Raises OSError (a timeout is one), Refused, Garbled."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, reply_seconds: float = REPLY_SECONDS) -> None:
+        self._reply_seconds = reply_seconds
         self._seen = b""
         self._number = int.from_bytes(os.urandom(4), "big")
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(REPLY_SECONDS)
+        self._socket.settimeout(reply_seconds)
         try:
             self._socket.connect(path)
         except BaseException:
             self._socket.close()
             raise
 
-    def sync(self, seconds: float = REPLY_SECONDS) -> None:
+    def sync(self) -> None:
         """The agent listens, and its next answer is to our next command: answers to older ones were thrown away."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + self._reply_seconds
         self._number += 1
         # The first byte makes the agent drop a command that somebody sent by halves; it marks the beginning of the answer too.
         self._send(b"\xff" + _command("guest-sync-delimited", {"id": self._number}), end)
@@ -73,9 +74,9 @@ class Line:
                 if json.loads(self._until(b"\n", end)) == {"return": self._number}:
                     return
 
-    def command(self, name: str, arguments: dict[str, Any] | None = None, seconds: float = REPLY_SECONDS) -> Any:
+    def command(self, name: str, arguments: dict[str, Any] | None = None, seconds: float | None = None) -> Any:
         """The answer.  After an OSError only `sync` makes the connection of use again."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + (seconds or self._reply_seconds)
         self._send(_command(name, arguments or {}), end)
         try:
             answer = json.loads(self._until(b"\n", end))
@@ -87,7 +88,7 @@ class Line:
             raise Garbled(f"answered {name} with neither a result nor an error")
         return answer["return"]
 
-    def count(self, name: str, arguments: dict[str, Any] | None = None, seconds: float = REPLY_SECONDS) -> int:
+    def count(self, name: str, arguments: dict[str, Any] | None = None, seconds: float | None = None) -> int:
         """The answer to a command that returns a number."""
         answer = self.command(name, arguments, seconds)
         if not isinstance(answer, int):

@@ -25,7 +25,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,10 +61,10 @@ class FileSystem:
 class GuestAgent:
     """One conversation with an agent.  Thread safety: one thread at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reply_seconds: float = REPLY_SECONDS) -> None:
         self.path = path
         with self._named():
-            self._line = Line(os.fspath(path))
+            self._line = Line(os.fspath(path), reply_seconds)
         try:
             with self._named():
                 self._line.sync()
@@ -124,11 +124,12 @@ class GuestAgent:
 
     def _commands(self) -> frozenset[str]:
         found = self.ask("guest-info")
-        listed = found.get("supported_commands", []) if isinstance(found, Mapping) else []
-        return frozenset(str(c.get("name")) for c in listed if isinstance(c, Mapping) and c.get("enabled"))
+        listed = found.get("supported_commands") if isinstance(found, Mapping) else None
+        rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
+        return frozenset(str(row.get("name")) for row in rows if row.get("enabled"))
 
     @contextlib.contextmanager
-    def _named(self) -> Any:
+    def _named(self) -> Generator[None]:
         try:
             yield
         except Refused as error:
