@@ -151,7 +151,7 @@ def _stood_still(frozen: Frozen, parent: RecoveryPoint | None, outcome: Outcome)
     if remark:
         outcome.remarks.append(remark)
     if parent and not frozen.notes and levels.index(frozen.consistency) < levels.index(parent.consistency):
-        outcome.degrade(f"The newest point was {parent.consistency}-consistent, this one is only {frozen.consistency}")
+        outcome.degrade(f"The newest point was {parent.consistency}-consistent, this one is only {frozen.consistency}-consistent")
 
 
 def take_in(

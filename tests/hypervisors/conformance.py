@@ -295,6 +295,23 @@ class Conformance:
             pytest.fail("An application-consistent snapshot began")
         assert not rig.leftovers()
 
+    @pytest.mark.parametrize("wanted", [None, *Consistency])
+    def test_a_machine_is_no_less_consistent_than_was_asked_for(self, rig: Rig, wanted: Consistency | None) -> None:
+        hypervisor, machine = rig.hypervisor(), Cycle(rig).machine()
+        levels = list(Consistency)
+        try:
+            with hypervisor.snapshot(machine, LeaseId("l"), {}, wanted) as frozen:
+                said, stood = frozen.consistency, frozen.standstill
+        except UsageError:
+            assert wanted not in (None, Consistency.CRASH)
+        else:
+            assert levels.index(said) >= levels.index(wanted or Consistency.CRASH)
+            assert hypervisor.can.freeze or said is Consistency.CRASH
+            assert (stood.frozen_seconds > 0) == (said is not Consistency.CRASH)
+            assert wanted is not Consistency.CRASH or stood.frozen_seconds == 0
+        hypervisor.release(machine, LeaseId("l"), [])
+        assert not rig.leftovers()
+
     # --- crashes and leases ------------------------------------------------------------------------------------------
 
     def test_a_lost_run_costs_nothing(self, rig: Rig) -> None:
