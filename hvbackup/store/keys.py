@@ -201,9 +201,11 @@ def _sane(record: dict[str, Any]) -> bool:
     if record.get("format") != 1 or not all(isinstance(record.get(k), str) for k in texts):
         return False
     kdf = record.get("kdf")
-    if (record["kind"] == "passphrase") != isinstance(kdf, dict):
+    if kdf is None or record["kind"] != "passphrase":
+        return kdf is None and record["kind"] != "passphrase"
+    if not isinstance(kdf, dict) or not isinstance(kdf.get("salt"), str):
         return False
-    return not kdf or all(isinstance(kdf.get(k), int) and 0 < kdf[k] <= most for k, most in KDF_MAX.items())
+    return all(isinstance(kdf.get(k), int) and 0 < kdf[k] <= most for k, most in KDF_MAX.items())
 
 
 def remove_wrapping(backend: Backend, kid: str) -> None:

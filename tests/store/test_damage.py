@@ -367,7 +367,12 @@ def test_a_key_file_of_json_that_is_none_is_passed_over(ram: Path) -> None:
     hostile = {**record, "kind": "passphrase", "kdf": {"name": "argon2id", "iterations": 1 << 40, "memory_kib": 1 << 40,
                                                        "lanes": 4, "salt": "00" * 16}}  # fmt: skip
     hostile["check"] = keys._digest(hostile)
-    for number, content in enumerate([hostile, [], {}, {"id": 1}, None, {**record, "bundle": 5}]):
+    worse = [
+        {**record, "kdf": kdf, "kind": kind} for kdf in ([], {}, 0, "", {"salt": 5}) for kind in ("file", "passphrase")
+    ]
+    for one in worse:
+        one["check"] = keys._digest(one)
+    for number, content in enumerate([hostile, [], {}, {"id": 1}, None, {**record, "bundle": 5}, *worse]):
         (world.store_path / "keys" / f"{number}.json").write_text(json.dumps(content))
     world.secret = keys.passphrase("any")
     with pytest.raises(KeyRefused):
