@@ -180,6 +180,17 @@ def test_an_error_in_the_middle_of_a_long_answer(serve: Serve) -> None:
         assert _read(client, 0, 1 << 20) == bytes(1 << 20)
 
 
+def test_memory_of_failed_reads_is_given_back(serve: Serve) -> None:
+    def fail(offset: int, length: int) -> None:
+        raise StoreDamage("Chunk is damaged")
+
+    limits = Limits(buffer_bytes=4 << 20, connection_bytes=2 << 20)
+    with NbdClient.open(serve(TrickExport(1 << 20, fail), limits=limits), settings=Settings(reply_seconds=5)) as client:
+        for _ in range(20):
+            with pytest.raises(RequestFailed):
+                _read(client, 0, 1 << 20)
+
+
 def test_requests_of_one_connection_run_in_parallel(serve: Serve) -> None:
     together = threading.Barrier(4, timeout=10)
     export = TrickExport(1 << 20, lambda offset, length: together.wait() and None)

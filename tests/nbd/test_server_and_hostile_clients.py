@@ -106,6 +106,13 @@ def test_an_oversize_read_is_refused_and_the_connection_goes_on(serve: Serve) ->
         assert client.take(16) == bytes(16)
 
 
+@pytest.mark.parametrize("offset", [65536 * 2 - 512, 65536 * 3, 2**64 - 512])
+def test_a_read_beyond_the_end_of_cached_data_is_refused(serve: Serve, offset: int) -> None:
+    with RawClient(serve(CachedExport(65536 * 2))) as client:
+        client.open().ask(protocol.READ, offset, 1024)
+        assert client.simple() == (errno.EINVAL, 7)
+
+
 def test_endless_options_are_cut_off(serve: Serve) -> None:
     with RawClient(serve(MemoryExport(4096))) as client:
         client.greet()
@@ -233,13 +240,16 @@ def test_a_client_that_vanishes_in_the_middle_of_writes() -> None:
     begun = threading.Event()
 
     class Waiting(MemoryExport):
+        parallel = False
+
         def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
             begun.set()
             release.wait(10)
 
     with _served(Waiting(4 * _MiB)) as (_, uri):
         with RawClient(uri) as client:
-            client.open().send(b"".join(request(protocol.WRITE, 0, 400_000) + bytes(400_000) for _ in range(3)))
+            small = request(protocol.WRITE, 0, 512) + bytes(512)  # is carried out while the large one waits
+            client.open().send(small + request(protocol.WRITE, 0, 400_000) + bytes(400_000))
             assert begun.wait(5)
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         release.set()
