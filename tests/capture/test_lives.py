@@ -39,7 +39,6 @@ class Life(RuleBasedStateMachine):
         disks = {f"vd{i}": FakeDisk(size, sector, grain) for i, size in enumerate(sizes)}
         self.world = World(Path(self.folder.name), KEY if encrypted else None, disks, order, block=block).init()
         self.store = self.world.open()
-        self.new_bytes_seen: set[bytes] = set()
         self.resized: set[str] = set()
 
     def teardown(self) -> None:
@@ -62,6 +61,10 @@ class Life(RuleBasedStateMachine):
             "block": b"\x42" * length,
         }[kind]
         disk.write(offset, content)
+
+    @rule(writes=st.integers(1, 12))
+    def the_guest_is_busy(self, writes: int) -> None:
+        self.world.scribble(writes)
 
     @rule(data=st.data())
     def the_guest_discards(self, data: st.DataObject) -> None:
@@ -95,13 +98,26 @@ class Life(RuleBasedStateMachine):
             disk.lose_tracking()
             disk.tracking = tracking
 
-    @rule(full=st.booleans(), sample=st.sampled_from([0, 1, 32]))
-    def capture(self, full: bool, sample: int) -> None:
+    @rule(full=st.booleans(), sample=st.sampled_from([0, 1, 32]), writes=st.integers(0, 5))
+    def capture(self, full: bool, sample: int, writes: int) -> None:
+        self.world.scribble(writes)
         outcome = self.world.capture(self.store, full=full, sample_blocks=sample)
         self.resized.clear()
         assert outcome.status is not Status.FAILED
-        self.world.check_point(self.store, outcome.point)  # type: ignore[arg-type]
+        assert outcome.point is not None
+        self.world.check_point(self.store, outcome.point)
         self.world.check_settled(self.store)
+        for root in outcome.point.disks:
+            self.read_around(root, self.world.oracle[outcome.point.id][root.disk.id])
+
+    def read_around(self, root: DiskRoot, expected: bytes) -> None:
+        """Reads of any place and length, at borders of blocks and at both ends more often than elsewhere."""
+        rng, size = self.world.rng, root.disk.size
+        for _ in range(8):
+            near = rng.choice([0, size, size // BLOCK * BLOCK, rng.randrange(size + 1) // BLOCK * BLOCK])
+            first = min(max(near + rng.choice([0, 0, -1, 1, -513, 70_000]), 0), size)
+            length = rng.choice([0, 1, 513, BLOCK, 3 * BLOCK + 5, size])
+            check_range(self.store, root, expected, first, min(length, size - first))
 
     @rule(keep_state=st.booleans())
     def everything_starts_again(self, keep_state: bool) -> None:
@@ -117,11 +133,7 @@ class Life(RuleBasedStateMachine):
         points = sorted(self.store.points(), key=lambda p: p.t)
         point = data.draw(st.sampled_from(points))
         root = data.draw(st.sampled_from(point.disks))
-        expected = self.world.oracle[point.id][root.disk.id]
-        for _ in range(5):
-            first = data.draw(st.integers(0, root.disk.size))
-            length = min(data.draw(st.sampled_from([0, 1, 513, BLOCK, 3 * BLOCK + 5])), root.disk.size - first)
-            check_range(self.store, root, expected, first, length)
+        self.read_around(root, self.world.oracle[point.id][root.disk.id])
 
     @precondition(lambda self: self.world.oracle)
     @rule(data=st.data())
