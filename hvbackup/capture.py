@@ -33,6 +33,7 @@ from hvbackup.extents import Spans
 from hvbackup.hypervisors import Changes, Frozen, FrozenDisk, Hypervisor, Reader
 from hvbackup.leases import Lease, Leases, committed_tokens
 from hvbackup.model import (
+    SECOND,
     ChunkId,
     Consistency,
     Continuity,
@@ -135,7 +136,8 @@ def _captured(
         with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
             _stood_still(frozen, parent if options.consistency is None else None, outcome)
             roots = take_in(store, writer, frozen, parent, since, options, outcome, lambda: leases.renew(lease))
-        point = point_of(frozen, roots, options, outcome)
+        t = _after(parent, frozen.t, outcome)
+        point = replace(point_of(frozen, roots, options, outcome), t=t)
         store.commit(point, writer)
     except BaseException:
         writer.abandon()
@@ -151,7 +153,20 @@ def _stood_still(frozen: Frozen, parent: RecoveryPoint | None, outcome: Outcome)
     if remark:
         outcome.remarks.append(remark)
     if parent and not frozen.notes and levels.index(frozen.consistency) < levels.index(parent.consistency):
-        outcome.degrade(f"The newest point was {parent.consistency}-consistent, this one is only {frozen.consistency}-consistent")
+        outcome.degrade(
+            f"The newest point was {parent.consistency}-consistent, this one is only {frozen.consistency}-consistent"
+        )
+
+
+def _after(parent: RecoveryPoint | None, t: Instant, outcome: Outcome) -> Instant:
+    """The moment of a point as we label it: later than its parent, so that the newest point stays the one captured last."""
+    if parent is None or t > parent.t:
+        return t
+    outcome.degrade(
+        f"The clock went back {(parent.t - t) / SECOND:.3f} seconds behind the newest point; this point is labelled as the one "
+        "right after it: set the clock of the host"
+    )
+    return Instant(parent.t + 1)
 
 
 def take_in(

@@ -13,7 +13,7 @@ from hvbackup.capture import capture
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, ReadFailed, SpaceExhausted, UsageError
 from hvbackup.hypervisors.fake import FakeDisk, FakeMachine, Killed, Order, Tracking
 from hvbackup.leases import LEASE_NS, Leases
-from hvbackup.model import Consistency, LeaseId, Machine, MachineId, Status
+from hvbackup.model import SECOND, Consistency, LeaseId, Machine, MachineId, Status
 from hvbackup.store.store import Store
 from tests.faults import DyingHypervisor, FaultyKernel, full_from, once
 from tests.world import BLOCK, KEY, MACHINE, World
@@ -287,6 +287,22 @@ def test_zeroes_and_discards_cost_nothing(tmp_path: Path) -> None:
         assert outcome.figures.new_bytes == 0
         assert world.hv.read_bytes - read == BLOCK
         world.check_all(store)
+
+
+def test_a_clock_that_goes_back_does_not_change_which_point_is_the_newest(tmp_path: Path) -> None:
+    world = prepared(tmp_path)
+    with world.opened() as store:
+        world.clock.now -= 3600 * SECOND
+        outcome = world.capture(store)
+        assert outcome.status is Status.DEGRADED
+        assert "clock went back 3" in outcome.notes[0]
+        world.scribble()
+        last = world.capture(store)
+        assert [d.how for d in last.point.disks] == ["incremental", "incremental"]  # type: ignore[union-attr]
+        assert [p.id for p in store.points()] == list(world.oracle)
+        assert store.newest(MachineId(MACHINE)) == last.point
+        world.check_all(store)
+        world.check_settled(store)
 
 
 # --- the store -----------------------------------------------------------------------------------------------------------
