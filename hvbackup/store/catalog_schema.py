@@ -6,7 +6,7 @@ here, SCHEMA is raised, and every catalog is made again from the store.
 
 from __future__ import annotations
 
-SCHEMA = 1
+SCHEMA = 2
 
 # No primary key anywhere: it would cost twenty times the time of the insert, and `reconcile` keeps rows apart by name.
 COLUMNS = {
@@ -52,7 +52,7 @@ FROM raw.runs r LEFT JOIN names n USING (machine);
 CREATE VIEW points AS
 WITH sizes AS (SELECT point, sum(size)::BIGINT AS size FROM raw.disks GROUP BY point),
      told AS (SELECT point, any_value(stored_bytes) AS stored_bytes, any_value(seconds) AS seconds
-              FROM raw.runs WHERE kind = 'capture' GROUP BY point)
+              FROM raw.runs WHERE kind IN ('capture', 'fold') GROUP BY point)
 SELECT p.id, make_timestamp(p.t // 1000)::TIMESTAMPTZ AS time, p.machine, p.name, p.consistency, p.status,
        p.disks, coalesce(s.size, 0) AS size,
        p.read_bytes, p.changed_bytes, p.new_bytes, t.stored_bytes, t.seconds, p.config, p.notes, p.path

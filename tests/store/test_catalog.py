@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import duckdb
 import pytest
 
 from hvbackup.errors import Busy, HvbackupError, SpaceExhausted, UsageError
+from hvbackup.model import PointId
 from hvbackup.store import catalog as module
 from hvbackup.store import keys
 from hvbackup.store.catalog import FILE, STAMP, Catalog
@@ -643,3 +645,16 @@ def test_refusals_keep_their_class(still: Catalog, tmp_path: Path, monkeypatch: 
     assert ask(still, "SELECT list(range) FROM range(1000000000)")["class"] == "usage"
     monkeypatch.setattr(module, "ANSWER_BYTES_MAX", 1000)
     assert "longer than" in ask(still, "SELECT repeat('x', 1000)")["error"]
+
+
+def test_a_point_that_was_folded_tells_its_cost_too(world: World) -> None:
+    with world.opened() as store:
+        newest = store.newest(store.find_machine(MACHINE))
+        assert newest is not None
+        folded = replace(newest, id=PointId("00000000000000aa"), seq=5)
+        store.commit(folded, store.writer())
+        store.tell("fold", world.clock(), machine=MACHINE, point=store.path_of(folded), figures={"stored_bytes": 7})
+        catalog = Catalog(store.state)
+        catalog.reconcile(store)
+        assert one(catalog, "SELECT stored_bytes FROM points WHERE id = '00000000000000aa'") == 7
+        assert len(dump(catalog)["points"]) == 4
