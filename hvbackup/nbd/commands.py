@@ -18,6 +18,7 @@ _CHUNK_REST = struct.Struct(">HHQI")  # CHUNK without its magic number
 _SIMPLE_REST = struct.Struct(">IQ")  # SIMPLE_REPLY without its magic number
 _FRAGMENT_BYTES = 512  # no server tells holes from data at a finer grain; bounds what a hostile one makes us remember
 _FRAGMENTS_MIN = 64
+_ERRNO_MAX = 4096  # what Linux itself keeps room for; a server may send any 32 bits
 
 
 class Command:
@@ -62,7 +63,7 @@ class Command:
     def fail(self, error: int, message: str) -> None:
         """Remember the first error."""
         if not self.error:
-            self.error, self.message = error or errno.EIO, message
+            self.error, self.message = error if 0 < error < _ERRNO_MAX else errno.EIO, message
 
     def fragment(self, offset: int, length: int) -> memoryview:
         """Where a piece of the answer to this read goes."""

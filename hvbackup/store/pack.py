@@ -157,11 +157,11 @@ def scan(backend: Backend, pack: str) -> NDArray[np.void]:
     size, at = backend.size(path), f.HEADER_BYTES
     while at + f.RECORD_BYTES <= size:
         record = _record_at(backend, path, at)
-        if record is None:
+        if record is None or at + _stored(*record) > size:
             at = _next_magic(backend, path, at + 1, size)
             continue
         head, entries = record
-        stored, offset = f.RECORD_BYTES + entries.nbytes + head[5], 0
+        stored, offset = _stored(head, entries), 0
         for chunk, length in zip(entries["id"].tolist(), entries["plain"].tolist(), strict=True):
             rows.append((chunk, at, stored, offset, length, head[3]))
             offset += length
@@ -178,6 +178,11 @@ def _record_at(backend: Backend, path: str, at: int) -> tuple[tuple[int, ...], N
     if len(entries) < fields[4] * f.ENTRY.itemsize or not f.crc_matches(head[:20], head[20:], entries):
         return None
     return fields, np.frombuffer(entries, f.ENTRY)
+
+
+def _stored(head: tuple[int, ...], entries: NDArray[np.void]) -> int:
+    """Length of a whole record in the pack."""
+    return f.RECORD_BYTES + entries.nbytes + head[5]
 
 
 def _next_magic(backend: Backend, path: str, start: int, size: int) -> int:

@@ -8,11 +8,15 @@ import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hvbackup.errors import PointDamaged
+from hvbackup.errors import ChunkDamaged, PointDamaged, ReadFailed
+from hvbackup.nbd import protocol
+from hvbackup.store import format as f
+from hvbackup.store import pack, segment
 from labs import fuzz_targets
-from labs.fuzz_targets import TARGETS
+from labs.fuzz_targets import MACHINE, NAME, TARGETS, Memory
 
 CHANGES = 40
 
@@ -65,3 +69,33 @@ def test_a_signed_record_that_is_nested_deeply() -> None:
 
     with pytest.raises(PointDamaged, match="nested"):
         TARGETS["point"].run(b"\x01" + zstandard.ZstdCompressor().compress(b"[" * 200_000))
+
+
+def test_a_record_that_would_end_far_behind_its_pack_is_none() -> None:
+    body = bytes(f.HEADER_BYTES)
+    for stored in (1, 1 << 20, 0xFFFFFFFF):
+        head = f.RECORD.pack(f.RECORD_MAGIC, 0, f.CODEC_RAW, f.CHUNK_BLOCK, 1, stored, 64)
+        body += f.with_crc(head, bytes(f.ENTRY.itemsize)) + bytes(f.ENTRY.itemsize)
+    rows = pack.scan(Memory(body), "aa")
+    assert rows["stored"].tolist() == [f.RECORD_BYTES + f.ENTRY.itemsize + 1]
+
+
+def test_a_segment_whose_footer_calls_bytes_an_index_is_damaged() -> None:
+    """Only ids and layouts vouch for a segment's chunks, so a footer may call any of them anything."""
+    keyring = fuzz_targets.ring(encrypted=False)
+    [plain, _] = TARGETS["segment"].seeds()
+    data = bytearray(plain[1:])
+    at = len(data) - f.TRAILER_BYTES - 2 * f.ROW.itemsize
+    rows = np.frombuffer(data, f.ROW, 2, at).copy()
+    rows["kind"] = f.CHUNK_FACT_INDEX
+    data[at : at + rows.nbytes] = rows.tobytes()
+    with pytest.raises(ChunkDamaged, match="whole facts"):
+        _ = segment.Segment(Memory(fuzz_targets._repaired_pack(bytes(data))), keyring, MACHINE, NAME).facts
+
+
+@pytest.mark.parametrize("error", [1 << 31, 0xFFFFFFFF])
+def test_a_server_may_answer_with_any_number_as_its_error(error: int) -> None:
+    """The number is no error of this system; it was handed to strerror(3), which knows no such ones."""
+    greeted = TARGETS["nbd-client"].seeds()[1].partition(protocol.SIMPLE_REPLY.pack(protocol.SIMPLE_REPLY_MAGIC, 0, 1))
+    with pytest.raises(ReadFailed, match="Input/output error"):
+        TARGETS["nbd-client"].run(greeted[0] + protocol.SIMPLE_REPLY.pack(protocol.SIMPLE_REPLY_MAGIC, error, 1))
