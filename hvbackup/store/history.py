@@ -10,6 +10,7 @@ Only what is durable is shown: an open log is fsynced by whoever reads it, befor
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,10 @@ class OpenRun:
 
     def __init__(self, store: Store, machine: str, name: Name) -> None:
         self.name = name
-        frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, machine, name, synced=True))
+        try:
+            frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, machine, name, synced=True))
+        except StoreDamage:
+            frames = []  # its header is gone: it offers nothing, and views that would need it are refused
         self.facts, self._parts = journal.joined_facts(frames), [frame.data for frame in frames]
         self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
 
@@ -180,10 +184,35 @@ class History:
     Thread safety: open on one thread; the views may be used from any.
     """
 
-    def __init__(self, store: Store, machine: MachineId) -> None:
+    def __init__(self, store: Store, machine: MachineId, *, whole: bool = False) -> None:
+        """`whole`: also what no point is left for, and so is not offered any more."""
         self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
         self._pieces, self._tables = PieceCache(), tables.Cache(store.state, self._folder)
         self.runs: list[Run] = self._opened()
+        if not whole:
+            self._drop_baseless()
+
+    def _drop_baseless(self) -> None:
+        """A removal of old segments that was cut off leaves some without a point to lay them over."""
+        if not self.runs:
+            return
+        seqs, oldest = [], self.runs[0].summary.first_moment
+        for point in self._points():
+            seqs.append(point.seq or 0)
+            if seqs[-1] <= oldest:
+                break
+        while self.runs and not any(
+            self.runs[0].name.first - 2 <= s <= self.runs[0].summary.first_moment for s in seqs
+        ):
+            self.runs.pop(0)
+
+    def _points(self) -> Iterator[RecoveryPoint]:
+        """The readable points that hold facts of the journal, newest first."""
+        for path in reversed(self._store.point_paths(self._folder)):
+            with contextlib.suppress(StoreDamage):
+                point = self._store.load_point(path)
+                if point.seq is not None:
+                    yield point
 
     def _opened(self) -> list[Run]:
         while True:
@@ -304,9 +333,8 @@ class History:
         Raises NotFound when there is none.
         """
         oldest = max(self.told_until(moment.seq).base, self.runs[0].name.first - 2 if self.runs else 0)
-        fits = (p for p in self._store.points(self._machine) if p.seq is not None and oldest <= p.seq <= moment.seq)
-        found = max(fits, key=lambda p: (p.seq or 0, p.t), default=None)
-        if found is None:
+        found = next((p for p in self._points() if (p.seq or 0) <= moment.seq), None)
+        if found is None or (found.seq or 0) < oldest:
             raise NotFound(f"No recovery point is left to build seq:{moment.seq} upon")
         return found
 

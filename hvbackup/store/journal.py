@@ -169,6 +169,17 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: b
         at, ordinal, first = at + f.FRAME_BYTES + len(payload), ordinal + 1, first + len(facts)
 
 
+def held_moments(files: Files, machine: str, name: Name) -> bool:
+    """Whether a log whose header can't be read holds a whole barrier."""
+    data, at = memoryview(files.read(f"{FOLDER}/{machine}/{name}")), f.HEADER_BYTES
+    while (parsed := _frame_at(data, at)) is not None:
+        fields, payload = parsed
+        if fields[6] & f.FLAG_BARRIER:
+            return True
+        at += f.FRAME_BYTES + len(payload)
+    return False
+
+
 def _frame_at(data: memoryview, at: int) -> tuple[tuple[Any, ...], memoryview] | None:
     head = bytes(data[at : at + f.FRAME_BYTES])
     if len(head) < f.FRAME_BYTES or head[:4] != f.FRAME_MAGIC:

@@ -34,20 +34,20 @@ def settle(store: Store, machine: MachineId) -> None:
     folder = store.ring.machine_name(machine)
     names = {n for name in store.files.names(f"{FOLDER}/{folder}") if (n := journal.parse_name(name))}
     for name in sorted(names, key=lambda n: (n.epoch, n.first)):
-        if name.suffix == LOG:
-            if Name(name.epoch, name.first, SEGMENT) not in names:
-                seal(store, folder, name)
+        if name.suffix == LOG and (Name(name.epoch, name.first, SEGMENT) in names or seal(store, folder, name)):
             store.files.remove(f"{FOLDER}/{folder}/{name}")
 
 
-def seal(store: Store, folder: str, name: Name) -> None:
-    """The segment of a log exists when this returns, if the log holds any moment."""
+def seal(store: Store, folder: str, name: Name) -> bool:
+    """The segment of a log exists when this returns, if the log holds any moment.  Whether the log may go."""
     try:
         frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
     except StoreDamage:
-        frames = []  # its header was torn: nothing in it was ever durable
+        # A power cut took its header: nothing in it was ever durable.  Where something was, it is kept for whoever can read it.
+        return not journal.held_moments(store.files, folder, name)
     if frames:
         write_segment(store.files, store.ring, folder, name, frames)
+    return True
 
 
 class Recorder:
@@ -154,8 +154,8 @@ class Recorder:
 
     def _seal(self, name: Name) -> None:
         try:
-            seal(self._store, self._folder, name)
-            self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
+            if seal(self._store, self._folder, name):
+                self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
             History(self._store, self._machine).warm()
         except BaseException as e:  # noqa: BLE001 - handed to the thread that owns the recorder
             self._failed = e

@@ -116,7 +116,7 @@ def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> i
     """What need not be kept is gone; how many bytes that were.  Only for the owner of the store."""
     from hvbackup.store.history import History
 
-    history = History(store, machine)
+    history = History(store, machine, whole=True)
     limits = limits if by_age else Limits(0, limits.budget_bytes)
     folder = store.ring.machine_name(machine)
     pieces = [
@@ -130,7 +130,7 @@ def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> i
     for piece in gone:
         store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
     if gone:
-        History(store, machine).forget_removed()
+        History(store, machine, whole=True).forget_removed()
     return sum(piece.size for piece in gone)
 
 
