@@ -148,6 +148,7 @@ def _captured(
 
 def _stood_still(frozen: Frozen, parent: RecoveryPoint | None, outcome: Outcome) -> None:
     """Write down how the guest took part; less of it than for the newest point is trouble, if nobody has said so yet."""
+    outcome.figures.freezing_seconds = frozen.standstill.freezing_seconds
     outcome.figures.frozen_seconds = frozen.standstill.frozen_seconds
     levels, remark = list(Consistency), frozen.standstill.remark
     if remark:

@@ -123,7 +123,8 @@ class Figures:
     stored_bytes: int = 0  # added to the store, everything included
     reused_blocks: int = 0
     zero_blocks: int = 0
-    frozen_seconds: float = 0.0  # the guest's file systems stood still
+    freezing_seconds: float = 0.0  # the guest ran its hooks, flushed, and stopped one file system after the other
+    frozen_seconds: float = 0.0  # from then on all of them stood still
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 

@@ -129,7 +129,7 @@ def _run_lines(run: Run) -> Iterator[str]:
         f"stored {size(figures.stored_bytes)} in {duration(figures.seconds)}"
     )
     if figures.frozen_seconds:
-        yield f"  frozen for {figures.frozen_seconds:.3f} s"
+        yield f"  frozen for {figures.frozen_seconds:.3f} s, after {figures.freezing_seconds:.3f} s of freezing"
     yield from (f"  {remark}" for remark in run.outcome.remarks)
 
 

@@ -73,7 +73,14 @@ def run(r: Run) -> Json:
     base: Json = {"source": r.source, "machine": machine(r.machine) if r.machine else None}
     if r.outcome:
         return {**base, **outcome(r.outcome), "error": None}
-    return {**base, "status": "failed", "point": None, "notes": [], "error": error(r.error) if r.error else None}
+    return {
+        **base,
+        "status": "failed",
+        "point": None,
+        "notes": [],
+        "remarks": [],
+        "error": error(r.error) if r.error else None,
+    }
 
 
 def runs(all_: Sequence[Run]) -> Json:

@@ -36,6 +36,7 @@ def test_the_point_knows_how_consistent_it_is_and_how_long_the_guest_stood_still
     assert outcome.status is Status.OK
     assert point.consistency is APPLICATION
     assert point.figures["frozen_seconds"] == outcome.figures.frozen_seconds > 0
+    assert point.figures["freezing_seconds"] == outcome.figures.freezing_seconds > 0
     assert "seconds" not in point.figures
 
 
