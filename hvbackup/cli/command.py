@@ -20,6 +20,7 @@ def build() -> Parser:
     parser, verbs = new_parser()
     for group in GROUPS:
         group.add(verbs)
+    parser.set_defaults(build=build)  # for the verbs that write of all verbs
     return parser
 
 

@@ -70,10 +70,10 @@ class Page:
             yield from verb.all()
 
 
-def _program() -> Page:
-    from hvbackup.cli.command import build
-
-    return Page((), DESCRIPTION, build())
+def _program(args: argparse.Namespace) -> Page:
+    """The whole program; the parser of every verb comes with the words it parsed."""
+    parser: Parser = args.build()
+    return Page((), DESCRIPTION, parser)
 
 
 def _takes_value(option: argparse.Action) -> bool:
@@ -89,7 +89,7 @@ def _values(option: argparse.Action) -> list[str]:
 
 def completion(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup completion SHELL`."""
-    text = {"bash": _bash, "zsh": _zsh, "fish": _fish}[args.shell](_program())
+    text = {"bash": _bash, "zsh": _zsh, "fish": _fish}[args.shell](_program(args))
     out.answer({"shell": args.shell, "completion": text}, [text])
     return 0
 
@@ -220,7 +220,7 @@ def man(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup man --to FOLDER`."""
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)
-    program = _program()
+    program = _program(args)
     written = []
     for page in program.all():
         path = folder / f"{_page_name(page)}.1"
