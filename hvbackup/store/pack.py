@@ -177,7 +177,9 @@ def _record_at(backend: Backend, path: str, at: int) -> tuple[tuple[int, ...], N
     entries = backend.read_at(path, at + f.RECORD_BYTES, fields[4] * f.ENTRY.itemsize)
     if len(entries) < fields[4] * f.ENTRY.itemsize or not f.crc_matches(head[:20], head[20:], entries):
         return None
-    return fields, np.frombuffer(entries, f.ENTRY)
+    rows = np.frombuffer(entries, f.ENTRY)
+    whole = int(rows["plain"].sum(dtype=np.uint64)) == fields[6] <= f.RECORD_PLAIN_MAX
+    return (fields, rows) if whole else None
 
 
 def _stored(head: tuple[int, ...], entries: NDArray[np.void]) -> int:

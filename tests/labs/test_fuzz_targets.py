@@ -75,9 +75,20 @@ def test_a_record_that_would_end_far_behind_its_pack_is_none() -> None:
     body = bytes(f.HEADER_BYTES)
     for stored in (1, 1 << 20, 0xFFFFFFFF):
         head = f.RECORD.pack(f.RECORD_MAGIC, 0, f.CODEC_RAW, f.CHUNK_BLOCK, 1, stored, 64)
-        body += f.with_crc(head, bytes(f.ENTRY.itemsize)) + bytes(f.ENTRY.itemsize)
+        body += _with_entries(head, 64)
     rows = pack.scan(Memory(body), "aa")
     assert rows["stored"].tolist() == [f.RECORD_BYTES + f.ENTRY.itemsize + 1]
+
+
+def test_a_record_whose_chunks_are_longer_than_it_says_is_none() -> None:
+    head = f.RECORD.pack(f.RECORD_MAGIC, 0, f.CODEC_RAW, f.CHUNK_BLOCK, 2, 0, 64)
+    body = bytes(f.HEADER_BYTES) + _with_entries(head, 0xFFFFFFFF, 0xFFFFFFFF)
+    assert len(pack.scan(Memory(body), "aa")) == 0
+
+
+def _with_entries(head: bytes, *plain: int) -> bytes:
+    entries = b"".join(bytes(32) + length.to_bytes(4, "little") for length in plain)
+    return f.with_crc(head, entries) + entries
 
 
 def test_a_segment_whose_footer_calls_bytes_an_index_is_damaged() -> None:
