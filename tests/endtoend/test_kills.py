@@ -1,6 +1,7 @@
 """SIGKILL of hvbackup, of QEMU and of both at random moments, while the guest writes: no promise is broken, nothing is left.
 
-The quick version is part of every run, the long one of `make soak`, which also writes the figures to `.lab/figures` that docs/testing.md quotes.
+The quick version is part of every run, the long one of `make soak`, which leaves the figures that docs/testing.md quotes in
+`.lab/figures`.
 """
 
 from __future__ import annotations
