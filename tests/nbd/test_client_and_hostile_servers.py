@@ -124,6 +124,16 @@ def test_errors_of_every_kind_leave_the_connection_usable() -> None:
         assert _read(client) == b"abcdefgh"
 
 
+@pytest.mark.parametrize("number", [1 << 31, (1 << 32) - 1, 4096])
+def test_error_numbers_that_no_system_knows(number: int) -> None:
+    with _scripted(simple(number, cookie=1), simple(number, cookie=2), structured=False) as client:
+        with pytest.raises(RequestFailed, match="Input/output error") as caught:
+            _read(client)
+        assert caught.value.errno == errno.EIO
+        with pytest.raises(ReadFailed):
+            client.write(0, b"x")
+
+
 def test_after_the_first_error_nothing_more_is_sent_and_the_rest_is_waited_for() -> None:
     answers = [simple(errno.EIO, cookie=n) for n in range(1, 17)] + [data(0, b"x", cookie=17)]
     with _scripted(*answers) as client:
