@@ -48,6 +48,7 @@ ZERO_TEST_BYTES = (
     64 * 1024
 )  # ranges at least this long are looked at for zeroes: the others cost more to look at than to keep
 FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
+TRIM_TO = 0.5  # of the budget: so much stays then, or there would be a point at every cycle from here on
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
 BUSY_SHARE = (
     0.2  # the part of the time a machine may spend frozen: a longer cycle stretches the interval, for the guest's sake
@@ -407,16 +408,22 @@ class Protection:
     # -- points ----------------------------------------------------------------------------------------------------------
 
     def _maybe_fold(self, life: Life) -> None:
-        if life.folding and life.folding.is_alive():
-            return
         limits = self._rhythm.limits
-        full = limits.budget_bytes and journal_bytes(self._store, self._machine.id) > limits.budget_bytes * FOLD_AT
-        if full:
+        if life.folding and life.folding.is_alive():
+            if not limits.budget_bytes or journal_bytes(self._store, self._machine.id) <= limits.budget_bytes:
+                return
+            life.folding.join()  # the budget is a promise: the next moment waits for room
+        filling = self._is_filling(limits)
+        if filling:
             check_budget(self._store, self._machine.id, limits)
-        if full or life.newest.t - life.folded >= self._rhythm.fold_every_ns:
+        if filling or life.newest.t - life.folded >= self._rhythm.fold_every_ns:
             moment = self._prepare_fold(life)
             life.folding = threading.Thread(target=self._fold, args=(life, moment), name="hvbackup-fold")
             life.folding.start()
+
+    def _is_filling(self, limits: Limits) -> bool:
+        used = limits.budget_bytes and journal_bytes(self._store, self._machine.id)
+        return used > limits.budget_bytes * FOLD_AT
 
     def _prepare_fold(self, life: Life) -> Moment:
         """The newest moment ends a segment, so that a point and the facts behind it never share one."""
@@ -437,7 +444,10 @@ class Protection:
             outcome = fold(self._store, self._machine.id, moment, self._options)
         point = outcome.point
         assert point is not None  # every other way out of `fold` raises
-        removed = trim(self._store, self._machine.id, self._rhythm.limits, by_age=not life.recorder.clock_stepped)
+        limits = self._rhythm.limits
+        if self._is_filling(limits):
+            limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
+        removed = trim(self._store, self._machine.id, limits, by_age=not life.recorder.clock_stepped)
         return Folded(point, time.monotonic() - began, removed)
 
 

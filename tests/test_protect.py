@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, DiskId, Instant, KiB
-from hvbackup.protect import ContinuityLost, Protection, Rhythm
+from hvbackup.protect import ContinuityLost, Cycle, Event, Folded, Protection, Rhythm, Trouble
 from hvbackup.store import keys
 from hvbackup.store.history import History
 from hvbackup.store.store import Store, init
+from hvbackup.store.window import Limits, journal_bytes
 
 FAULTS = [("read", 1), ("read", 2), ("open", 2), ("changes", 2), ("snapshot", 1), ("verify", 1)]
 SIZES = {"vda": 500 * KiB + 512, "vdb": 200 * KiB}
@@ -127,3 +130,104 @@ def test_lost_tracking_ends_a_life_and_the_gap_is_told(world: World) -> None:
     world.check()
     with pytest.raises(JournalGap, match="the bitmap was lost"):
         History(world.store, world.machine.id).at(Instant(before.moment.t + 1))
+
+
+def run_for(world: World, limits: Limits, wanted: int, seconds: float = 40.0) -> list[Event]:
+    """Let protection run by itself, with a guest that writes, until it made so many moments."""
+    events: list[Event] = []
+    rhythm = Rhythm(SECOND // 50, 3600 * SECOND, limits)
+    protection = Protection(world.store, world.hv, world.machine, Options(), rhythm, events.append)
+    thread = threading.Thread(target=protection.run)
+    thread.start()
+    end = time.monotonic() + seconds
+    while sum(isinstance(e, Cycle) for e in events) < wanted and time.monotonic() < end:
+        world.guest_writes(3)
+        time.sleep(0.01)
+    protection.end()
+    thread.join(30)
+    assert not thread.is_alive()
+    return events
+
+
+def test_a_budget_makes_points_early_and_is_kept(world: World) -> None:
+    events = run_for(world, Limits(0, 1500 * KiB), 60)
+    folded = [e for e in events if isinstance(e, Folded)]
+    assert 1 <= len(folded) <= 30
+    assert sum(e.removed_bytes for e in folded) > 0
+    assert journal_bytes(world.store, world.machine.id) <= 1900 * KiB  # a set or two may come before room is made
+    history = History(world.store, world.machine.id)
+    assert history.last
+    view = history.view(history.last, DiskId("vda"))
+    out = bytearray(view.size)
+    view.read_into(0, memoryview(out))
+
+
+def test_a_budget_too_small_opens_a_gap_and_says_so(world: World) -> None:
+    events = run_for(world, Limits(0, 30 * KiB), 1000, seconds=3)
+    assert any(isinstance(e, Trouble) and "journal-budget" in str(e.error) for e in events)
+
+
+def test_a_life_goes_on_from_its_newest_barrier_and_reads_only_what_changed(world: World) -> None:
+    life = world.protection.begin("a test")
+    world.guest_writes()
+    last = world.protection.cycle(life)
+    life.recorder.abandon()  # as if it had died
+    world.guest_writes(1)
+    read = world.hv.read_bytes
+    again = world.protection.begin("the worker was killed")
+    assert again.how == "resumed"
+    assert world.hv.read_bytes - read < 150 * KiB  # what one write changed, not 700 KiB
+    assert len(list(world.store.points(world.machine.id))) == 1
+    world.images[again.newest.seq] = world.content()
+    world.check()
+    history = History(world.store, world.machine.id)
+    with pytest.raises(JournalGap, match="the worker was killed"):
+        history.at(Instant(last.moment.t + 1))
+    world.protection._close(again)
+
+
+def test_a_mark_names_the_next_moment_at_once(world: World) -> None:
+    slow = Protection(world.store, world.hv, world.machine, Options(), Rhythm(3600 * SECOND, 3600 * SECOND))
+    thread = threading.Thread(target=slow.run)
+    thread.start()
+    expected = world.content()
+    moment = slow.mark("before upgrade").wait(30)
+    slow.end()
+    thread.join(30)
+    assert moment is not None
+    world.images[moment.seq] = expected
+    world.check()
+    [mark] = History(world.store, world.machine.id).told.marks
+    assert (mark.label, mark.seq) == ("before upgrade", moment.seq)
+
+
+def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
+    now = [1_700_000_000 * SECOND]
+    world.hv._clock = lambda: now[0]
+    life = world.protection.begin("a test")
+    now[0] += SECOND
+    world.protection.cycle(life)
+    now[0] += 3600 * SECOND
+    world.protection.cycle(life)
+    assert life.recorder.clock_stepped
+    world.protection._close(life)
+    [step] = History(world.store, world.machine.id).told.clocks
+    assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
+
+
+def test_a_disk_that_grows_begins_a_new_life(world: World) -> None:
+    life = world.protection.begin("a test")
+    world.guest_writes()
+    before = world.protection.cycle(life)
+    world.images[before.moment.seq] = world.content()
+    world.hv.machine("m1").disks["vdb"].resize(300 * KiB)
+    with pytest.raises(ContinuityLost):
+        world.protection.cycle(life)
+    life.recorder.close()
+    again = world.protection.begin("a disk was resized")
+    assert again.how == "captured"
+    world.guest_writes()
+    after = world.protection.cycle(again)
+    world.images[after.moment.seq] = world.content()
+    world.protection._close(again)
+    world.check()

@@ -10,7 +10,6 @@ Only what is durable is shown: an open log is fsynced by whoever reads it, befor
 from __future__ import annotations
 
 import bisect
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -206,13 +205,10 @@ class History:
         ):
             self.runs.pop(0)
 
-    def _points(self) -> Iterator[RecoveryPoint]:
-        """The readable points that hold facts of the journal, newest first."""
-        for path in reversed(self._store.point_paths(self._folder)):
-            with contextlib.suppress(StoreDamage):
-                point = self._store.load_point(path)
-                if point.seq is not None:
-                    yield point
+    def _points(self) -> list[RecoveryPoint]:
+        """The readable points that hold facts of the journal, the one with most of them first: clocks may step back."""
+        found = [p for p in self._store.points(self._machine) if p.seq is not None]
+        return sorted(found, key=lambda p: (p.seq or 0, p.t), reverse=True)
 
     def _opened(self) -> list[Run]:
         while True:

@@ -97,19 +97,16 @@ def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits)
     `covered` are the sequence numbers of committed points: one of them must hold exactly what goes, or what stays would
     have nothing to build upon.
     """
+    cuts = [
+        k for k in range(1, len(pieces)) if any(pieces[k - 1].last_seq <= p < pieces[k].name.first for p in covered)
+    ]
     newest = pieces[-1].last_t if pieces else Instant(0)
-    total = sum(p.size for p in pieces)
-    gone: list[Piece] = []
-    for piece in pieces[:-1]:
-        old = bool(limits.window_ns) and newest - piece.last_t > limits.window_ns
-        over = bool(limits.budget_bytes) and total > limits.budget_bytes
-        if piece.last_seq > max(covered, default=0) or not (old or over):
-            break
-        gone.append(piece)
-        total -= piece.size
-    while gone and not any(gone[-1].last_seq <= seq < pieces[len(gone)].name.first for seq in covered):
-        gone.pop()
-    return gone
+    old = [k for k in cuts if limits.window_ns and newest - max(p.last_t for p in pieces[:k]) > limits.window_ns]
+    count = max(old, default=0)
+    if limits.budget_bytes and sum(p.size for p in pieces[count:]) > limits.budget_bytes:
+        enough = [k for k in cuts if k > count and sum(p.size for p in pieces[k:]) <= limits.budget_bytes]
+        count = min(enough, default=max([count, *cuts]))
+    return list(pieces[:count])
 
 
 def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> int:

@@ -172,7 +172,7 @@ def test_a_file_of_a_journal_under_another_name_is_refused(tmp_path: Path) -> No
         segment = next(store.files.root.glob("journals/*/*.seg"))
         segment.rename(segment.with_name(segment.name.replace("00000001-", "00000002-", 1)))
         with pytest.raises(ChunkDamaged, match="does not decode"):
-            _ = History(store, MACHINE).moments
+            _ = History(store, MACHINE, whole=True).moments
 
 
 def test_a_segment_whose_footer_forgets_a_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_segment_whose_footer_forgets_a_piece_is_refused(tmp_path: Path, monke
         rec.write(VDA, Instant(SECOND), [(0, 4096)], random.Random(1).randbytes(4096))
         rec.barrier(Instant(SECOND), {})
         rec.close()
-        (run,) = History(store, MACHINE).runs
+        (run,) = History(store, MACHINE, whole=True).runs
         assert isinstance(run, Segment)
         run._stream = run._stream[1:]
         with pytest.raises(ChunkDamaged, match="belongs there"):
