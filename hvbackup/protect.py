@@ -189,6 +189,7 @@ class Protection:
         self._lock = threading.Lock()
         self._wake, self._ended = threading.Event(), threading.Event()
         self._failures = 0
+        self._clock_stepped = False  # since we run: ages mean nothing until somebody starts us again
 
     def mark(self, label: str) -> Mark:
         """Name the moment of the next cycle, which begins at once."""
@@ -226,7 +227,8 @@ class Protection:
         last = history.last
         recorder = Recorder(self._store, self._machine.id, self._machine.disks)
         try:
-            check_budget(self._store, self._machine.id, self._rhythm.limits)
+            if last and self._is_full():
+                self._make_room(last)
             life = (self._resumed(recorder, history, last, why) if last else None) or self._captured(
                 recorder, last, why
             )
@@ -408,46 +410,51 @@ class Protection:
     # -- points ----------------------------------------------------------------------------------------------------------
 
     def _maybe_fold(self, life: Life) -> None:
-        limits = self._rhythm.limits
-        if life.folding and life.folding.is_alive():
-            if not limits.budget_bytes or journal_bytes(self._store, self._machine.id) <= limits.budget_bytes:
-                return
+        if life.folding and life.folding.is_alive() and not self._is_full():
+            return
+        if life.folding:
             life.folding.join()  # the budget is a promise: the next moment waits for room
-        filling = self._is_filling(limits)
-        if filling:
-            check_budget(self._store, self._machine.id, limits)
-        if filling or life.newest.t - life.folded >= self._rhythm.fold_every_ns:
+        if self._is_full():
+            self._make_room(self._prepare_fold(life))
+        elif self._is_full(FOLD_AT) or life.newest.t - life.folded >= self._rhythm.fold_every_ns:
             moment = self._prepare_fold(life)
-            life.folding = threading.Thread(target=self._fold, args=(life, moment), name="hvbackup-fold")
+            life.folding = threading.Thread(target=self._fold, args=(moment,), name="hvbackup-fold")
             life.folding.start()
 
-    def _is_filling(self, limits: Limits) -> bool:
-        used = limits.budget_bytes and journal_bytes(self._store, self._machine.id)
-        return used > limits.budget_bytes * FOLD_AT
+    def _is_full(self, share: float = 1.0) -> bool:
+        budget = self._rhythm.limits.budget_bytes
+        return bool(budget) and journal_bytes(self._store, self._machine.id) > budget * share
+
+    def _make_room(self, moment: Moment) -> None:
+        """The journal is within its budget, or SpaceExhausted is raised: what no point covers never goes."""
+        self._report(self.fold(moment))
+        check_budget(self._store, self._machine.id, self._rhythm.limits)
 
     def _prepare_fold(self, life: Life) -> Moment:
         """The newest moment ends a segment, so that a point and the facts behind it never share one."""
         life.recorder.rotate()
+        life.recorder.finish()
+        self._clock_stepped |= life.recorder.clock_stepped
         life.folded, life.fold_tokens = life.newest.t, list(life.tokens.values())
         return life.newest
 
-    def _fold(self, life: Life, moment: Moment) -> None:
+    def _fold(self, moment: Moment) -> None:
         try:
-            self._report(self.fold(life, moment))
+            self._report(self.fold(moment))
         except HvbackupError as e:
             self._report(Trouble(e, 0))
 
-    def fold(self, life: Life, moment: Moment) -> Folded:
-        """A point of the moment exists when this returns; the hypervisor is not read."""
+    def fold(self, moment: Moment) -> Folded:
+        """A point of the moment exists when this returns, and what need not be kept is gone; the hypervisor is not read."""
         began = time.monotonic()
         with self._writing:
             outcome = fold(self._store, self._machine.id, moment, self._options)
         point = outcome.point
         assert point is not None  # every other way out of `fold` raises
         limits = self._rhythm.limits
-        if self._is_filling(limits):
+        if self._is_full(FOLD_AT):
             limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
-        removed = trim(self._store, self._machine.id, limits, by_age=not life.recorder.clock_stepped)
+        removed = trim(self._store, self._machine.id, limits, by_age=not self._clock_stepped)
         return Folded(point, time.monotonic() - began, removed)
 
 

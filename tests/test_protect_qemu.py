@@ -67,7 +67,7 @@ def test_every_moment_of_two_disks_is_a_prefix(daemon: Daemon, tmp_path: Path) -
             before = scribe.acked
             cycle = protection.cycle(life)
             known[cycle.moment.seq] = (before, scribe.acked)
-        protection.fold(life, protection._prepare_fold(life))
+        protection.fold(protection._prepare_fold(life))
         protection._close(life)
         scribe.stop()
         history = History(store, only(hypervisor).id)
