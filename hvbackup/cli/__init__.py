@@ -16,6 +16,7 @@ Modules here import nothing heavy: `--help` answers at once, and a verb pays onl
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.  Ctrl-C ends it properly even while it is still being loaded."""
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's linear algebra, which we never use, spins up threads
     try:
         from hvbackup.cli import interrupt
 
