@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.endtoend.rig import Protected, protected
+from tests.cli.rig import make_disk
+from tests.endtoend.rig import Installed, Protected, files_below, processes, protected, short_folder
 
 KILLS_OF_A_STORE = 5  # then a new one, or proving all old points again would take most of the time
 WAIT_SECONDS = 90
@@ -108,6 +109,33 @@ def recover(case: Protected, victim: str) -> list[str]:
 @pytest.mark.parametrize("victim", ["hvbackup", "qemu", "both"])
 def test_killed_at_random_moments(victim: str) -> None:
     assert torture(victim, 3, seed=20261122).points >= 4
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+def test_a_boot_killed_at_random_moments_is_discarded_whole() -> None:
+    """Whatever half of it is there, `discard --list` knows it and `discard` ends it."""
+    rng = random.Random(5)
+    with short_folder() as folder:
+        world = Installed(folder)
+        world.done("init")
+        make_disk(folder / "disk.raw", 2_000_384)
+        world.done("backup", f"image:{folder}/disk.raw", "--name", "web")
+        words = ("boot", "web", "--generic", "--name", "trial")
+        began = time.monotonic()
+        assert world.run(*words).code == 0
+        span = time.monotonic() - began
+        world.done("discard", "trial")
+        for _ in range(4):
+            process = world.start(*words)
+            time.sleep(rng.uniform(START_SECONDS, span))
+            process.kill()
+            process.communicate(timeout=WAIT_SECONDS)
+            for boot in world.done("discard", "--list", "--json").json["boots"]:
+                world.done("discard", boot["name"])
+            assert not processes(folder, set())
+            assert not [path for path in files_below(folder / "run", world.state / "boots") if path.is_file()]
+        assert world.done("check", "--deep", "--json").json["ok"]
 
 
 @pytest.mark.soak
