@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -69,6 +70,24 @@ def test_the_store_is_full(folder: Path, left: int) -> None:
         prove(world, before[0], old)
         assert world.done("check", "--deep", "--json").json["ok"]
         assert not files_below(world.store / "tmp", world.store / "leases")
+
+
+def test_the_store_can_only_be_read(folder: Path) -> None:
+    """Recovery needs nothing else, not even with the state lost; writing says what is wrong."""
+    world = Installed(folder)
+    with small_disk(folder, "s") as disk:
+        world.environment["HVBACKUP_STORE"] = str(disk.path / "store")
+        world.store = disk.path / "store"
+        world.done("init")
+        source, content = image(world, 1)
+        world.done("backup", source, "--name", "web")
+        command = ["mount", "-o", "remount,ro", str(disk.path)]
+        subprocess.run(command, check=True, timeout=30)
+        assert "Read-only" in world.refused(1, "backup", source)
+        shutil.rmtree(world.state)
+        [point] = points(world)
+        prove(world, point, content)
+        assert world.done("check", "--deep", "--json").json["ok"]
 
 
 @pytest.mark.parametrize("left", [0, 20 * KiB, 300 * KiB])
