@@ -26,8 +26,11 @@ bench: setup      ## what a backup and a restore cost here
 	@labs/setup.sh bench
 	@$(BIN)/python -m labs.bench
 
-soak: setup       ## the long tests, and the property tests with many more examples
-	HYPOTHESIS_PROFILE=soak $(PYTEST) -n 2 --dist worksteal -m "soak or hypothesis" --timeout=7200
+soak: setup       ## the long tests, the property tests with many more examples, ten minutes of fuzzing
+	@failed=0; \
+	HYPOTHESIS_PROFILE=soak $(PYTEST) -n 2 --dist worksteal -m "soak or hypothesis" --timeout=7200 || failed=1; \
+	$(BIN)/python labs/fuzz.py || failed=1; \
+	exit $$failed
 
 lint: venv        ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -54,7 +54,8 @@ def install() -> None:
     if not packages.is_dir():
         print(f"Fetching {ATHERIS} into {packages}", flush=True)
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), ATHERIS]
-        subprocess.run(command, check=True, timeout=600)
+        if subprocess.run(command, check=False, timeout=600).returncode:
+            sys.exit(f"{ATHERIS} can't be installed here; it needs Linux, a network, and a Python it has a wheel for")
 
 
 def fuzz_all(names: Sequence[str], seconds: int) -> list[Result]:
