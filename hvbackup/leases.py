@@ -109,6 +109,11 @@ class Leases:
 
 def committed_tokens(store: Store, machine: MachineId) -> list[Token]:
     """The tokens that the newest point and the newest barrier of a machine name: what no clean-up may remove."""
-    point = store.newest(machine)
     barrier = [Token(**token) for token in newest_tokens(store, machine).values()]
-    return [*(d.token for d in point.disks if d.token), *barrier] if point else barrier
+    return [*point_tokens(store, machine), *barrier]
+
+
+def point_tokens(store: Store, machine: MachineId) -> list[Token]:
+    """The tokens that the newest point of a machine names."""
+    point = store.newest(machine)
+    return [d.token for d in point.disks if d.token] if point else []

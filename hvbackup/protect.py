@@ -34,7 +34,7 @@ from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, Spac
 from hvbackup.extents import Spans
 from hvbackup.fold import fold
 from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Reader
-from hvbackup.leases import Lease, Leases, committed_tokens
+from hvbackup.leases import Lease, Leases, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
 from hvbackup.nbd.client import NbdClient
 from hvbackup.store.history import History, Moment
@@ -50,6 +50,7 @@ ZERO_TEST_BYTES = (
 FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
 TRIM_TO = 0.5  # of the budget: so much stays then, or there would be a point at every cycle from here on
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
+STRETCH_SECONDS = 30  # and no further than this, or each set of changes would be larger than the one before
 BUSY_SHARE = (
     0.2  # the part of the time a machine may spend frozen: a longer cycle stretches the interval, for the guest's sake
 )
@@ -312,7 +313,7 @@ class Protection:
                 self._wake.clear()
                 done = self.cycle(life)
                 self._failures = 0
-                pause = max(every - done.seconds, done.seconds * (1 / BUSY_SHARE - 1))
+                pause = max(every - done.seconds, min(STRETCH_SECONDS, done.seconds * (1 / BUSY_SHARE - 1)))
                 self._report(done)
                 self._maybe_fold(life)
         except BaseException:
@@ -369,7 +370,7 @@ class Protection:
 
     def _kept(self, life: Life) -> list[Token]:
         """What barrier and point name: no clean-up may remove it."""
-        return [*life.tokens.values(), *life.fold_tokens, *committed_tokens(self._store, self._machine.id)]
+        return [*life.tokens.values(), *life.fold_tokens, *point_tokens(self._store, self._machine.id)]
 
     def _append(self, life: Life, frozen: Frozen) -> int:
         """Append what changed of every disk; how many bytes were read."""
