@@ -179,3 +179,50 @@ def verify_all(folder: Path, scribe: Scribe, seen: dict[int, int], at_least: int
             if gap.end - gap.start > 2:
                 with pytest.raises(JournalGap):
                     history.at(Instant((gap.start + gap.end) // 2))
+
+
+def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) -> None:
+    init(tmp_path / "store", None)
+    with Scribe(daemon, SIZES, 400) as scribe:
+        worker = Worker(tmp_path, f"qemu:{daemon.qmp_path}")
+        worker.wait_for("begun")
+        before = scribe.acked
+        tagged = json.loads(worker.run("tag", "m1", "before upgrade", "--json").stdout)
+        after = scribe.acked
+        worker.wait_for("folded")
+        worker.wait_for("moment", 8)
+        chosen = [e["seq"] for e in worker.events if e["event"] == "moment"][-2]
+        assert worker.run("backup", f"qemu:{daemon.qmp_path}").returncode == 5
+        for at, low, high in [
+            ("tag:before upgrade", before, after + 1),
+            (f"seq:{tagged['seq']}", before, after + 1),
+            (f"seq:{chosen}", after, scribe.acked),
+            ("latest", after, scribe.acked + 2000),
+        ]:
+            folder = tmp_path / f"restored-{at.replace(' ', '-')}"
+            done = worker.run("restore", "m1", "--at", at, "--to", str(folder))
+            assert done.returncode == 0, done.stderr
+            restored = {disk: (folder / f"{disk}.raw").read_bytes() for disk in SIZES}
+            assert low <= scribe.verify(restored) <= high
+        refused = worker.run("restore", "m1", "--at", f"seq:{chosen - 1}", "--to", str(tmp_path / "no"))
+        assert refused.returncode == 2
+        assert f"seq:{chosen}" in refused.stderr
+        unknown = worker.run("restore", "m1", "--at", "tag:before upgrad", "--to", str(tmp_path / "no"))
+        assert "did you mean tag:before upgrade?" in unknown.stderr
+        status = json.loads(worker.run("status", "--json").stdout)
+        [machine] = status["machines"]
+        assert machine["protection"]["worker"] == worker.process.pid
+        assert machine["protection"]["lag_seconds"] < 30
+        assert "before upgrade" in worker.run("timeline", "m1").stdout
+        assert worker.end(signal.SIGINT) == 0
+        assert worker.run("tag", "m1", "too late").returncode == 2
+        time.sleep(1.5)
+        again = Worker(tmp_path, f"qemu:{daemon.qmp_path}")
+        again.wait_for("begun")
+        gap = next(e["gap"] for e in again.events if e["event"] == "begun")
+        middle = gap["from"][:19] + "Z"
+        assert again.end(signal.SIGTERM) == 0
+        inside = again.run("restore", "m1", "--at", middle, "--to", str(tmp_path / "no"))
+        assert inside.returncode == 2
+        assert inside.stderr.count("seq:") == 2
+    assert not daemon.leftovers()

@@ -313,7 +313,7 @@ class History:
             found = self._in_run(number, i)
             if found.seq == seq:
                 return found
-        near = [str(s) for s in self._neighbours(seq, number)]
+        near = [f"seq:{s}" for s in self._neighbours(seq, number)]
         raise NotFound(f"seq:{seq} is no moment of this journal; the nearest are {' and '.join(near) or 'none'}")
 
     def _neighbours(self, seq: int, number: int) -> Iterator[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import blake3
 import numpy as np
+from numpy.typing import NDArray
 
 from hvbackup import extents
 from hvbackup.errors import UsageError
@@ -133,12 +134,29 @@ class LayeredView:
             at += length
 
     def _ids(self, first: int) -> Ids:
+        """Ids of a leaf: the point's where no layer has anything, else those of what is there now."""
         ids = np.zeros((PAGE_IDS, ID_BYTES), np.uint8)
-        for i in range(min(PAGE_IDS, self.blocks - first)):
+        count = min(PAGE_IDS, self.blocks - first)
+        known = max(0, min(count, self._base.blocks - first)) if self._base else 0
+        if self._base and known:
+            ids[:known] = self._base.map.ids(first, known)
+        for i in np.flatnonzero(self._is_touched(first)[:count]).tolist():
             data = self._block(first + i)
-            if any(data):
-                ids[i] = np.frombuffer(blake3.blake3(data, key=self._key).digest(), np.uint8)
+            digest = blake3.blake3(data, key=self._key).digest() if any(data) else bytes(ID_BYTES)
+            ids[i] = np.frombuffer(digest, np.uint8)
         return ids
+
+    def _is_touched(self, first: int) -> NDArray[np.bool_]:
+        """Which blocks of a leaf any layer, or another end of the disk, has changed."""
+        touched = np.zeros(PAGE_IDS, np.bool_)
+        end = min(self.size, (first + PAGE_IDS) * self.block)
+        for start, length in self._touched(first * self.block, end).tolist():
+            touched[start // self.block - first : -(-(start + length) // self.block) - first] = True
+        if self._base and self._base.size != self.size:
+            edge = min(self._base.size, self.size) // self.block - first
+            if 0 <= edge < PAGE_IDS:
+                touched[edge] = True
+        return touched
 
     def _block(self, number: int) -> bytearray:
         """A block, padded with zeroes behind the end of the disk."""
@@ -149,6 +167,10 @@ class LayeredView:
 
     def contents(self, first: int, ids: Ids) -> Iterator[tuple[int, memoryview]]:
         """(offset on the disk, bytes) of every block of a leaf whose id is not zero, clipped at the end of the disk."""
-        for i in np.flatnonzero(ids.any(axis=1)).tolist():
+        touched = self._is_touched(first)
+        some = ids.any(axis=1)
+        for i in np.flatnonzero(some & touched).tolist():
             offset = (first + i) * self.block
             yield offset, memoryview(self._block(first + i))[: self.size - offset]
+        if self._base and (some & ~touched).any():
+            yield from self._base.contents(first, np.where(touched[:, None], np.uint8(0), ids))
