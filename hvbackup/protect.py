@@ -26,27 +26,22 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import numpy as np
-
 from hvbackup import extents
-from hvbackup.capture import Options, capture
+from hvbackup.capture import Options, capture, sampled
+from hvbackup.copying import copy
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, SpaceExhausted
-from hvbackup.extents import Spans
 from hvbackup.fold import fold
-from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Reader
+from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor
 from hvbackup.leases import Lease, Leases, point_tokens
-from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
-from hvbackup.nbd.client import NbdClient
+from hvbackup.model import SECOND, Consistency, Continuity, DiskId, LeaseId, Machine, MiB, RecoveryPoint, Token
 from hvbackup.store.history import History, Moment
 from hvbackup.store.recorder import Recorder
 from hvbackup.store.store import Store
 from hvbackup.store.window import Limits, check_budget, journal_bytes, trim
 
-PIECE_BYTES = 1 * MiB  # read and appended at a time: bounds memory
+SAMPLE_EVERY_NS = 60 * SECOND  # opening the view to compare with costs as much as a cycle
+SAMPLE_BLOCKS = 8  # of each disk
 SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
-ZERO_TEST_BYTES = (
-    64 * 1024
-)  # ranges at least this long are looked at for zeroes: the others cost more to look at than to keep
 FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
 TRIM_TO = 0.5  # of the budget: so much stays then, or there would be a point at every cycle from here on
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
@@ -161,6 +156,7 @@ class Life:
     newest: Moment
     gap: dict[str, object] | None = None  # to be told with the next barrier
     told_gap: Mapping[str, object] | None = None
+    sampled: int = 0  # the time of the newest moment at which a sample was compared
     folded: int = 0  # the time of the moment that was folded last
     folding: threading.Thread | None = None
     fold_tokens: Sequence[Token] = ()  # what the point that is being made will name
@@ -190,6 +186,7 @@ class Protection:
         self._lock = threading.Lock()
         self._wake, self._ended = threading.Event(), threading.Event()
         self._failures = 0
+        self._distrusted = False  # the tracker lied: the next life compares everything
         self._clock_stepped = False  # since we run: ages mean nothing until somebody starts us again
 
     def mark(self, label: str) -> Mark:
@@ -230,7 +227,8 @@ class Protection:
         try:
             if last and self._is_full():
                 self._make_room(last)
-            life = (self._resumed(recorder, history, last, why) if last else None) or self._captured(
+            resumable = last is not None and not self._distrusted
+            life = (self._resumed(recorder, history, last, why) if last and resumable else None) or self._captured(
                 recorder, last, why
             )
         except BaseException:
@@ -274,7 +272,9 @@ class Protection:
     def _captured(self, recorder: Recorder, last: Moment | None, why: str) -> Life:
         """A life that begins with a point, which compares what it must."""
         with self._writing:
-            outcome = capture(self._store, self._hypervisor, self._machine, replace(self._options, seq=recorder.last))
+            options = replace(self._options, seq=recorder.last, full=self._options.full or self._distrusted)
+            outcome = capture(self._store, self._hypervisor, self._machine, options)
+        self._distrusted = False
         point = outcome.point
         assert point is not None  # every other way out of `capture` raises
         recorder.set_disks([d.disk for d in point.disks])
@@ -340,6 +340,7 @@ class Protection:
             with life.cycles.snapshot(life.tokens) as frozen:
                 caught = time.monotonic()
                 read = self._append(life, frozen)
+                self._sample(life, frozen)
                 frozen.verify()
                 tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
                 t = frozen.t
@@ -385,8 +386,32 @@ class Protection:
                 life.recorder.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
             if len(changes.data):
                 with contextlib.closing(disk.open()) as reader:
-                    self._copy(life.recorder, disk.disk.id, frozen.t, reader, changes.data)
+                    copy(life.recorder, disk.disk.id, frozen.t, reader, changes.data)
         return total
+
+    def _sample(self, life: Life, frozen: Frozen) -> None:
+        """Trackers can lie: now and then a few blocks that did not change are read and compared with the newest moment."""
+        if not self._options.sample_blocks or frozen.t - life.sampled < SAMPLE_EVERY_NS or not life.newest.seq:
+            return
+        history = History(self._store, self._machine.id)
+        for disk in frozen.disks:
+            changes = disk.changes(life.tokens.get(disk.disk.id))
+            changed = extents.union(changes.data, changes.zero)
+            view = history.view(life.newest, disk.disk.id)
+            same = extents.align(extents.complement(changed, view.size), self._store.block, view.size)
+            same = extents.subtract(same, extents.align(changed, self._store.block, view.size))
+            with contextlib.closing(disk.open()) as reader:
+                for offset, length in sampled(same, self._store.block, SAMPLE_BLOCKS, self._options.rng).tolist():
+                    now, before = bytearray(length), bytearray(length)
+                    reader.read_into(offset, memoryview(now))
+                    view.read_into(offset, memoryview(before))
+                    if now != before:
+                        self._distrusted = True
+                        raise ContinuityLost(
+                            f"Disk {disk.disk.id}: the block at {offset} was called unchanged and had changed; "
+                            "all disks are compared whole, and moments since the newest point may lack changes"
+                        )
+        life.sampled = frozen.t
 
     def _changes(self, life: Life, disk: FrozenDisk) -> Changes:
         changes = disk.changes(life.tokens.get(disk.disk.id))
@@ -394,19 +419,6 @@ class Protection:
         if changes.continuity is not Continuity.INCREMENTAL or known.get(disk.disk.id) != disk.disk.size:
             raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new or was resized'}")
         return changes
-
-    @staticmethod
-    def _copy(recorder: Recorder, disk: DiskId, t: Instant, reader: Reader, data: Spans) -> None:
-        for runs in portions(data):
-            content = bytearray(sum(length for _, length in runs))
-            read_all(reader, runs, memoryview(content))
-            zero, kept = _split(runs, content)
-            if zero:
-                recorder.zero(disk, t, zero)
-            if kept:
-                recorder.write(
-                    disk, t, [run for run, _ in kept], b"".join(part for _, part in kept) if zero else content
-                )
 
     # -- points ----------------------------------------------------------------------------------------------------------
 
@@ -457,46 +469,3 @@ class Protection:
             limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
         removed = trim(self._store, self._machine.id, limits, by_age=not self._clock_stepped)
         return Folded(point, time.monotonic() - began, removed)
-
-
-def read_all(reader: Reader, runs: Sequence[tuple[int, int]], target: memoryview) -> None:
-    """Fill `target` with the runs, one after the other; all in flight at once where the reader can."""
-    wanted, at = [], 0
-    for offset, length in runs:
-        wanted.append((offset, target[at : at + length]))
-        at += length
-    if isinstance(reader, NbdClient):
-        reader.read_many(wanted)
-        return
-    for offset, part in wanted:
-        reader.read_into(offset, part)
-
-
-def _split(
-    runs: Sequence[tuple[int, int]], content: bytearray
-) -> tuple[list[tuple[int, int]], list[tuple[tuple[int, int], memoryview]]]:
-    """(long runs that are all zero, the others with their bytes)."""
-    zero, kept, at = [], [], 0
-    view = memoryview(content)
-    for offset, length in runs:
-        part = view[at : at + length]
-        at += length
-        if length >= ZERO_TEST_BYTES and not np.frombuffer(part, np.uint8).any():
-            zero.append((offset, length))
-        else:
-            kept.append(((offset, length), part))
-    return zero, kept
-
-
-def portions(data: Spans) -> Iterator[list[tuple[int, int]]]:
-    """Ranges cut and gathered so that each portion has at most PIECE_BYTES."""
-    portion: list[tuple[int, int]] = []
-    room = PIECE_BYTES
-    for offset, length in extents.pieces(data, PIECE_BYTES):
-        if length > room:
-            yield portion
-            portion, room = [], PIECE_BYTES
-        portion.append((offset, length))
-        room -= length
-    if portion:
-        yield portion

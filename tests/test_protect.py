@@ -12,7 +12,7 @@ import pytest
 
 from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap
-from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
+from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.model import SECOND, DiskId, Instant, KiB
 from hvbackup.protect import ContinuityLost, Cycle, Event, Folded, Protection, Rhythm, Trouble
 from hvbackup.store import keys
@@ -218,6 +218,23 @@ def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
     world.protection._close(life)
     [step] = History(world.store, world.machine.id).told.clocks
     assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
+
+
+def test_a_tracker_that_lies_is_caught_by_a_sample_and_everything_is_compared(world: World) -> None:
+    life = world.protection.begin("a test")
+    world.protection.cycle(life)
+    life.sampled = 0
+    for disk in world.hv.machine("m1").disks.values():
+        disk.tracking = Tracking.LIES
+        disk.write(0, random.Random(1).randbytes(disk.size))
+    with pytest.raises(ContinuityLost, match="called unchanged"):
+        world.protection.cycle(life)
+    life.recorder.close()
+    again = world.protection.begin("the tracker lied")
+    assert again.how == "captured"
+    world.images[again.newest.seq] = world.content()
+    world.check()
+    world.protection._close(again)
 
 
 def test_a_disk_that_grows_begins_a_new_life(world: World) -> None:
