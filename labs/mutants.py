@@ -65,6 +65,13 @@ MUTANTS = (
         ("tests/test_files.py::test_a_power_cut_after_a_call_returned_takes_nothing",),
     ),
     Mutant(
+        "file closed while another thread reads from it",
+        "hvbackup/files.py",
+        "            return os.pread(handle.fd, length, offset)\n",
+        "            fd = handle.fd\n            del handle\n            return os.pread(fd, length, offset)\n",
+        ("tests/test_files.py::test_a_handle_lives_as_long_as_a_thread_reads_with_it",),
+    ),
+    Mutant(
         "unfinished files never swept",
         "hvbackup/files.py",
         "            self.kernel.unlink(str(self.path(TMP) / name))\n        return len(left)",

@@ -184,7 +184,7 @@ def test_a_handle_lives_as_long_as_a_thread_reads_with_it(tmp_path: Path) -> Non
 
     def read() -> None:
         try:
-            for _ in range(300):
+            for _ in range(3000):
                 assert files.read_at("a", 0, 100_000) == b"x" * 100_000
         except BaseException as e:  # noqa: BLE001
             failures.append(e)
@@ -192,7 +192,7 @@ def test_a_handle_lives_as_long_as_a_thread_reads_with_it(tmp_path: Path) -> Non
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(300):
+    while any(thread.is_alive() for thread in threads):
         files.forget("a")
         files.close()
     for thread in threads:
