@@ -115,7 +115,7 @@ class Protected:
     world: Installed
     machine: Machine
     proved: dict[str, dict[str, str]] = field(default_factory=dict)  # point -> disk -> digest of its reference
-    span: float = 1.0  # seconds a backup takes from its start to its end
+    span: float = 1.0  # seconds the last backup took from its start to its end
     lowest: int = 0  # writes acknowledged before the newest capture that could have made a point began
 
     def start(self) -> subprocess.Popen[str]:
@@ -125,8 +125,9 @@ class Protected:
 
     def backup(self) -> tuple[Ran, list[str]]:
         """A whole backup; how each disk was read.  Its point is proved."""
-        self.lowest = self.machine.history.acked
+        self.lowest, began = self.machine.history.acked, time.monotonic()
         ran = self.world.run("backup", self.machine.source, "--name", "torture", "--json")
+        self.span = time.monotonic() - began
         assert ran.code == 0, ran
         [run] = ran.json["runs"]
         self.prove_points()

@@ -38,7 +38,7 @@ def stop_at_random_moments(stops: int, seed: int) -> Counter[str]:
 
 def stop_once(case: Protected, number: signal.Signals, rng: random.Random) -> str:
     process = case.start()
-    time.sleep(rng.uniform(0, case.span * 1.2))
+    time.sleep(rng.uniform(0, case.span))
     process.send_signal(number)
     out, err = process.communicate(timeout=WAIT_SECONDS)
     new = case.prove_points()
