@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import time
 
@@ -35,6 +36,8 @@ class Gone(Exception):
 def main(argv: Sequence[str]) -> int:
     """Look until told to stop or until something has to be done; then do it."""
     socket_path, prefix, folder, reserve_bytes = argv
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # who ends a whole service wants us to let go of the guest first
     while True:
         readable = select.select([0], [], [], LOOK_SECONDS)[0]
         if readable and os.read(0, 1):
