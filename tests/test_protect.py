@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import HostUnreachable, JournalGap
+from hvbackup.errors import HostUnreachable, JournalGap, NotFound
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.model import SECOND, DiskId, Instant, KiB
 from hvbackup.protect import ContinuityLost, Cycle, Event, Folded, Protection, Rhythm, Trouble
@@ -235,6 +235,24 @@ def test_a_tracker_that_lies_is_caught_by_a_sample_and_everything_is_compared(wo
     world.images[again.newest.seq] = world.content()
     world.check()
     world.protection._close(again)
+
+
+def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_one(world: World) -> None:
+    life = world.protection.begin("a test")
+    world.guest_writes()
+    first = world.protection.cycle(life)
+    world.images[first.moment.seq] = world.content()
+    world.protection._close(life)
+    world.hv.machine("m1").disks["vda"].lose_tracking()
+    world.guest_writes()
+    again = world.protection.begin("the bitmap was lost")
+    world.guest_writes()
+    second = world.protection.cycle(again)
+    world.protection._close(again)
+    world.store.files.remove(world.store.path_of(again.point))
+    world.check()
+    with pytest.raises(NotFound, match="No recovery point is left"):
+        History(world.store, world.machine.id).view(second.moment, DiskId("vda"))
 
 
 def test_a_disk_that_grows_begins_a_new_life(world: World) -> None:

@@ -11,7 +11,8 @@ from hvbackup.errors import ChunkDamaged, JournalGap, NotFound, StoreDamage
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, Token
 from hvbackup.store import format as f
-from hvbackup.store import journal, keys, recorder
+from hvbackup.store import history as history_
+from hvbackup.store import journal, keys, recorder, tables
 from hvbackup.store.history import History
 from hvbackup.store.recorder import Recorder
 from hvbackup.store.segment import Segment
@@ -188,3 +189,39 @@ def test_a_segment_whose_footer_forgets_a_piece_is_refused(tmp_path: Path, monke
         run._stream = run._stream[1:]
         with pytest.raises(ChunkDamaged, match="belongs there"):
             run.read(0, 10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_merged_tables_say_the_same_as_their_segments(store: Store, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small merges of merges, a stretch of the disk at a time; from the caches of the first look as from scratch."""
+    monkeypatch.setattr(history_, "FANOUT", 2)
+    monkeypatch.setattr(history_, "LEVELS", (4, 2))
+    monkeypatch.setattr(tables, "MERGED_AT_ONCE", 3)
+    monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 1)
+    commit_empty_point(store, SIZE)
+    images = life(seed, store, 13)
+    for _ in range(2):
+        history = History(store, MACHINE)
+        for seq, image in images.items():
+            assert whole(history, seq) == image
+    kept = store.state.names(f"journal/{store.ring.machine_name(MACHINE)}")
+    assert sum("+4." in n for n in kept) >= 3
+    assert sum("+2." in n for n in kept) >= 6
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_damaged_tables_are_made_again(store: Store, harm: str) -> None:
+    commit_empty_point(store, SIZE)
+    images = life(1, store, 8)
+    History(store, MACHINE).warm()
+    folder = store.state.path(f"journal/{store.ring.machine_name(MACHINE)}")
+    for path in folder.iterdir():
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        if harm == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(data if harm == "flip" else data[:-9])
+    history = History(store, MACHINE)
+    for seq, image in images.items():
+        assert whole(history, seq) == image
