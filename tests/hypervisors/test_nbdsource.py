@@ -34,17 +34,20 @@ def serve() -> Generator[Serve]:
         def start(program: str, *arguments: str | Path, export: str = "") -> NbdUri:
             socket = folder / "s"
             given = ["-f", "--unix", socket] if program == "nbdkit" else ["-k", socket]
-            stack.enter_context(server([program, *map(str, given), *map(str, arguments)]))
-            wait_for(socket.exists)
+            stack.enter_context(server(folder, [program, *map(str, given), *map(str, arguments)]))
             return NbdUri(export, socket=str(socket))
 
         yield start
 
 
 @contextmanager
-def server(command: list[str]) -> Generator[None]:
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+def server(folder: Path, command: list[str]) -> Generator[None]:
+    """It listens: its socket is there before it does, its process id only after that."""
+    listens = folder / "pid"
+    option = "--pid-file" if command[0] == "qemu-nbd" else "--pidfile"
+    process = subprocess.Popen([command[0], option, str(listens), *command[1:]], stderr=subprocess.DEVNULL)
     try:
+        wait_for(listens.exists)
         yield
     finally:
         process.kill()
@@ -165,8 +168,7 @@ def test_a_server_that_went_away_gives_no_point(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="hvb", dir="/tmp") as folder:
         socket = Path(folder) / "s"
         with ExitStack() as stack:
-            stack.enter_context(server(["nbdkit", "-f", "--unix", str(socket), "memory", "1M"]))
-            wait_for(socket.exists)
+            stack.enter_context(server(socket.parent, ["nbdkit", "-f", "--unix", str(socket), "memory", "1M"]))
             with frozen(source(NbdUri(socket=str(socket)))) as found:
                 stack.close()
                 with pytest.raises(ReadFailed, match="went away before the point was made"):
