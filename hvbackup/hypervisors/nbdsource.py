@@ -63,7 +63,10 @@ class NbdSource:
         self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
     ) -> Generator[NbdFrozen]:
         if consistency not in (None, Consistency.CRASH):
-            raise UsageError(f"Machine {machine.name} is only an NBD export, which can't be {consistency}-consistent")
+            raise UsageError(
+                f"Machine {machine.name} is only an NBD export, which can't be made {consistency}-consistent; "
+                "ask for crash consistency"
+            )
         if machine.id != str(self._spec.uri):
             raise NotFound(f"Machine {machine.name} ({machine.id}) is not the one at {self._spec.uri}")
         with self._connect() as client:

@@ -38,6 +38,8 @@ class UndyingSource(ImageSource):
 class ImageRig:
     """A machine that is started for each of its writes; while a snapshot is open it can't start, and writes nothing."""
 
+    FORMAT = "qcow2"
+
     def __init__(self, folder: Path, runtime_folder: Path) -> None:
         self.disks: Sequence[str] = list(SIZES)
         self.paths = {name: make(folder / f"{name}.qcow2", size) for name, size in SIZES.items()}
@@ -52,7 +54,7 @@ class ImageRig:
         """The machine runs, and is shut down cleanly."""
         socket = self.run.parent / "guest.sock"
         socket.unlink(missing_ok=True)
-        command = ["qemu-nbd", *options, "-f", "qcow2", "-k", str(socket), str(self.paths[disk])]
+        command = ["qemu-nbd", *options, "-f", self.FORMAT, "-k", str(socket), str(self.paths[disk])]
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
         try:
             with self._connection(process, socket) as client:
@@ -91,7 +93,7 @@ class ImageRig:
         return bytes(buffer)
 
     def resize(self, disk: str, size: int) -> None:
-        run("qemu-img", "resize", "-q", self.paths[disk], str(size))
+        run("qemu-img", "resize", "-q", "-f", self.FORMAT, self.paths[disk], str(size))
 
     def new_life(self) -> None:
         for disk in self.disks:
