@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvbackup.errors import HvbackupError
+from hvbackup.errors import HvbackupError, StoreDamage
 from hvbackup.files import Files
 from hvbackup.model import Instant
 from hvbackup.store import format as f
@@ -32,10 +32,13 @@ from hvbackup.store.overlay import COLUMNS, NOTHING, PIECE, Pieces, Table, laid
 
 FOLDER = "journal"
 SUFFIX = ".tab"
-_MAGIC = b"hvT2"
+_MAGIC = b"hvT3"
 _HEAD = struct.Struct("<4sII")  # magic, length of the JSON, its crc32
 _PAGE = 4096
 _END = 2**62  # behind every disk
+CHECKED_BYTES = (
+    16 * 1024 * 1024
+)  # a larger table is believed: reading all of it would cost more than the view it is for
 MERGED_AT_ONCE = 300_000  # pieces
 _EMPTY = Table(*(np.zeros(0, PIECE[name]) for name in COLUMNS))
 
@@ -83,6 +86,8 @@ class Arrays:
     columns: Mapping[str, tuple[int, int, str]] = field(default_factory=dict)  # name -> (offset, items, dtype)
     memory: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     path: Path | None = None
+    crc: int = 0  # of everything behind the header
+    head: int = 0  # length of the header
     _map: mmap.mmap | None = None
 
     def column(self, name: str) -> NDArray[Any]:
@@ -94,13 +99,22 @@ class Arrays:
             return np.zeros(0, kind)
         if self._map is None:
             assert self.path is not None  # columns are of a file
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            self._map = _mapped(self.path, self.head, self.crc)
         return np.frombuffer(self._map, kind, items, offset)
 
     def table(self, name: str) -> Table:
         """The pieces stored under a name."""
         return Table(*(self.column(f"{name}.{column}") for column in COLUMNS))
+
+
+def _mapped(path: Path, head: int, crc: int) -> mmap.mmap:
+    """A file of columns.  Raises StoreDamage, and removes it, when it is not what was written: it is made again next time."""
+    with path.open("rb") as file:
+        found = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    if len(found) <= CHECKED_BYTES and zlib.crc32(memoryview(found)[head:]) != crc:
+        path.unlink(missing_ok=True)
+        raise StoreDamage(f"The cache {path} was damaged and is removed; nothing of the store is lost, run this again")
+    return found
 
 
 def summary_of(first: int, facts: Facts, metas: Metas) -> Summary:
@@ -199,7 +213,8 @@ class Cache:
             value = json.loads(text)
             if value["of"] != of_bytes or value["size"] != size:
                 return None
-            return value, Arrays({k: (int(v[0]), int(v[1]), str(v[2])) for k, v in value["columns"].items()}, {}, path)
+            columns = {k: (int(v[0]), int(v[1]), str(v[2])) for k, v in value["columns"].items()}
+            return value, Arrays(columns, {}, path, int(value["crc"]), int(value["head"]))
         except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError):
             return None
 
@@ -214,7 +229,8 @@ class Cache:
                 places[key] = (at, len(array), array.dtype.str)
                 body.append(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0"))
                 at += len(body[-1])
-            text = json.dumps({**value, "of": of_bytes, "size": head + total, "columns": places}).encode()
+            sums = {"crc": zlib.crc32(b"".join(body)), "head": head}
+            text = json.dumps({**value, **sums, "of": of_bytes, "size": head + total, "columns": places}).encode()
             if _HEAD.size + len(text) <= head:
                 break
             head = -(-(_HEAD.size + len(text) + 64) // _PAGE) * _PAGE
