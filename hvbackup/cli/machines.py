@@ -14,7 +14,7 @@ from hvbackup.cli.progress import Progress
 
 if TYPE_CHECKING:
     from hvbackup.service.backup import Planned, Run
-    from hvbackup.service.look import History
+    from hvbackup.service.inventory import History
 
 SOURCES = """\
 sources:

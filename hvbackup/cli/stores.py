@@ -18,7 +18,8 @@ from hvbackup.model import Instant
 
 if TYPE_CHECKING:
     from hvbackup.service.benchmark import Speeds
-    from hvbackup.service.look import History, Leftover, Overview
+    from hvbackup.service.inventory import History
+    from hvbackup.service.look import Leftover, Overview
     from hvbackup.service.stores import Made
 
 BLOCKS = {"64K": 64 * 1024, "256K": 256 * 1024}

@@ -15,7 +15,7 @@ from hvbackup import moments
 from hvbackup.errors import JournalGap, NotFound
 from hvbackup.model import DiskRoot, Instant, PointId, RecoveryPoint
 from hvbackup.moments import local
-from hvbackup.service.look import inventory
+from hvbackup.service.inventory import inventory
 from hvbackup.store import window
 from hvbackup.store.history import Gap, History, Moment
 from hvbackup.store.layered import LayeredView

@@ -26,6 +26,7 @@ from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import Machine, MachineId
 from hvbackup.protect import Event, Protection, Rhythm
 from hvbackup.service import backup
+from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session
 from hvbackup.store.store import Store
 
@@ -241,8 +242,6 @@ class Tagged:
 
 def tag(session: Session, machine: str, label: str) -> Tagged:
     """A moment with this name is durable when this returns.  Raises NotFound, UsageError, HostUnreachable."""
-    from hvbackup.service.look import inventory
-
     if not label.strip():
         raise UsageError("A tag needs a name")
     with session.open() as store:

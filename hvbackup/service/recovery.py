@@ -27,7 +27,7 @@ from hvbackup.recover.processes import start_detached
 from hvbackup.recover.qcow2 import to_qcow2
 from hvbackup.recover.restore import Restored
 from hvbackup.service import lonefile
-from hvbackup.service.look import roots
+from hvbackup.service.inventory import roots
 from hvbackup.service.moment import choose
 from hvbackup.service.session import Session
 

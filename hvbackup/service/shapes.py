@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hvbackup.errors import HvbackupError
 from hvbackup.model import Disk, DiskRoot, Instant, Machine, Outcome, RecoveryPoint
 from hvbackup.moments import rfc3339
-from hvbackup.service.look import History, Leftover, Overview, StoreFigures, age_seconds
+from hvbackup.service.inventory import History
+from hvbackup.service.look import Leftover, Overview, StoreFigures, age_seconds
 
 if TYPE_CHECKING:  # each verb pays for its own modules only
     from hvbackup.recover.boot import Boot

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hvbackup.model import SECOND, Instant, Machine, RecoveryPoint
 from hvbackup.moments import local
-from hvbackup.service.look import inventory
+from hvbackup.service.inventory import inventory
 from hvbackup.service.protection import worker_pid
 from hvbackup.service.session import Session
 from hvbackup.store.history import ClockStep, Gap, History, Mark, Moment

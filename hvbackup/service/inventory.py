@@ -1,0 +1,69 @@
+"""Which machines a store has, with their points: what every verb that looks one up by name begins with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hvbackup import moments
+from hvbackup.errors import NotFound, StoreDamage, UsageError
+from hvbackup.model import DiskRoot, Machine, RecoveryPoint
+from hvbackup.service.chosen import no_disk
+from hvbackup.store.store import Store
+
+
+@dataclass(slots=True)
+class History:
+    """All points of one machine, oldest first."""
+
+    machine: Machine  # as its newest point has it
+    points: Sequence[RecoveryPoint]
+    damaged: Sequence[str] = ()  # points that can't be read
+
+
+@dataclass(slots=True)
+class Inventory:
+    """Every machine of a store, by name."""
+
+    machines: list[History] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # every point that can't be read
+
+    def machine(self, name: str) -> History:
+        """The machine people call `name`: its id or its newest name.  Raises NotFound, UsageError when two have it."""
+        fits = [h for h in self.machines if name in (h.machine.id, h.machine.name)]
+        if len(fits) > 1:
+            ids = ", ".join(sorted(h.machine.id for h in fits))
+            raise UsageError(f"{len(fits)} machines are called {name}; say which by its id: {ids}")
+        if not fits:
+            known = [h.machine.name for h in self.machines]
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ";"
+            raise NotFound(f"No machine {name} in this store{hint} It has: {', '.join(known) or 'none yet'}")
+        return fits[0]
+
+
+def inventory(store: Store) -> Inventory:
+    """Every machine of the store with its points."""
+    found = Inventory()
+    for folder in store.machine_folders():
+        good, damaged = [], []
+        for path in store.point_paths(folder):
+            try:
+                good.append(store.load_point(path))
+            except StoreDamage as e:
+                damaged.append(f"{e}; `hvbackup check` says more")
+        found.notes += damaged
+        if good:
+            found.machines.append(History(good[-1].machine, good, damaged))
+    found.machines.sort(key=lambda h: (h.machine.name, h.machine.id))
+    return found
+
+
+def roots(point: RecoveryPoint, names: Sequence[str]) -> list[DiskRoot]:
+    """The named disks of a point, all when none is named.  Raises NotFound."""
+    known = {d.disk.id: d for d in point.disks}
+    for name in names:
+        if name not in known:
+            raise NotFound(no_disk(f"{point.machine.name} at {moments.local(point.t)}", name, list(known)))
+    return [d for d in point.disks if not names or d.disk.id in names]
