@@ -131,7 +131,8 @@ def writes(sizes: Sequence[int]) -> st.SearchStrategy[list[tuple[int, int, int, 
     def on_disk(index: int) -> st.SearchStrategy[tuple[int, int, int, int]]:
         size = sizes[index]
         offset = st.one_of(st.integers(0, size - 1), st.integers(0, (size - 1) // BLOCK).map(lambda b: b * BLOCK))
-        return st.tuples(st.just(index), offset, st.integers(1, 3 * BLOCK), st.integers(0, 255))
+        byte = st.one_of(st.just(0), st.integers(1, 255))  # zeroes often: they have a way of their own
+        return st.tuples(st.just(index), offset, st.integers(1, 3 * BLOCK), byte)
 
     return st.lists(st.integers(0, len(sizes) - 1).flatmap(on_disk), max_size=12)
 
