@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import JournalGap
+from hvbackup.errors import HostUnreachable, JournalGap
 from hvbackup.model import SECOND, DiskId, Instant, MiB
 from hvbackup.protect import Protection, Rhythm
 from hvbackup.store.history import History, Moment
@@ -226,3 +226,35 @@ def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) 
         assert inside.returncode == 2
         assert inside.stderr.count("seq:") == 2
     assert not daemon.leftovers()
+
+
+def test_a_snapshot_of_the_administrator_begins_a_new_life(daemon: Daemon, tmp_path: Path) -> None:
+    """From then on the guest writes to another node, and the bitmap of the old one would say that nothing changes."""
+    init(tmp_path / "store", None)
+    with (
+        Store.open(tmp_path / "store", tmp_path / "state", [], owner=True) as store,
+        Scribe(daemon, SIZES, 400) as scribe,
+    ):
+        hypervisor = daemon.hypervisor()
+        protection = Protection(store, hypervisor, only(hypervisor), Options(), Rhythm(SECOND))
+        life = protection.begin("a test")
+        overlay = make_image(tmp_path / "over.qcow2", SIZES["vda"])
+        with daemon.qmp() as qmp:
+            file = {"driver": "file", "filename": str(overlay)}
+            qmp.command("blockdev-add", driver="qcow2", node_name="over", file=file, backing=None)
+            qmp.command("blockdev-snapshot", node="vda", overlay="over")
+        with pytest.raises(HostUnreachable, match="not where they were"):
+            protection.cycle(life)
+        life.recorder.close()
+        life.cycles.close()
+        again = protection.begin("a snapshot was made")
+        time.sleep(0.3)
+        before = scribe.acked
+        moment = protection.cycle(again).moment
+        protection._close(again)
+        scribe.stop()
+        history, held = History(store, only(hypervisor).id), {}
+        for name, disk in (("vda", again.point.disks[0].disk.id), ("vdb", "vdb")):
+            held[name] = bytearray(SIZES[name])
+            history.view(moment, DiskId(disk)).read_into(0, memoryview(held[name]))
+        assert before <= scribe.verify(held)

@@ -25,7 +25,7 @@ from hvbackup import extents
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
 from hvbackup.hypervisors import Can, Changes, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
-from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting
+from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting, seats_of
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_graph import (
     Bitmap,
@@ -128,6 +128,8 @@ class QemuHypervisor:
         names, s = self._names.of(lease), self._settings
         folder = self._scratch_dir / names.folder(machine.id)
         with self._connect() as qmp:
+            ask = "query-block-exports" if _optional(qmp, "query-uuid") is None else "query-block"
+            seats = seats_of(qmp.command(ask), self._names.prefix)
             seen = self._look(qmp)
             if seen.machine.id != machine.id:
                 raise NotFound(
@@ -144,7 +146,7 @@ class QemuHypervisor:
 
         setting = Setting(
             self.path, seen.machine, seen.config, names, folder, s.reply_seconds, s.settle_seconds,
-            s.scratch_reserve_bytes, self._clock, _doubt, sweep, lambda keep: self.release(machine, lease, keep),
+            s.scratch_reserve_bytes, self._clock, ask, seats, _doubt, sweep, lambda keep: self.release(machine, lease, keep),
         )  # fmt: skip
         return QemuCycles(setting, qmp.peer, seen.drives, server)
 

@@ -63,6 +63,8 @@ class Setting:
     settle_seconds: float
     reserve_bytes: int
     clock: Callable[[], int]
+    ask: str  # the command that tells where the disks are used: devices, or the exports of a storage daemon
+    seats: Mapping[str, str]  # device or export -> the node it uses, looked up before the disks were
     doubt: Callable[[Drive, Token | None], str]
     sweep: Callable[[], None]
     release: Callable[[Collection[Token]], None]
@@ -199,10 +201,22 @@ class QemuCycles:
         return CycleFrozen(s.machine, t, s.config, disks, self._prove)
 
     def _present(self, wire: Wire) -> Sequence[Drive]:
-        """The disks as they are now; looked for again when the block graph has changed."""
-        nodes = {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
-        if any(d.node not in nodes or nodes[d.node]["image"]["virtual-size"] != d.disk.size for d in self._drives):
-            raise HostUnreachable(f"The disks of machine {self._set.machine.name} are not where they were")
+        """The disks as they are now.  Raises HostUnreachable when a snapshot, a job or a resize has moved one.
+
+        The bitmap of a node that nobody writes to any more would say that nothing changed.
+        """
+        answers = wire.all([("query-named-block-nodes", {"flat": True}), (self._set.ask, {})])
+        nodes = {n["node-name"]: n for n in answers[0]}
+        now = seats_of(answers[1], self._set.names.store.prefix)
+        moved = [seat for seat, node in self._set.seats.items() if now.get(seat, node) != node]
+        moved += [d.node for d in self._drives if d.node not in nodes]
+        moved += [
+            d.node for d in self._drives if d.node in nodes and nodes[d.node]["image"]["virtual-size"] != d.disk.size
+        ]
+        if moved:
+            raise HostUnreachable(
+                f"Disks of machine {self._set.machine.name} are not where they were: {', '.join(moved)}"
+            )
         found = []
         for drive in self._drives:
             bitmaps = {b["name"]: Bitmap.parse(b) for b in nodes[drive.node].get("dirty-bitmaps", ()) if b.get("name")}
@@ -315,6 +329,14 @@ class QemuCycles:
         if self._wire:
             self._wire.close()
             self._wire = None
+
+
+def seats_of(answer: Sequence[Mapping[str, Any]], ours: str) -> dict[str, str]:
+    """Device or export -> node, without what begins with `ours`."""
+    if answer and "inserted" not in answer[0] and "node-name" in answer[0]:
+        return {str(e["id"]): str(e["node-name"]) for e in answer if not str(e["id"]).startswith(ours)}
+    used = [b for b in answer if b.get("inserted")]
+    return {str(b.get("qdev") or b.get("device")): str(b["inserted"].get("node-name", "")) for b in used}
 
 
 def _is_over(wire: Wire, names: LeaseNames) -> bool:
