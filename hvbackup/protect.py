@@ -27,9 +27,9 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from hvbackup import extents
-from hvbackup.capture import Options, capture, sampled
+from hvbackup.capture import Options, Progress, capture, sampled
 from hvbackup.copying import copy
-from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, SpaceExhausted
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, Interrupted, NotFound, SpaceExhausted
 from hvbackup.fold import fold
 from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor
 from hvbackup.leases import Lease, Leases, point_tokens
@@ -43,6 +43,7 @@ SAMPLE_EVERY_NS = 60 * SECOND  # opening the view to compare with costs as much 
 SAMPLE_BLOCKS = 8  # of each disk
 SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
 FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
+FOLD_AGAIN_NS = 60 * SECOND  # after one that failed
 TRIM_TO = 0.5  # of the budget: so much stays then, or there would be a point at every cycle from here on
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
 STRETCH_SECONDS = 30  # and no further than this, or each set of changes would be larger than the one before
@@ -179,7 +180,7 @@ class Protection:
         writing: AbstractContextManager[object] | None = None,
     ) -> None:
         self._store, self._hypervisor, self._machine = store, hypervisor, machine
-        self._options, self._rhythm, self._report = options, rhythm, report
+        self._options, self._rhythm, self._report = replace(options, progress=self._go_on), rhythm, report
         self._writing = writing or threading.RLock()
         self._leases = Leases(store, options.clock)
         self._marks: list[Mark] = []
@@ -202,6 +203,11 @@ class Protection:
         self._ended.set()
         self._wake.set()
 
+    def _go_on(self, _: Progress) -> None:
+        """Called while a point is made: long work ends early when it is not wanted any more."""
+        if self._ended.is_set():
+            raise Interrupted("Protection was told to end while a point was being made; the next start makes it")
+
     def run(self) -> None:
         """Protect until told to end.  Raises UsageError, StoreDamage; whatever may pass by itself is waited for."""
         why = "protection was not running"
@@ -209,6 +215,8 @@ class Protection:
             try:
                 life = self.begin(why)
                 self._live(life)
+            except Interrupted:
+                return
             except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted) as e:
                 pause = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
                 why, self._failures = str(e), self._failures + 1
@@ -431,7 +439,7 @@ class Protection:
             self._make_room(self._prepare_fold(life))
         elif self._is_full(FOLD_AT) or life.newest.t - life.folded >= self._rhythm.fold_every_ns:
             moment = self._prepare_fold(life)
-            life.folding = threading.Thread(target=self._fold, args=(moment,), name="hvbackup-fold")
+            life.folding = threading.Thread(target=self._fold, args=(life, moment), name="hvbackup-fold")
             life.folding.start()
 
     def _is_full(self, share: float = 1.0) -> bool:
@@ -451,11 +459,14 @@ class Protection:
         life.folded, life.fold_tokens = life.newest.t, list(life.tokens.values())
         return life.newest
 
-    def _fold(self, moment: Moment) -> None:
+    def _fold(self, life: Life, moment: Moment) -> None:
         try:
             self._report(self.fold(moment))
+        except Interrupted:
+            return
         except HvbackupError as e:
-            self._report(Trouble(e, 0))
+            life.folded = moment.t - self._rhythm.fold_every_ns + FOLD_AGAIN_NS
+            self._report(Trouble(e, FOLD_AGAIN_NS / SECOND))
 
     def fold(self, moment: Moment) -> Folded:
         """A point of the moment exists when this returns, and what need not be kept is gone; the hypervisor is not read."""

@@ -191,6 +191,14 @@ def test_a_life_goes_on_from_its_newest_barrier_and_reads_only_what_changed(worl
     world.protection._close(again)
 
 
+def test_a_first_point_that_takes_long_is_given_up_when_protection_ends(world: World) -> None:
+    world.guest_writes()
+    world.hv.at("read", 1, world.protection.end)
+    world.protection.run()
+    assert list(world.store.points(world.machine.id)) == []
+    assert not world.hv.open_snapshots
+
+
 def test_a_mark_names_the_next_moment_at_once(world: World) -> None:
     slow = Protection(world.store, world.hv, world.machine, Options(), Rhythm(3600 * SECOND, 3600 * SECOND))
     thread = threading.Thread(target=slow.run)
