@@ -64,4 +64,3 @@ def timeline(t: Timeline) -> Json:
         "gaps": [{"from": rfc3339(g.start), "to": rfc3339(g.end), "why": g.why} for g in t.gaps],
         "clock_steps": [{"seq": c.seq, "time": rfc3339(c.t), "step_seconds": c.step_ns / 1e9} for c in t.clocks],
     }
-
