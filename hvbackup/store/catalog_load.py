@@ -138,7 +138,22 @@ def _point_row(path: str, p: RecoveryPoint) -> Row:
 def _damaged_row(path: str) -> Row:
     """All that the name of a point tells."""
     t, _, point = path.rsplit("/", 1)[1].partition("-")
-    return path, point, int(t) if t.isdecimal() else None, None, None, None, None, None, "damaged", None, 0, None, None, None
+    return (
+        path,
+        point,
+        int(t) if t.isdecimal() else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        "damaged",
+        None,
+        0,
+        None,
+        None,
+        None,
+    )
 
 
 def _disk_rows(path: str, point: RecoveryPoint) -> Iterator[Row]:

@@ -100,7 +100,7 @@ def test_a_list_belongs_to_the_only_disk() -> None:
         ("image:?format=raw", "empty path"),
         ("image:/a.raw?fromat=raw", "unknown option fromat (did you mean format?); there are format, changed, track"),
         ("image:/a.raw?track=maybe", "track is yes or no"),
-        ("qemu:/qmp.sock?name=x", "unknown option name; this kind of source has none"),
+        ("qemu:/qmp.sock?name=x", "unknown option name; there are agent"),
         ("nbd://host/vm?bitmpa=x", "did you mean bitmap?"),
         ("nbd+unix:///vm", "No socket named"),
         ("nbd://host:port/vm", "Not an NBD URI"),
