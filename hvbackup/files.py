@@ -290,9 +290,8 @@ class Files:
     def read_at(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises FileNotFoundError, HvbackupError."""
         try:
-            handle = self._handle(
-                name
-            )  # held by this name: without it another thread's `forget` closes the file under us
+            # Held by a name of its own: without it another thread's `forget` closes the file under us.
+            handle = self._handle(name)
             return os.pread(handle.fd, length, offset)
         except FileNotFoundError:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.hypervisors.daemon import SETTINGS, STORE, make_image, node, only
 
 pytestmark = pytest.mark.real
 
-UUID = "3b5f3c1e-6d0a-4c57-9a43-0f4d8c1f7a11"
+UUID = str(uuid.uuid4())  # of this process: machines of two test processes must not share a folder
 
 
 class System:
