@@ -611,23 +611,23 @@ def test_a_catalog_that_cannot_be_written_at_all_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("script", "error", "said"),
+    ("script", "seconds", "error", "said"),
     [
-        ("import os; os.abort()", UsageError, "more memory or time"),
-        ("import no_such_module", HvbackupError, "No module named 'no_such_module'"),
-        ("raise SystemExit(3)", HvbackupError, "failed: 3"),
-        ("import time; time.sleep(60)", UsageError, "took longer than 0.2 s"),
+        ("import os; os.abort()", 20.0, UsageError, "more memory or time"),
+        ("import no_such_module", 20.0, HvbackupError, "No module named 'no_such_module'"),
+        ("raise SystemExit(3)", 20.0, HvbackupError, "failed: 3"),
+        ("import time; time.sleep(60)", 0.2, UsageError, "took longer than 0.2 s"),
     ],
 )
 def test_a_process_that_ends_otherwise_is_an_error_too(
-    still: Catalog, monkeypatch: pytest.MonkeyPatch, script: str, error: type[HvbackupError], said: str
+    still: Catalog, monkeypatch: pytest.MonkeyPatch, script: str, seconds: float, error: type[HvbackupError], said: str
 ) -> None:
     real = subprocess.run
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.2)
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(module.subprocess, "run", lambda c, **more: real([*c[:-1], script], **more))
     with pytest.raises(error, match=said):
-        still.query("SELECT 1", timeout_seconds=0.2)
+        still.query("SELECT 1", timeout_seconds=seconds)
 
 
 def test_modules_that_lie_about_are_not_run(still: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
