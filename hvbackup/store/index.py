@@ -242,6 +242,20 @@ class Index:
             self._write_down()
             return True
 
+    def catch_up(self) -> bool:
+        """Packs that were sealed since this index was opened are in it when this returns; False when there were none.
+
+        A reader may be handed a point that is younger than its index: another process has committed it meanwhile.
+        """
+        with self._lock:
+            known = {p for g in self._generations for p in g.packs}
+            unreadable = self.unreadable
+            fresh = self._fresh([p for p in packs.list_packs(self._backend) if p not in known])
+            self.unreadable = [*unreadable, *(p for p in self.unreadable if p not in unreadable)]
+            if fresh.packs:
+                self._append(fresh)
+            return bool(fresh.packs)
+
     def _fresh(self, present: Sequence[str]) -> Generation:
         self.unreadable = []
         return Generation.of({p: rows for p in present if (rows := self._rows_of(p)) is not None})

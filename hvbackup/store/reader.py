@@ -114,9 +114,10 @@ class ChunkReader:
         """A chunk from the first place that has it whole."""
         problems: list[str] = []
         found = self._anywhere(chunk, key, problems)
-        if found is None and self.index.reread():
-            problems.clear()
-            found = self._anywhere(chunk, key, problems)
+        for look_again in (self.index.catch_up, self.index.reread):
+            if found is None and look_again():
+                problems.clear()
+                found = self._anywhere(chunk, key, problems)
         if found is None:
             why = "; ".join(problems) or "no pack holds it"
             raise ChunkDamaged(f"Chunk {chunk.hex()} is lost: {why}; run `hvbackup check` to see what needs it")

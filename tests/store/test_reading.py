@@ -13,6 +13,7 @@ from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.store import blockmap, keys, pack, reader, sealed, writer
 from hvbackup.store import format as f
 from hvbackup.store.runs import Runs
+from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, World, contents
 
 RING = keys.Keyring.generate(bytes(16), encrypted=True)
@@ -191,3 +192,18 @@ def test_a_lost_chunk_is_named_with_every_place_that_was_tried(ram: Path) -> Non
         with pytest.raises(ChunkDamaged) as e:
             store.chunks.page(point.disks[0].root)
         assert point.disks[0].root.hex() in str(e.value)
+
+
+def test_a_reader_follows_packs_that_were_sealed_after_it_was_opened(ram: Path) -> None:
+    world = World(ram, KEY, disks={"vda": FakeDisk(600 * BLOCK)}).init()
+    disk = world.disks["vda"]
+    with world.opened() as store:
+        disk.write(0, world.rng.randbytes(3 * BLOCK))
+        world.capture(store)
+        with Store.open(store.files.root, store.state.root.parent, [KEY]) as reader_of_old:
+            disk.write(300 * BLOCK, world.rng.randbytes(5 * BLOCK))
+            point = world.capture(store).point
+            assert point is not None
+            out = bytearray(disk.size)
+            reader_of_old.view(point.disks[0]).read_into(0, memoryview(out))
+            assert out == disk.content
