@@ -158,6 +158,8 @@ class NbdServer:
             if chosen is None:
                 return
             client.export = chosen.export
+            if all(export is not chosen.export for export in self._exports.values()):
+                return  # withdrawn while the client was choosing it: `remove` could not see this connection yet
             client.wire.set_timeout(self._limits.stall_seconds)
             client.session = Session(client.wire, chosen, self._shelf, self._limits, self._on_error)
             client.session.run()
