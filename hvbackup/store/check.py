@@ -14,22 +14,21 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
-import blake3
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from hvbackup.errors import ChunkDamaged, HvbackupError, StoreDamage
-from hvbackup.model import ChunkId, DiskId, DiskRoot, MiB, RecoveryPoint
+from hvbackup.errors import ChunkDamaged, StoreDamage
+from hvbackup.model import ChunkId, DiskId, DiskRoot, RecoveryPoint
 from hvbackup.pipeline import ordered
 from hvbackup.store import format as f
 from hvbackup.store import pack as packs
+from hvbackup.store import records
 from hvbackup.store.blockmap import PAGE_BYTES, BlockMap
 from hvbackup.store.index import NOWHERE
 from hvbackup.store.store import Store
 
 THREADS = 2
-READ_BYTES = 8 * MiB
 
 Place = tuple[str, int]  # pack, offset of the record
 
@@ -151,45 +150,13 @@ def _one_pack(store: Store, pack: str, rows: NDArray[np.void]) -> tuple[int, lis
     except StoreDamage:
         return 0, []  # named by `_packs`
     zstd, read, damaged = zstandard.ZstdDecompressor(), 0, []
-    for offset, data, inside in _records_of(store, pack, rows):
+    for offset, data, inside in records.each(store.files, pack, rows):
         read += len(data)
         try:
-            _verify(store, packs.decode(data, cipher, bind, zstd, f"the record at {offset}"), inside)
+            records.verify(store.ring, packs.decode(data, cipher, bind, zstd, f"the record at {offset}"), inside)
         except ChunkDamaged as e:
             damaged.append((offset, str(e)))
     return read, damaged
-
-
-def _records_of(store: Store, pack: str, rows: NDArray[np.void]) -> Iterator[tuple[int, bytes, NDArray[np.void]]]:
-    """(offset, bytes, its rows) of each record, read in large pieces."""
-    rows = rows[np.argsort(rows["offset"], kind="stable")]
-    starts = np.flatnonzero(np.r_[True, rows["offset"][1:] != rows["offset"][:-1]]) if len(rows) else np.zeros(0, int)
-    area, base = b"", 0
-    for group in np.split(rows, starts[1:]) if len(rows) else []:
-        offset, stored = int(group["offset"][0]), int(group["stored"][0])
-        if offset + stored > base + len(area):
-            base = offset
-            area = _area(store, pack, base, max(READ_BYTES, stored))
-        yield offset, area[offset - base : offset - base + stored], group
-
-
-def _area(store: Store, pack: str, offset: int, length: int) -> bytes:
-    """Part of a pack, or nothing where the disk can't read it: decoding it then names the place."""
-    try:
-        return store.files.read_at(packs.path_of(pack), offset, length)
-    except (HvbackupError, FileNotFoundError):
-        return b""
-
-
-def _verify(store: Store, plain: bytes, rows: NDArray[np.void]) -> None:
-    keys = {f.CHUNK_BLOCK: store.ring.block_key, f.CHUNK_PAGE: store.ring.page_key}
-    for row in rows.tolist():
-        chunk, at, size, kind = row[0], row[4], row[5], row[6]
-        key = keys.get(kind)
-        data = memoryview(plain)[at : at + size]
-        digest = blake3.blake3(data, key=key).digest() if key else blake3.blake3(data).digest()
-        if digest != bytes(chunk):
-            raise ChunkDamaged(f"chunk {bytes(chunk).hex()} has other content than its id says")
 
 
 def _points(store: Store, report: Report) -> list[tuple[str, DiskId]]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 SUFFIX = ".pack"
+PARITY_SUFFIX = ".parity"
 WRITE_BYTES = 1024 * 1024
 SCAN_PIECE_BYTES = 8 * 1024 * 1024
 
@@ -38,6 +39,19 @@ SCAN_PIECE_BYTES = 8 * 1024 * 1024
 def path_of(pack: str) -> str:
     """Where a pack lives in the store: a pack is named by its content, a journal's segment (a pack too) by its path."""
     return pack if "/" in pack else f"packs/{pack[:2]}/{pack}{SUFFIX}"
+
+
+def files_of(pack: str) -> list[str]:
+    """Every file that belongs to a pack, in the order in which they are removed: nothing is left that has no pack.
+
+    Those besides the pack itself need not be there.
+    """
+    return [parity_of(pack), path_of(pack)]
+
+
+def parity_of(pack: str) -> str:
+    """Where the parity of a pack is, if it has any."""
+    return path_of(pack).removesuffix(SUFFIX) + PARITY_SUFFIX
 
 
 def list_packs(backend: Backend) -> list[str]:
@@ -215,20 +229,35 @@ def decode(data: bytes, cipher: AESGCM | None, bind: bytes, zstd: zstandard.Zstd
 
     The caller still compares each chunk it uses with its id.
     """
+    return inflate(data, unlock(data, cipher, bind, where), zstd, where)
+
+
+def unlock(data: bytes, cipher: AESGCM | None, bind: bytes, where: str) -> bytes | memoryview[int]:
+    """The frame of one record, decrypted: its tag is right when this returns.  Raises ChunkDamaged naming `where`."""
     if len(data) < f.RECORD_BYTES or data[:4] != f.RECORD_MAGIC:
         raise ChunkDamaged(f"{where} is missing or overwritten")
-    _magic, ordinal, codec, _what, count, stored, plain = f.RECORD.unpack_from(data)
+    _magic, ordinal, _codec, _what, count, stored, plain = f.RECORD.unpack_from(data)
     begin = f.RECORD_BYTES + count * f.ENTRY.itemsize
     frame = memoryview(data)[begin : begin + stored]
     if len(frame) != stored or plain > f.RECORD_PLAIN_MAX:
         raise ChunkDamaged(f"{where} is cut short")
+    if cipher is None:
+        return frame
     try:
-        body = cipher.decrypt(nonce(ordinal), frame, bind + data[:begin]) if cipher else frame
+        return cipher.decrypt(nonce(ordinal), frame, bind + data[:begin])
+    except _invalid_tag() as e:
+        raise ChunkDamaged(f"{where} does not decode: it was changed after it was written") from e
+
+
+def inflate(data: bytes, body: bytes | memoryview[int], zstd: zstandard.ZstdDecompressor, where: str) -> bytes:
+    """The plain chunks in the decrypted frame of one record.  Raises ChunkDamaged naming `where`."""
+    _magic, _ordinal, codec, _what, _count, _stored, plain = f.RECORD.unpack_from(data)
+    try:
         # A frame may announce any length, and would be given that much memory.
         if codec == f.CODEC_ZSTD and zstandard.frame_content_size(body) not in (-1, plain):
             raise ChunkDamaged(f"{where} does not decode: it was changed after it was written")
         out = zstd.decompress(body, max_output_size=plain) if codec == f.CODEC_ZSTD else bytes(body)
-    except (_invalid_tag(), zstandard.ZstdError) as e:
+    except zstandard.ZstdError as e:
         raise ChunkDamaged(f"{where} does not decode: it was changed after it was written") from e
     if len(out) != plain:
         raise ChunkDamaged(f"{where} has {len(out)} bytes where {plain} belong")
