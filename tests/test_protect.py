@@ -14,7 +14,8 @@ from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap, NotFound
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.model import SECOND, DiskId, Instant, KiB
-from hvbackup.protect import ContinuityLost, Cycle, Event, Folded, Protection, Rhythm, Trouble
+from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, Rhythm, Trouble
+from hvbackup.protect.protection import Protection
 from hvbackup.store import keys
 from hvbackup.store.history import History
 from hvbackup.store.store import Store, init
@@ -70,10 +71,10 @@ def test_every_moment_of_two_lives_reads_back_before_and_after_folding(world: Wo
         life = world.protection.begin("a test")
         for n in range(6):
             world.guest_writes()
-            cycle = world.protection.cycle(life)
+            cycle = life.cycle()
             world.images[cycle.moment.seq] = world.content()
             if n == 2:
-                world.protection.fold(cycle.moment)
+                life.points.fold(cycle.moment)
         life.recorder.close()
         world.check()
     folded = [p for p in world.store.points(world.machine.id) if p.seq in world.images]
@@ -89,7 +90,7 @@ def test_only_the_newest_barrier_and_point_keep_anything_on_the_host(world: Worl
     life = world.protection.begin("a test")
     for _ in range(4):
         world.guest_writes(3)
-        world.protection.cycle(life)
+        life.cycle()
     named = {t.value for t in life.tokens.values()} | {d.token.value for d in life.point.disks if d.token}
     assert {n for d in world.hv.machine("m1").disks.values() for n in d.checkpoints} == named
     assert not world.hv.open_snapshots
@@ -102,11 +103,11 @@ def test_a_cycle_that_failed_half_way_spoils_no_moment(world: World) -> None:
         world.guest_writes()
         world.hv.at(*FAULTS[n % len(FAULTS)], HostUnreachable("the host is gone"))
         with pytest.raises(HostUnreachable):
-            world.protection.cycle(life)
+            life.cycle()
         world.guest_writes()
         life = world.protection.begin("the host was gone")
         world.guest_writes()
-        cycle = world.protection.cycle(life)
+        cycle = life.cycle()
         world.images[cycle.moment.seq] = world.content()
         world.check()
     life.recorder.close()
@@ -115,16 +116,16 @@ def test_a_cycle_that_failed_half_way_spoils_no_moment(world: World) -> None:
 def test_lost_tracking_ends_a_life_and_the_gap_is_told(world: World) -> None:
     life = world.protection.begin("a test")
     world.guest_writes()
-    before = world.protection.cycle(life)
+    before = life.cycle()
     world.images[before.moment.seq] = world.content()
     world.hv.machine("m1").disks["vda"].lose_tracking()
     world.guest_writes()
     with pytest.raises(ContinuityLost):
-        world.protection.cycle(life)
+        life.cycle()
     life.recorder.close()
     life = world.protection.begin("the bitmap was lost")
     world.guest_writes()
-    after = world.protection.cycle(life)
+    after = life.cycle()
     world.images[after.moment.seq] = world.content()
     life.recorder.close()
     world.check()
@@ -175,7 +176,7 @@ def test_a_budget_too_small_opens_a_gap_and_says_so(world: World) -> None:
 def test_a_life_goes_on_from_its_newest_barrier_and_reads_only_what_changed(world: World) -> None:
     life = world.protection.begin("a test")
     world.guest_writes()
-    last = world.protection.cycle(life)
+    last = life.cycle()
     life.recorder.abandon()  # as if it had died
     world.guest_writes(1)
     read = world.hv.read_bytes
@@ -188,7 +189,7 @@ def test_a_life_goes_on_from_its_newest_barrier_and_reads_only_what_changed(worl
     history = History(world.store, world.machine.id)
     with pytest.raises(JournalGap, match="the worker was killed"):
         history.at(Instant(last.moment.t + 1))
-    world.protection._close(again)
+    again.close()
 
 
 def test_a_first_point_that_takes_long_is_given_up_when_protection_ends(world: World) -> None:
@@ -219,44 +220,44 @@ def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
     world.hv._clock = lambda: now[0]
     life = world.protection.begin("a test")
     now[0] += SECOND
-    world.protection.cycle(life)
+    life.cycle()
     now[0] += 3600 * SECOND
-    world.protection.cycle(life)
+    life.cycle()
     assert life.recorder.clock_stepped
-    world.protection._close(life)
+    life.close()
     [step] = History(world.store, world.machine.id).told.clocks
     assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
 
 
 def test_a_tracker_that_lies_is_caught_by_a_sample_and_everything_is_compared(world: World) -> None:
     life = world.protection.begin("a test")
-    world.protection.cycle(life)
+    life.cycle()
     life.sampled = 0
     for disk in world.hv.machine("m1").disks.values():
         disk.tracking = Tracking.LIES
         disk.write(0, random.Random(1).randbytes(disk.size))
     with pytest.raises(ContinuityLost, match="called unchanged"):
-        world.protection.cycle(life)
+        life.cycle()
     life.recorder.close()
     again = world.protection.begin("the tracker lied")
     assert again.how == "captured"
     world.images[again.newest.seq] = world.content()
     world.check()
-    world.protection._close(again)
+    again.close()
 
 
 def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_one(world: World) -> None:
     life = world.protection.begin("a test")
     world.guest_writes()
-    first = world.protection.cycle(life)
+    first = life.cycle()
     world.images[first.moment.seq] = world.content()
-    world.protection._close(life)
+    life.close()
     world.hv.machine("m1").disks["vda"].lose_tracking()
     world.guest_writes()
     again = world.protection.begin("the bitmap was lost")
     world.guest_writes()
-    second = world.protection.cycle(again)
-    world.protection._close(again)
+    second = again.cycle()
+    again.close()
     world.store.files.remove(world.store.path_of(again.point))
     world.check()
     with pytest.raises(NotFound, match="No recovery point is left"):
@@ -266,16 +267,16 @@ def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_
 def test_a_disk_that_grows_begins_a_new_life(world: World) -> None:
     life = world.protection.begin("a test")
     world.guest_writes()
-    before = world.protection.cycle(life)
+    before = life.cycle()
     world.images[before.moment.seq] = world.content()
     world.hv.machine("m1").disks["vdb"].resize(300 * KiB)
     with pytest.raises(ContinuityLost):
-        world.protection.cycle(life)
+        life.cycle()
     life.recorder.close()
     again = world.protection.begin("a disk was resized")
     assert again.how == "captured"
     world.guest_writes()
-    after = world.protection.cycle(again)
+    after = again.cycle()
     world.images[after.moment.seq] = world.content()
-    world.protection._close(again)
+    again.close()
     world.check()

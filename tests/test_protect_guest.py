@@ -16,7 +16,8 @@ from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap
 from hvbackup.hypervisors.qemu import QemuHypervisor
 from hvbackup.model import SECOND, DiskId, Instant, MiB
-from hvbackup.protect import Protection, Rhythm
+from hvbackup.protect.events import Rhythm
+from hvbackup.protect.protection import Protection
 from hvbackup.store.history import History, Moment
 from hvbackup.store.store import Store, init
 from labs.guest import Guest, make_disk, verify_on_host
@@ -84,17 +85,17 @@ def test_every_moment_of_a_guest_recovers_to_a_prefix_of_its_writes(folder: Path
         for _ in range(20):
             time.sleep(rng.random() * 0.3)
             before = guest.acked()
-            cycle = protection.cycle(life)
+            cycle = life.cycle()
             known[cycle.moment.seq] = (before, guest.acked())
         guest.kill()
         acked = guest.acked()
         with pytest.raises(HostUnreachable):
-            protection.cycle(life)
+            life.cycle()
         life.recorder.close()
         guest.start()  # the machine was off, and nobody saw what its disks were written to
         again = protection.begin("the machine was killed")
         mounted(guest)
-        after = protection.cycle(again)
+        after = again.cycle()
         history = History(store, only(hypervisor).id)
         for seq, (low, high) in known.items():
             assert low <= recovered(folder, history, history.by_seq(seq)) <= high + 1
@@ -102,4 +103,4 @@ def test_every_moment_of_a_guest_recovers_to_a_prefix_of_its_writes(folder: Path
         last = history.by_seq(max(known))
         with pytest.raises(JournalGap, match="the machine was killed"):
             history.at(Instant(last.t + 1))
-        protection._close(again)
+        again.close()

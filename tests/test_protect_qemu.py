@@ -19,7 +19,8 @@ import pytest
 from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap
 from hvbackup.model import SECOND, DiskId, Instant, MiB
-from hvbackup.protect import Protection, Rhythm
+from hvbackup.protect.events import Rhythm
+from hvbackup.protect.protection import Protection
 from hvbackup.store.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
@@ -65,10 +66,10 @@ def test_every_moment_of_two_disks_is_a_prefix(daemon: Daemon, tmp_path: Path) -
         for _ in range(25):
             time.sleep(rng.random() * 0.2)
             before = scribe.acked
-            cycle = protection.cycle(life)
+            cycle = life.cycle()
             known[cycle.moment.seq] = (before, scribe.acked)
-        protection.fold(protection._prepare_fold(life))
-        protection._close(life)
+        life.points.fold(life.points.prepare(life))
+        life.close()
         scribe.stop()
         history = History(store, only(hypervisor).id)
         reached = [scribe.verify(images(history, moment)) for moment in every_moment(history)]
@@ -244,14 +245,14 @@ def test_a_snapshot_of_the_administrator_begins_a_new_life(daemon: Daemon, tmp_p
             qmp.command("blockdev-add", driver="qcow2", node_name="over", file=file, backing=None)
             qmp.command("blockdev-snapshot", node="vda", overlay="over")
         with pytest.raises(HostUnreachable, match="not where they were"):
-            protection.cycle(life)
+            life.cycle()
         life.recorder.close()
         life.cycles.close()
         again = protection.begin("a snapshot was made")
         time.sleep(0.3)
         before = scribe.acked
-        moment = protection.cycle(again).moment
-        protection._close(again)
+        moment = again.cycle().moment
+        again.close()
         scribe.stop()
         history, held = History(store, only(hypervisor).id), {}
         for name, disk in (("vda", again.point.disks[0].disk.id), ("vdb", "vdb")):

@@ -17,7 +17,7 @@ from hvbackup.errors import UsageError
 
 if TYPE_CHECKING:
     from hvbackup.model import Machine
-    from hvbackup.protect import Event, Rhythm
+    from hvbackup.protect.events import Event, Rhythm
     from hvbackup.service.timeline import Timeline
 
 LINE_SECONDS = 10.0  # between two lines for people
@@ -73,7 +73,7 @@ def stretch(text: str) -> int:
 
 
 def _rhythm(args: argparse.Namespace) -> Rhythm:
-    from hvbackup.protect import Rhythm
+    from hvbackup.protect.events import Rhythm
     from hvbackup.store.window import Limits
 
     every, fold = stretch(args.every), stretch(args.fold)
@@ -112,7 +112,7 @@ class _Teller:
         self._heaps: dict[str, _Heap] = {}
 
     def __call__(self, machine: Machine, event: Event) -> None:
-        from hvbackup.protect import Cycle, Trouble
+        from hvbackup.protect.events import Cycle, Trouble
         from hvbackup.service import shapes_continuous as shapes
 
         with self._lock:
@@ -154,7 +154,7 @@ class _Heap:
 
 def _event_lines(event: Any) -> Iterator[str]:
     from hvbackup.moments import local
-    from hvbackup.protect import Begun, Cycle, Folded
+    from hvbackup.protect.events import Begun, Cycle, Folded
 
     if isinstance(event, Begun):
         how = "goes on from its newest moment" if event.how == "resumed" else f"point {event.point.id} was made"

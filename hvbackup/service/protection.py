@@ -24,7 +24,8 @@ from hvbackup.config import Places
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import Machine, MachineId
-from hvbackup.protect import Event, Protection, Rhythm
+from hvbackup.protect.events import Event, Rhythm
+from hvbackup.protect.protection import Protection
 from hvbackup.service import backup
 from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session

@@ -6,7 +6,7 @@ from typing import Any
 
 from hvbackup.model import Instant, Machine
 from hvbackup.moments import rfc3339
-from hvbackup.protect import Begun, Cycle, Event, Folded
+from hvbackup.protect.events import Begun, Cycle, Event, Folded
 from hvbackup.service import shapes
 from hvbackup.service.timeline import Timeline
 from hvbackup.store.history import Moment

@@ -10,7 +10,10 @@ import pytest
 
 from hvbackup.leases import LEASE_NS
 from hvbackup.model import DiskId
-from hvbackup.protect import Life, Protection, Rhythm
+from hvbackup.protect.cycles import CycleLife
+from hvbackup.protect.events import Rhythm
+from hvbackup.protect.points import Points
+from hvbackup.protect.protection import Protection
 from hvbackup.store import keys, recorder
 from hvbackup.store.history import History
 from hvbackup.store.store import DESCRIPTOR, Store
@@ -44,19 +47,18 @@ def protection_of(world: World, store: Store, window: int = 0) -> Protection:
     return Protection(store, world.hv, machine, world.options(), Rhythm(1, 1, Limits(window_ns=window)))
 
 
-def begun(world: World, store: Store, moments: Moments) -> tuple[Protection, Life]:
+def begun(world: World, store: Store, moments: Moments) -> CycleLife:
     """A life, whose first moment is the machine as it is now."""
     expected = world.content()
-    protection = protection_of(world, store)
-    life = protection.begin("a test")
+    life = protection_of(world, store).begin("a test")
     moments[life.newest.seq] = expected
-    return protection, life
+    return life
 
 
-def one_cycle(world: World, protection: Protection, life: Life, moments: Moments) -> int:
+def one_cycle(world: World, life: CycleLife, moments: Moments) -> int:
     world.scribble(2, 9000)
     expected = world.content()
-    seq = protection.cycle(life).moment.seq
+    seq = life.cycle().moment.seq
     moments[seq] = expected
     return seq
 
@@ -72,23 +74,23 @@ def live(run: Run, moments: Moments) -> None:
                 for disk in world.disks.values():
                     disk.lose_tracking()
             run.note_host()
-            protection, life = begun(world, store, moments)
+            life = begun(world, store, moments)
             run.recorder.note(Offered(life.newest.seq))
             for turn in range(2):
                 run.note_host()
-                run.recorder.note(Offered(one_cycle(world, protection, life, moments)))
+                run.recorder.note(Offered(one_cycle(world, life, moments)))
                 if turn == 0:
-                    protection.fold(protection._prepare_fold(life))
+                    life.points.fold(life.points.prepare(life))
             if number != 1:
-                protection._close(life)
+                life.close()
             else:
                 life.recorder.finish()
     with world.opened() as store:
         first = History(store, world.hv.machine(MACHINE).model().id).last
         assert first is not None
         run.recorder.note(Trimmed(first.seq))
-        _, life = begun(world, store, moments)
-        protection_of(world, store, window=1).fold(protection._prepare_fold(life))
+        life = begun(world, store, moments)
+        Points(protection_of(world, store, window=1).setting, life.newest.t).fold(life.points.prepare(life))
         life.recorder.close()
 
 
@@ -124,10 +126,10 @@ def check_survivor(run: Run, moments: Moments, wreck: Wreck, path: Path, *, keep
         check_offered(store, moments, promised)
     after: Moments = dict(moments)
     with world.opened() as store:
-        protection, life = begun(world, store, after)
-        promised |= {life.newest.seq, one_cycle(world, protection, life, after)}
+        life = begun(world, store, after)
+        promised |= {life.newest.seq, one_cycle(world, life, after)}
         check_offered(store, after, promised)
-        protection._close(life)
+        life.close()
         check_offered(store, after, promised)
 
 

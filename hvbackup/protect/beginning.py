@@ -1,0 +1,101 @@
+"""How a life begins: it goes on from the newest barrier where that can be proved, else it begins with a capture."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hvbackup.capture import capture
+from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
+from hvbackup.model import DiskId, Machine, RecoveryPoint, Token
+from hvbackup.protect.cycles import CycleLife, cycles_of
+from hvbackup.protect.events import Begun, ContinuityLost
+from hvbackup.protect.points import Points
+from hvbackup.protect.setting import Setting
+from hvbackup.store.history import History, Moment
+from hvbackup.store.recorder import Recorder
+
+
+def begin(setting: Setting, why: str) -> CycleLife:
+    """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
+    began = time.monotonic()
+    setting.machine = present(setting)
+    history = History(setting.store, setting.machine.id)
+    last = history.last
+    recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks)
+    try:
+        if last and setting.is_full():
+            Points(setting, last.t).make_room(last)
+        resumable = last is not None and not setting.distrusted
+        life = (resumed(setting, recorder, history, last, why) if last and resumable else None) or captured(
+            setting, recorder, last, why
+        )
+    except BaseException:
+        recorder.abandon()
+        raise
+    setting.report(Begun(life.newest, life.point, life.told_gap, life.how, time.monotonic() - began))
+    return life
+
+
+def present(setting: Setting) -> Machine:
+    """The machine as it is now: its disks may have become others."""
+    wanted = setting.machine
+    found = next((m for m in setting.hypervisor.machines() if m.id == wanted.id), None)
+    if found is None:
+        raise HostUnreachable(f"Machine {wanted.name} ({wanted.id}) is not there any more")
+    return found
+
+
+def resumed(setting: Setting, recorder: Recorder, history: History, last: Moment, why: str) -> CycleLife | None:
+    """A life that goes on from the newest barrier, or None when its tokens prove nothing any more."""
+    told = history.told
+    tokens = {d: Token(**v) for d, v in told.tokens.items()}
+    try:
+        point = history.base(last)
+    except NotFound:
+        return None
+    if set(tokens) != set(told.disks) or {d: v.size for d, v in told.disks.items()} != setting.sizes():
+        return None
+    setting.leases.settle(setting.hypervisor, setting.machine)
+    life = _life(setting, recorder, point, tokens, "resumed")
+    life.gap = {"from": int(last.t), "why": why}
+    try:
+        life.cycle()
+    except ContinuityLost:
+        life.let_go()
+        recorder.rotate()  # what was appended belongs to no moment
+        return None
+    except BaseException:
+        with contextlib.suppress(HvbackupError):
+            life.let_go()
+        raise
+    return life
+
+
+def captured(setting: Setting, recorder: Recorder, last: Moment | None, why: str) -> CycleLife:
+    """A life that begins with a point, which compares what it must."""
+    with setting.writing:
+        options = replace(setting.options, seq=recorder.last, full=setting.options.full or setting.distrusted)
+        outcome = capture(setting.store, setting.hypervisor, setting.machine, options)
+    setting.distrusted = False
+    point = outcome.point
+    assert point is not None  # every other way out of `capture` raises
+    recorder.set_disks([d.disk for d in point.disks])
+    tokens = {d.disk.id: d.token for d in point.disks if d.token}
+    life = _life(setting, recorder, point, tokens, "captured")
+    gap = {"from": int(last.t), "to": int(point.t), "why": why} if last else None
+    # Nothing before this point may be laid under what follows: what happened in between is in the point alone.
+    told: dict[str, object] = {"base": point.seq, **({"gap": gap} if gap else {})}
+    life.newest, life.told_gap = Moment(recorder.barrier(point.t, tokens, **told), point.t), gap
+    return life
+
+
+def _life(
+    setting: Setting, recorder: Recorder, point: RecoveryPoint, tokens: Mapping[DiskId, Token], how: str
+) -> CycleLife:
+    lease = setting.leases.take(setting.machine.id, setting.options.source)
+    cycles = cycles_of(setting.hypervisor, setting.machine, lease.id)
+    points = Points(setting, point.t)
+    return CycleLife(setting, recorder, cycles, lease, points, point, tokens, how, Moment(0, point.t))

@@ -1,0 +1,186 @@
+"""A life in micro-snapshots: every few seconds a frozen moment of the machine goes into its journal.
+
+A cycle freezes all disks, reads what changed since the last barrier, appends it as one set, and closes the set with a barrier
+that names the new tokens.  Nothing that records changes is released before a durable barrier or a committed point names its
+successor.
+
+    killed after                    left behind                         cleaned by
+    1 lease written                 nothing on the host                 settle() of the next life
+    2 snapshot, new bitmaps         both sets of bitmaps recording      the same: what barrier and point name stays
+    3 some facts appended           a set without a barrier             dropped when the log is taken over
+    4 barrier durable               the old bitmaps                     settle(); the next cycle
+    5 old bitmaps removed           snapshot's folder, lease            settle()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import cast
+
+from hvbackup import extents
+from hvbackup.capture import sampled
+from hvbackup.copying import copy
+from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor
+from hvbackup.leases import Lease, point_tokens
+from hvbackup.model import SECOND, Consistency, Continuity, DiskId, LeaseId, Machine, MiB, RecoveryPoint, Token
+from hvbackup.protect import marks
+from hvbackup.protect.events import ContinuityLost, Cycle
+from hvbackup.protect.points import Points
+from hvbackup.protect.setting import Setting
+from hvbackup.store.history import History, Moment
+from hvbackup.store.recorder import Recorder
+
+SAMPLE_EVERY_NS = 60 * SECOND  # opening the view to compare with costs as much as a cycle
+SAMPLE_BLOCKS = 8  # of each disk
+SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
+STRETCH_SECONDS = 30  # and no further than this, or each set of changes would be larger than the one before
+BUSY_SHARE = (
+    0.2  # the part of the time a machine may spend frozen: a longer cycle stretches the interval, for the guest's sake
+)
+
+
+class OneByOne:
+    """Cycles on a platform that has none: each is a snapshot like any other, and its release."""
+
+    def __init__(self, hypervisor: Hypervisor, machine: Machine, lease: LeaseId) -> None:
+        self._hypervisor, self._machine, self._lease = hypervisor, machine, lease
+
+    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[Frozen]:
+        """Freeze all disks."""
+        return self._hypervisor.snapshot(self._machine, self._lease, since, Consistency.CRASH)
+
+    def keep(self, tokens: Collection[Token]) -> None:
+        """Release everything else."""
+        self._hypervisor.release(self._machine, self._lease, tokens)
+
+    def close(self) -> None:
+        """Nothing is held between snapshots."""
+
+
+def cycles_of(hypervisor: Hypervisor, machine: Machine, lease: LeaseId) -> Cycles:
+    """Snapshots one after the other, at as little cost as the platform can."""
+    if hypervisor.can.cycles:
+        return cast(Cycling, hypervisor).cycles(machine, lease)
+    return OneByOne(hypervisor, machine, lease)
+
+
+@dataclass(slots=True)
+class CycleLife:
+    """See the module.  Thread safety: one thread."""
+
+    setting: Setting
+    recorder: Recorder
+    cycles: Cycles
+    lease: Lease
+    points: Points
+    point: RecoveryPoint
+    tokens: Mapping[DiskId, Token]
+    how: str
+    newest: Moment
+    gap: dict[str, object] | None = None  # to be told with the next barrier
+    told_gap: Mapping[str, object] | None = None
+    sampled: int = 0  # the time of the newest moment at which a sample was compared
+
+    def step(self) -> float:
+        """One more moment; it is reported, and a point is made when one is due."""
+        done = self.cycle()
+        self.setting.report(done)
+        self.points.keep_up(self)
+        every = self.setting.rhythm.every_ns / SECOND
+        return max(every - done.seconds, min(STRETCH_SECONDS, done.seconds * (1 / BUSY_SHARE - 1)))
+
+    def close(self) -> None:
+        """The journal is sealed and the host is clean."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.recorder.close)
+            stack.callback(self.let_go)
+            self.points.join()
+
+    def let_go(self) -> None:
+        """Nothing of the life is left on the host but what barrier and point name; else its lease stays."""
+        self.cycles.close()
+        self.setting.leases.remove(self.lease.id)
+
+    def cycle(self) -> Cycle:
+        """One more moment.  Raises ContinuityLost, HostUnreachable, ReadFailed, SpaceExhausted."""
+        began = time.monotonic()
+        self.lease = self.setting.leases.renew(self.lease)
+        with self.setting.marks.taken() as taken:
+            with self.cycles.snapshot(self.tokens) as frozen:
+                caught = time.monotonic()
+                read = self._append(frozen)
+                self._sample(frozen)
+                frozen.verify()
+                tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
+                t = frozen.t
+            gap = {"to": int(t), **self.gap} if self.gap else None
+            told = {**marks.told(taken), **({"gap": gap} if gap else {})}
+            moment = Moment(self.recorder.barrier(t, tokens, **told), t)
+        lag = time.monotonic() - caught
+        self.told_gap, self.gap = gap or self.told_gap, None
+        self.tokens, self.newest = tokens, moment
+        for mark in taken:
+            mark.put_on(moment)
+        self.cycles.keep(self._kept())
+        return Cycle(moment, read, time.monotonic() - began, lag, [m.label for m in taken])
+
+    def _kept(self) -> list[Token]:
+        """What barrier and point name: no clean-up may remove it."""
+        store, machine = self.setting.store, self.setting.machine
+        return [*self.tokens.values(), *self.points.tokens, *point_tokens(store, machine.id)]
+
+    # -- one disk after the other ----------------------------------------------------------------------------------------
+
+    def _append(self, frozen: Frozen) -> int:
+        """Append what changed of every disk; how many bytes were read."""
+        found = [(disk, self._changes(disk)) for disk in frozen.disks]
+        total = sum(extents.total(changes.data) for _, changes in found)
+        if total > SET_MAX_BYTES:
+            raise ContinuityLost(f"{total} bytes changed, more than a journal takes at once")
+        if {d.disk.id for d in frozen.disks} != set(self.tokens):
+            raise ContinuityLost(f"The disks of machine {self.setting.machine.name} are others than before")
+        for disk, changes in found:
+            if len(changes.zero):
+                self.recorder.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
+            if len(changes.data):
+                with contextlib.closing(disk.open()) as reader:
+                    copy(self.recorder, disk.disk.id, frozen.t, reader, changes.data)
+        return total
+
+    def _changes(self, disk: FrozenDisk) -> Changes:
+        changes = disk.changes(self.tokens.get(disk.disk.id))
+        known = {d.id: d.size for d in self.recorder.disks}
+        if changes.continuity is not Continuity.INCREMENTAL or known.get(disk.disk.id) != disk.disk.size:
+            raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new or was resized'}")
+        return changes
+
+    def _sample(self, frozen: Frozen) -> None:
+        """Trackers can lie: now and then a few blocks that did not change are read and compared with the newest moment."""
+        if not self.setting.options.sample_blocks or frozen.t - self.sampled < SAMPLE_EVERY_NS or not self.newest.seq:
+            return
+        history = History(self.setting.store, self.setting.machine.id)
+        for disk in frozen.disks:
+            self._sample_disk(history, disk)
+        self.sampled = frozen.t
+
+    def _sample_disk(self, history: History, disk: FrozenDisk) -> None:
+        changes = disk.changes(self.tokens.get(disk.disk.id))
+        changed = extents.union(changes.data, changes.zero)
+        view, block = history.view(self.newest, disk.disk.id), self.setting.store.block
+        same = extents.align(extents.complement(changed, view.size), block, view.size)
+        same = extents.subtract(same, extents.align(changed, block, view.size))
+        with contextlib.closing(disk.open()) as reader:
+            for offset, length in sampled(same, block, SAMPLE_BLOCKS, self.setting.options.rng).tolist():
+                now, before = bytearray(length), bytearray(length)
+                reader.read_into(offset, memoryview(now))
+                view.read_into(offset, memoryview(before))
+                if now != before:
+                    self.setting.distrusted = True
+                    raise ContinuityLost(
+                        f"Disk {disk.disk.id}: the block at {offset} was called unchanged and had changed; "
+                        "all disks are compared whole, and moments since the newest point may lack changes"
+                    )

@@ -1,0 +1,66 @@
+"""What happens to a machine under continuous protection, and the rhythm in which it should."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hvbackup.errors import HvbackupError
+from hvbackup.model import SECOND, RecoveryPoint
+from hvbackup.store.history import Moment
+from hvbackup.store.window import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """How often moments and points are made, and how long moments are kept."""
+
+    every_ns: int = 5 * SECOND
+    fold_every_ns: int = 3600 * SECOND
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(slots=True)
+class Cycle:
+    """What one cycle did."""
+
+    moment: Moment
+    read_bytes: int
+    seconds: float
+    lag_seconds: float  # from the moment to its durability: what would have been lost
+    marks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A point was made of a moment."""
+
+    point: RecoveryPoint
+    seconds: float
+    removed_bytes: int  # of the journal, because its window has passed or its budget was used up
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A life ended or could not begin; it is tried again."""
+
+    error: HvbackupError
+    retry_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A life has begun."""
+
+    moment: Moment
+    point: RecoveryPoint
+    gap: Mapping[str, object] | None
+    how: str  # "resumed" from the newest barrier, or "captured"
+    seconds: float
+
+
+Event = Cycle | Folded | Trouble | Begun
+
+
+class ContinuityLost(HvbackupError):
+    """The hypervisor can't say any more what changed since the last barrier; a new life compares the disks."""

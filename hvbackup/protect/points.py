@@ -1,0 +1,96 @@
+"""Points made of moments while a life goes on, and room made in the journal by what they cover.
+
+The hypervisor is not read for it: a point is folded from the newest point and the journal.  A segment goes only when a point
+holds what it holds, and its window has passed or the budget needs its room.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from hvbackup.errors import HvbackupError, Interrupted
+from hvbackup.fold import fold
+from hvbackup.model import SECOND, DiskId, Instant, Token
+from hvbackup.protect.events import Folded, Trouble
+from hvbackup.protect.setting import Setting
+from hvbackup.store.history import Moment
+from hvbackup.store.recorder import Recorder
+from hvbackup.store.window import check_budget, trim
+
+FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
+FOLD_AGAIN_NS = 60 * SECOND  # after one that failed
+TRIM_TO = 0.5  # of the budget: so much stays then, or there would be a point at every cycle from here on
+
+
+class Recorded(Protocol):
+    """What has been recorded until now."""
+
+    recorder: Recorder
+    newest: Moment
+    tokens: Mapping[DiskId, Token]
+
+
+class Points:
+    """The points of one life.  Thread safety: one thread."""
+
+    def __init__(self, setting: Setting, since: Instant) -> None:
+        self._set = setting
+        self._folded = since  # the time of the moment that was folded last
+        self._folding: threading.Thread | None = None
+        self.tokens: Sequence[Token] = ()  # what the point that is being made will name
+
+    def keep_up(self, life: Recorded) -> None:
+        """A point is being made if one is due; the journal is within its budget, or SpaceExhausted is raised."""
+        if self._folding and self._folding.is_alive() and not self._set.is_full():
+            return
+        self.join()  # the budget is a promise: the next moment waits for room
+        if self._set.is_full():
+            self.make_room(self.prepare(life))
+        elif self._set.is_full(FOLD_AT) or life.newest.t - self._folded >= self._set.rhythm.fold_every_ns:
+            moment = self.prepare(life)
+            self._folding = threading.Thread(target=self._fold, args=(moment,), name="hvbackup-fold")
+            self._folding.start()
+
+    def join(self) -> None:
+        """No point is being made when this returns."""
+        if self._folding:
+            self._folding.join()
+
+    def make_room(self, moment: Moment) -> None:
+        """The journal is within its budget, or SpaceExhausted is raised: what no point covers never goes."""
+        self._set.report(self.fold(moment))
+        check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
+
+    def prepare(self, life: Recorded) -> Moment:
+        """The newest moment ends a segment, so that a point and the facts behind it never share one."""
+        life.recorder.rotate()
+        life.recorder.finish()
+        self._set.clock_stepped |= life.recorder.clock_stepped
+        self._folded, self.tokens = life.newest.t, list(life.tokens.values())
+        return life.newest
+
+    def _fold(self, moment: Moment) -> None:
+        try:
+            self._set.report(self.fold(moment))
+        except Interrupted:
+            return
+        except HvbackupError as e:
+            self._folded = Instant(moment.t - self._set.rhythm.fold_every_ns + FOLD_AGAIN_NS)
+            self._set.report(Trouble(e, FOLD_AGAIN_NS / SECOND))
+
+    def fold(self, moment: Moment) -> Folded:
+        """A point of the moment exists when this returns, and what need not be kept is gone; the hypervisor is not read."""
+        began, s = time.monotonic(), self._set
+        with s.writing:
+            outcome = fold(s.store, s.machine.id, moment, s.options)
+        point = outcome.point
+        assert point is not None  # every other way out of `fold` raises
+        limits = s.rhythm.limits
+        if s.is_full(FOLD_AT):
+            limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
+        removed = trim(s.store, s.machine.id, limits, by_age=not s.clock_stepped)
+        return Folded(point, time.monotonic() - began, removed)

@@ -1,0 +1,42 @@
+"""What all lives of one machine's protection have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from hvbackup.capture import Options
+from hvbackup.hypervisors import Hypervisor
+from hvbackup.leases import Leases
+from hvbackup.model import DiskId, Machine
+from hvbackup.protect.events import Event, Rhythm
+from hvbackup.protect.marks import Marks
+from hvbackup.store.store import Store
+from hvbackup.store.window import journal_bytes
+
+
+@dataclass(slots=True)
+class Setting:
+    """One machine under protection.  `writing` is held while chunks or points are written."""
+
+    store: Store
+    hypervisor: Hypervisor
+    machine: Machine  # as it was seen last
+    options: Options
+    rhythm: Rhythm
+    report: Callable[[Event], None]
+    writing: AbstractContextManager[object]
+    leases: Leases
+    marks: Marks = field(default_factory=Marks)
+    distrusted: bool = False  # the tracker lied: the next life compares everything
+    clock_stepped: bool = False  # since we run: ages mean nothing until somebody starts us again
+
+    def sizes(self) -> dict[DiskId, int]:
+        """The machine's disks."""
+        return {d.id: d.size for d in self.machine.disks}
+
+    def is_full(self, share: float = 1.0) -> bool:
+        """Whether the journal has used that share of its budget."""
+        budget = self.rhythm.limits.budget_bytes
+        return bool(budget) and journal_bytes(self.store, self.machine.id) > budget * share
