@@ -164,8 +164,12 @@ def freeze(line: Line, limit_seconds: float, mountpoints: Sequence[str]) -> int 
     name, arguments = "guest-fsfreeze-freeze", {}
     if mountpoints:
         name, arguments = "guest-fsfreeze-freeze-list", {"mountpoints": list(mountpoints)}
+    begun = time.monotonic()
     try:
-        return line.count(name, arguments, limit_seconds)
+        frozen = line.count(name, arguments, limit_seconds)
+        if time.monotonic() - begun > limit_seconds:  # the answer came while nobody let us run
+            raise TimeoutError
+        return frozen
     except TimeoutError:
         say(error=f"did not freeze within {limit_seconds:g} s")
     except (OSError, Refused, Garbled) as error:

@@ -114,7 +114,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def _command(path: Path, format_: str, socket: Path, bitmap: str) -> list[str]:
     # Not persistent: qemu-nbd ends with its last connection, and `Server.client` is held as long as it is wanted.
-    command = ["setpriv", "--pdeathsig", "KILL", "--", "qemu-nbd", "-r", "-f", format_, "-k", str(socket)]
+    # The shell: we may have died before the kernel was told to end it with us.
+    command = ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    command += ["qemu-nbd", "-r", "-f", format_, "-k", str(socket)]
     command += ["-e", str(CONNECTIONS_MAX), *(["-B", bitmap] if bitmap else [])]
     return [*command, "--", str(path)]
 
