@@ -4,7 +4,7 @@ A file of a store is created complete and never edited: bytes go to `tmp/XXXX`, 
 directory it is in.  When `write_new`, `NewFile.commit`, `replace` or `remove` returns, its effect survives a power cut.
 
     killed after            left behind                         cleaned by
-    create, write, fsync    a file in tmp/ nobody reads         sweep(), when the owner opens the store
+    create, write, fsync    a file in tmp/ nobody reads         sweep(), when a writer opens the store
     mkdir, rename, unlink   a name that a power cut takes back  settle(), before anything is built upon it
     fsync of the directory  the file
 
@@ -20,6 +20,7 @@ import fcntl
 import os
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PARTIAL = ".partial"  # behind the name of an image that is not restored to its end
 _ZEROES = bytes(1024 * 1024)
 TMP = "tmp"  # the directory of files that are not finished
+LOCK_POLL_SECONDS = 0.05
 OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
 
 
@@ -103,9 +105,18 @@ class NewFile:
         files.make_dir(TMP)
         self._tmp = files.path(TMP) / secrets.token_hex(8)
         with _named_errors("create", self._tmp):
-            self._fd = files.kernel.create(str(self._tmp), mode)
+            self._fd = self._create(mode)
         self._open, self._named = True, False
         self.size = 0
+
+    def _create(self, mode: int) -> int:
+        """A new file that is locked for as long as we live and write it, so that no `sweep` takes it for a dead writer's."""
+        while True:
+            fd = self._files.kernel.create(str(self._tmp), mode)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if os.fstat(fd).st_nlink:
+                return fd
+            self._files.kernel.close(fd)  # swept between the two calls
 
     def write(self, data: Buffer) -> None:
         """Append `data`."""
@@ -325,11 +336,22 @@ class Files:
             return []
 
     def sweep(self) -> int:
-        """Remove what a killed writer left unfinished; only for the owner.  Returns how many files."""
-        left = self.names(TMP)
-        for name in left:
-            self.kernel.unlink(str(self.path(TMP) / name))
-        return len(left)
+        """Remove what killed writers left unfinished, and nothing that a living one still writes.  Returns how many files."""
+        return sum(self._sweep(self.path(TMP) / name) for name in self.names(TMP))
+
+    def _sweep(self, path: Path) -> bool:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False  # its writer has just given it its name
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.kernel.unlink(str(path))
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        finally:
+            os.close(fd)
+        return True
 
     def settle(self) -> None:
         """Every name that is there stays there after a power cut; a killed writer may have left some that would not."""
@@ -338,22 +360,45 @@ class Files:
             self.kernel.sync_dir(path)
 
     @contextmanager
-    def owner(self, name: str, what: str) -> Iterator[None]:
-        """Hold a lock file for as long as the context lasts.  Raises Busy, naming `what` and the process that holds it."""
+    def owner(self, name: str, what: str, *, shared: bool = False, wait_seconds: float = 0.0) -> Iterator[None]:
+        """Hold a lock file, alone or with others that share it, for as long as the context lasts.
+
+        Raises Busy, naming `what` and who holds it, when it is not to be had in time.
+        """
         path = self.path(name)
         self.make_dir(os.path.dirname(name))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise Busy(f"{what} is in use by process {holder}; wait for it to end, or stop it") from None
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            _lock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, what, wait_seconds)
+            if not shared:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(fd)
+
+
+def _lock(fd: int, how: int, what: str, wait_seconds: float) -> None:
+    end = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise Busy(f"{what} is in use by {_holders(fd)}; wait for it to end, or stop it") from None
+            time.sleep(LOCK_POLL_SECONDS)
+
+
+def _holders(fd: int) -> str:
+    """The processes that hold a lock, as the kernel lists them, or else as the last one wrote."""
+    found = os.fstat(fd)
+    file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with contextlib.suppress(OSError):
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        pids = {row[4] for row in rows if row[1:2] == ["FLOCK"] and row[5:6] == [file] and int(row[4]) > 0}
+        if pids:
+            return f"process{'es' * (len(pids) > 1)} {', '.join(sorted(pids, key=int))}"
+    return f"process {os.pread(fd, 32, 0).decode(errors='replace').strip() or 'unknown'}"
 
 
 class RawTarget:

@@ -68,7 +68,7 @@ class Planned:
 def backup(session: Session, request: Request) -> list[Run]:
     """One run for each machine.  Raises StoreMissing, KeyRefused, Busy, UsageError before anything is captured."""
     _check(request)
-    with session.open(owner=True) as store:
+    with session.open() as store:
         return [run for source in request.sources for run in _source(session, store, source, request)]
 
 
@@ -132,7 +132,8 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
 def _run(store: Store, hypervisor: Hypervisor, machine: Machine, options: Options, hooks: Hooks) -> Run:
     """One machine, and the hooks told of it."""
     try:
-        outcome = capture(store, hypervisor, machine, options)
+        with store.holding(machine.id), store.writing:
+            outcome = capture(store, hypervisor, machine, options)
     except HvbackupError as e:
         after(hooks, machine, "", e)  # what hooks say of a failure is not what failed
         return Run(options.source, machine, error=e)

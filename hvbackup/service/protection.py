@@ -32,6 +32,7 @@ from hvbackup.service.session import Session
 from hvbackup.store.store import Store
 
 TAG_SECONDS = 60.0  # for a moment to be made and to be durable
+WRITING_SECONDS = 3600.0  # for a reclaim to end: a point may be late, its moments are in the journal
 REPLY_SECONDS = 5.0
 LINE_BYTES = 65536
 
@@ -76,15 +77,16 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
     Raises StoreMissing, KeyRefused, Busy, UsageError, HostUnreachable before anything begins.
     """
     with ExitStack() as stack:
-        store = stack.enter_context(session.open(owner=True))
-        writing = threading.RLock()
+        store = stack.enter_context(session.open())
+        store.writing.wait_seconds = WRITING_SECONDS
         workers = [
-            _worker(store, source, hypervisor, machine, request, report, writing)
+            _worker(store, source, hypervisor, machine, request, report)
             for source in request.sources
             for hypervisor, machine in _found(session, store, source, request)
         ]
         _refuse_doubles(workers)
         for worker in workers:
+            stack.enter_context(store.holding(worker.machine.id))
             stack.callback(_end, worker)
             stack.enter_context(_listening(session.places, store, worker))
             worker.start()
@@ -109,12 +111,11 @@ def _worker(
     machine: Machine,
     request: Request,
     report: OnEvent,
-    writing: Any,
 ) -> Worker:
     name = backup.name_of(store, machine, request.name)
     options = Options(source=source, name=name)
     protection = Protection(
-        store, hypervisor, machine, options, request.rhythm, lambda event: report(machine, event), writing
+        store, hypervisor, machine, options, request.rhythm, lambda event: report(machine, event), store.writing
     )
     return Worker(machine, protection)
 
@@ -148,7 +149,7 @@ def socket_of(places: Places, store_id: bytes, machine: MachineId) -> Path:
 
 @contextmanager
 def _listening(places: Places, store: Store, worker: Worker) -> Iterator[None]:
-    """The worker can be told things.  Whoever owns the store may replace a dead worker's socket."""
+    """The worker can be told things.  Whoever holds the machine may replace a dead worker's socket."""
     path = socket_of(places, store.id, worker.machine.id)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)

@@ -4,7 +4,8 @@ A generation is a cache file under STATE: the names of its packs, a sorted array
 and a filter that answers most misses from memory.  `sync` makes one for the packs no generation knows yet; small ones merge.
 Deleting any of them costs a re-read of footers.  A prefix only finds candidates: a hit is a full 32-byte id.
 
-Readers and the owner use the same class; only the owner writes generations down (`keep=True`).
+Readers and writers use the same class; only writers write generations down (`keep=True`).  Several may at once: what one
+removes the other has mapped, and of two generations that overlap the next reader takes one.
 """
 
 from __future__ import annotations
@@ -180,6 +181,11 @@ class Index:
         self._lock = threading.RLock()
         self._damaged: set[tuple[str, int]] = _load_damaged(state)
         self.unreadable: list[str] = []  # packs whose footer and records can't be read
+
+    def stop_keeping(self) -> None:
+        """Nothing is written down from here on: another process may be changing the store."""
+        with self._lock:
+            self._keep = False
 
     def sync(self) -> None:
         """The index knows every pack of the store, and no other, when this returns."""

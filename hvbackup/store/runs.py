@@ -2,7 +2,7 @@
 
 `runs/WRITER/SEQ` is a sealed file with the hash of the record before it, so that a record (and the point it tells of) can't
 vanish or come back unnoticed.  The hash of the newest record is kept at a second place, under STATE: when the store is put back
-from an old copy, its chain ends before that hash.
+from an old copy, its chain ends before that hash.  Several processes of one machine append to one chain, one at a time.
 
     killed after            left behind                     mended by
     point committed         a point no record tells of      adopt(), when the owner opens the store
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from hvbackup.store.keys import Keyring
 from hvbackup.store.sealed import seal, unseal
 
 FOLDER = "runs"
+CHAIN_LOCK = "chain.lock"  # under STATE
+CHAIN_SECONDS = 60.0  # a record is one small file
 HEAD = "head.json"  # under STATE: the writer's name, and the newest record it wrote
 
 
@@ -61,18 +64,33 @@ class Runs:
         return str(self._head["writer"])
 
     def settle(self) -> None:
-        """This machine has a name in the chain, on disk, when this returns; only for the owner."""
-        if not self._state.exists(HEAD):
-            self._keep(self._head["seq"], self._head["digest"])
+        """This machine has a name in the chain, on disk, when this returns; only for who writes."""
+        with self._alone():
+            self._follow()
+            if not self._state.exists(HEAD):
+                self._keep(self._head["seq"], self._head["digest"])
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other process of this machine appends for as long as the context lasts."""
+        return self._state.owner(CHAIN_LOCK, "The chain of run records", wait_seconds=CHAIN_SECONDS)
+
+    def _follow(self) -> None:
+        """What other processes of this machine have appended is behind us; before we have written, their name is ours."""
+        if self._state.exists(HEAD):
+            found = self._load_head()
+            if self._head["seq"] < 0 or found["writer"] == self._head["writer"]:
+                self._head = found
 
     def append(self, value: dict[str, Any]) -> None:
         """The record is in the chain when this returns."""
-        self._catch_up()
-        seq = self._head["seq"] + 1
-        path = f"{FOLDER}/{self._head['writer']}/{seq:010d}"
-        data = seal(self._ring, f.KIND_RUN, path, {**value, "previous": self._head["digest"]})
-        self._backend.write_new(path, data)
-        self._keep(seq, blake3.blake3(data).hexdigest())
+        with self._alone():
+            self._follow()
+            self._catch_up()
+            seq = self._head["seq"] + 1
+            path = f"{FOLDER}/{self._head['writer']}/{seq:010d}"
+            data = seal(self._ring, f.KIND_RUN, path, {**value, "previous": self._head["digest"]})
+            self._backend.write_new(path, data)
+            self._keep(seq, blake3.blake3(data).hexdigest())
 
     def _catch_up(self) -> None:
         """Step over records that were written when the head could not be."""

@@ -13,15 +13,17 @@ commit: killed after        left behind                     cleaned by
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvbackup.errors import HvbackupError, NotFound, PointDamaged, StoreDamage, StoreMissing, UsageError
+from hvbackup.errors import Busy, HvbackupError, NotFound, PointDamaged, StoreDamage, StoreMissing, UsageError
 from hvbackup.files import Files, Kernel
 from hvbackup.model import DiskId, DiskRoot, Instant, MachineId, RecoveryPoint
 from hvbackup.store import format as f
@@ -34,6 +36,8 @@ from hvbackup.store.view import DiskView
 from hvbackup.store.writer import ChunkWriter
 
 DESCRIPTOR = "HVBACKUP"
+OWNER_LOCK = "owner.lock"  # under STATE: shared by those who add, held alone by who removes
+WRITING_SECONDS = 30.0  # how long who adds waits for who removes
 DAMAGED_DISKS = "damaged-disks.json"  # under STATE
 ADOPT_RECORDS = 256  # how far back the chain is read for a point that a crash left untold
 CIPHERS = ("none", "aes-256-gcm")
@@ -113,9 +117,49 @@ def init(
     return store.hex()
 
 
-class Store:
-    """An open store.  `owner=True` for the one process of this machine that writes; readers may be many.
+class Writing:
+    """While this context lasts, chunks and points may be written; other processes may write others, and none owns the store.
 
+    Entering waits for an owner (reclaim, repair) to end, and makes the index anew: an owner may have removed packs.
+    Thread safety: any thread; one at a time is inside.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._lock, self._depth, self._exit = store, threading.RLock(), 0, ExitStack()
+        self.wait_seconds = WRITING_SECONDS
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody is inside."""
+        return self._depth > 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            if self._depth == 0 and not self._store.owner:
+                with ExitStack() as stack:
+                    self._store.begin_writing(stack, self.wait_seconds)
+                    self._exit = stack.pop_all()
+            self._depth += 1
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._depth -= 1
+            if self._depth == 0:
+                self._exit.close()
+        finally:
+            self._lock.release()
+
+
+class Store:
+    """An open store.
+
+    Any number of processes read.  Those that add chunks and points do it inside `writing`, side by side; whoever removes or
+    repairs opens it with `owner=True` and is alone among writers.  What belongs to one machine (its journal, its leases, what
+    is made on its hypervisor) belongs to who is inside `holding`.
     Thread safety: views and readers from any thread; everything that writes from one.
     """
 
@@ -125,6 +169,7 @@ class Store:
         self.index = Index(files, state, keep=owner)
         self.chunks = ChunkReader(files, ring, self.index)
         self.runs = Runs(files, ring, state)
+        self.writing = Writing(self)
         self._exit = ExitStack()
 
     @classmethod
@@ -147,15 +192,40 @@ class Store:
             )
         store = cls(files, Files(Path(state) / descriptor.id.hex(), kernel), ring, descriptor, owner=owner)
         if owner:
-            store._exit.enter_context(store.state.owner("owner.lock", f"The store at {path}"))
-            files.sweep()
-            store.state.sweep()
-            store._settle()
+            store._exit.enter_context(store.state.owner(OWNER_LOCK, f"The store at {path}"))
+            store._clear()
         store.index.sync()
         if owner:
             store.runs.settle()
             store._adopt()
         return store
+
+    def begin_writing(self, stack: ExitStack, wait_seconds: float) -> None:
+        """Chunks and points may be written until the stack is closed; for `writing`.  Raises Busy."""
+        what = f"The store at {self.files.root}"
+        with ExitStack() as alone, contextlib.suppress(Busy):
+            alone.enter_context(self.state.owner(OWNER_LOCK, what))
+            self.runs.settle()
+            self._adopt()  # nobody else is between a point and its record now
+        stack.enter_context(self.state.owner(OWNER_LOCK, what, shared=True, wait_seconds=wait_seconds))
+        self._clear()
+        self.runs.settle()
+        self.index = Index(self.files, self.state, keep=True)
+        self.index.sync()
+        self.chunks = ChunkReader(self.files, self.ring, self.index)
+        stack.callback(self.index.stop_keeping)
+
+    @contextmanager
+    def holding(self, machine: MachineId) -> Iterator[None]:
+        """Nobody else on this host captures or protects the machine while the context lasts.  Raises Busy, naming who does."""
+        name = f"machines/{self.ring.machine_name(machine)}.lock"
+        with self.state.owner(name, f"Machine {machine}"):
+            yield
+
+    def _clear(self) -> None:
+        self.files.sweep()
+        self.state.sweep()
+        self._settle()
 
     def _settle(self) -> None:
         """What a dead run left is certain before a point is built upon it: its lease tells, or that there is no point yet."""
@@ -261,7 +331,7 @@ class Store:
         return DiskView(self.chunks, root, self.block)
 
     def writer(self) -> ChunkWriter:
-        """A writer for one capture."""
+        """A writer for one capture, inside `writing`."""
         return ChunkWriter(self.files, self.ring, self.index)
 
     def commit(self, point: RecoveryPoint, writer: ChunkWriter) -> None:
