@@ -354,6 +354,7 @@ class _Run:
         for batch in batches(sample, self._block):
             # Only compared: what a sample claimed, nobody would write.
             if self._compared(readers, base, batch)[3].any():
+                self._outcome.distrusted = True
                 self._outcome.degrade(
                     f"Disk {frozen.disk.id}: blocks the hypervisor called unchanged had changed; "
                     "the whole disk was read and compared"

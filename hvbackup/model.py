@@ -138,6 +138,7 @@ class Outcome:
     remarks: list[str] = field(default_factory=list)  # good to know, and no trouble
     figures: Figures = field(default_factory=Figures)
     point: RecoveryPoint | None = None
+    distrusted: bool = False  # the tracker called blocks unchanged that had changed
 
     def degrade(self, note: str) -> None:
         """Record expected trouble."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,14 @@ from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap, NotFound
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.model import SECOND, DiskId, Instant, KiB
-from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, Rhythm, Trouble
+from hvbackup.moments import rfc3339
+from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, Rhythm, TrackerLied, Trouble
 from hvbackup.protect.protection import Protection
-from hvbackup.store import keys
-from hvbackup.store.history import History
+from hvbackup.protect.samples import Samples
+from hvbackup.service.moment import choose
+from hvbackup.store import journal, keys
+from hvbackup.store.history import Doubt, History, SealedRun
+from hvbackup.store.segment import PieceCache
 from hvbackup.store.store import Store, init
 from hvbackup.store.window import Limits, journal_bytes
 
@@ -174,6 +180,7 @@ def test_a_budget_too_small_opens_a_gap_and_says_so(world: World) -> None:
 
 
 def test_a_life_goes_on_from_its_newest_barrier_and_reads_only_what_changed(world: World) -> None:
+    world.protection.setting.rhythm = replace(world.protection.setting.rhythm, sample_blocks=0)
     life = world.protection.begin("a test")
     world.guest_writes()
     last = life.cycle()
@@ -229,21 +236,88 @@ def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
     assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
 
 
-def test_a_tracker_that_lies_is_caught_by_a_sample_and_everything_is_compared(world: World) -> None:
-    life = world.protection.begin("a test")
-    life.cycle()
-    life.sampled = 0
+def lie(world: World) -> None:
     for disk in world.hv.machine("m1").disks.values():
         disk.tracking = Tracking.LIES
         disk.write(0, random.Random(1).randbytes(disk.size))
-    with pytest.raises(ContinuityLost, match="called unchanged"):
+
+
+def be_honest(world: World) -> None:
+    for disk in world.hv.machine("m1").disks.values():
+        disk.tracking = Tracking.HONEST
+
+
+def test_after_a_lie_no_moment_since_the_last_good_sample_is_offered(world: World) -> None:
+    now = [1_700_000_000 * SECOND]
+    world.hv._clock = lambda: now[0]
+    life = world.protection.begin("a test")
+    good = 0
+    for n in range(4):
+        now[0] += 40 * SECOND  # so every second cycle is compared with the journal
+        world.guest_writes()
+        moment = life.cycle().moment
+        if n < 3:
+            world.images[moment.seq] = world.content()
+            good = moment.seq
+    doubted = [moment]
+    life.samples = Samples(0, random.Random(1))  # nobody looks
+    lie(world)
+    now[0] += SECOND
+    world.protection.mark("a trap")
+    doubted.append(life.cycle().moment)
+    point = life.points.fold(life.points.prepare(life)).point
+    life.samples = Samples(8, random.Random(1))
+    now[0] += SECOND
+    with pytest.raises(TrackerLied, match="called unchanged"):
         life.cycle()
-    life.recorder.close()
-    again = world.protection.begin("the tracker lied")
+    life.recorder.abandon()
+    for begun in (False, True):
+        if begun:
+            be_honest(world)
+            again = world.protection.begin("the tracker lied")
+            assert again.how == "captured"
+            world.images[again.newest.seq] = world.content()
+            again.close()
+        history = History(world.store, world.machine.id)
+        for m in doubted:
+            with pytest.raises(JournalGap, match=f"seq:{m.seq} may lack changes .* seq:{good}"):
+                history.by_seq(m.seq)
+            with pytest.raises(JournalGap, match=f"seq:{good}"):
+                history.at(m.t)
+            assert m.seq not in history.moments[0]
+        refused = [f"seq:{doubted[0].seq}", point.id, "tag:a trap", rfc3339(doubted[1].t)]
+        for at in refused:
+            with pytest.raises(NotFound):
+                choose(world.store, "m1", at, Instant(now[0] + SECOND))
+        latest = choose(world.store, "m1", "latest", Instant(now[0] + SECOND)).point.seq
+        assert latest == (again.newest.seq if begun else good)
+        world.check()
+
+
+def test_a_lie_that_a_later_worker_finds_costs_the_same(world: World) -> None:
+    """Killed between the lie and the next sample: the next life samples at once, and knows the last good one."""
+    life = world.protection.begin("a test")
+    world.guest_writes()
+    first = life.cycle().moment  # compared with the journal: it is the first since the life began
+    world.images[first.seq] = world.content()
+    life.samples = Samples(0, random.Random(1))
+    lie(world)
+    second = life.cycle().moment
+    life.recorder.abandon()
+    be_honest(world)
+    again = world.protection.begin("the worker was killed")
     assert again.how == "captured"
     world.images[again.newest.seq] = world.content()
-    world.check()
     again.close()
+    world.check()
+    with pytest.raises(JournalGap, match="may lack changes"):
+        History(world.store, world.machine.id).by_seq(second.seq)
+    kept = History(world.store, world.machine.id, whole=True).told.doubts
+    third = world.protection.begin("a test")
+    third.close()
+    [files] = [journal.list_files(world.store.files, world.store.ring.machine_name(world.machine.id))]
+    last = SealedRun(world.store, world.store.ring.machine_name(world.machine.id), files[-1], PieceCache())
+    assert Doubt(**json.loads(next(last.meta())[1])["doubts"][0]) == kept[0], "each file repeats it at its head"
 
 
 def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_one(world: World) -> None:

@@ -48,6 +48,9 @@ def add(verbs: Verbs) -> None:
     verb.add_argument(
         "--journal-budget", default="0", metavar="SIZE", help="room for moments, per machine (default: any)"
     )
+    verb.add_argument(
+        "--sample", type=int, default=8, metavar="N", help="pieces to read again at each moment, per disk (default: 8)"
+    )
     verb.add_argument("--name", default="", metavar="NAME", help="what people call the machine")
     verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
     verb.set_defaults(run=protect)
@@ -79,7 +82,9 @@ def _rhythm(args: argparse.Namespace) -> Rhythm:
     every, fold = stretch(args.every), stretch(args.fold)
     if every < _SECOND // 2 or fold < every:
         raise UsageError("--every is at least 500ms, and --fold is not shorter")
-    return Rhythm(every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)))
+    if args.sample < 0:
+        raise UsageError("--sample is a number of pieces, or 0 for none")
+    return Rhythm(every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)), args.sample)
 
 
 # -- protect -----------------------------------------------------------------------------------------------------------------

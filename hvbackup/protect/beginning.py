@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from hvbackup.capture import capture
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
@@ -13,9 +14,11 @@ from hvbackup.model import DiskId, Machine, RecoveryPoint, Token
 from hvbackup.protect.cycles import CycleLife, cycles_of
 from hvbackup.protect.events import Begun, ContinuityLost
 from hvbackup.protect.points import Points
+from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
 from hvbackup.store.history import History, Moment
 from hvbackup.store.recorder import Recorder
+from hvbackup.store.told import Told
 
 
 def begin(setting: Setting, why: str) -> CycleLife:
@@ -23,15 +26,12 @@ def begin(setting: Setting, why: str) -> CycleLife:
     began = time.monotonic()
     setting.machine = present(setting)
     history = History(setting.store, setting.machine.id)
-    last = history.last
     recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks)
+    recorder.doubts = history.told.doubts
     try:
-        if last and setting.is_full():
-            Points(setting, last.t).make_room(last)
-        resumable = last is not None and not setting.distrusted
-        life = (resumed(setting, recorder, history, last, why) if last and resumable else None) or captured(
-            setting, recorder, last, why
-        )
+        if history.last and setting.is_full():
+            Points(setting, history.last.t).make_room(history.last)
+        life = resumed(setting, recorder, history, why) or captured(setting, recorder, why)
     except BaseException:
         recorder.abandon()
         raise
@@ -48,9 +48,11 @@ def present(setting: Setting) -> Machine:
     return found
 
 
-def resumed(setting: Setting, recorder: Recorder, history: History, last: Moment, why: str) -> CycleLife | None:
+def resumed(setting: Setting, recorder: Recorder, history: History, why: str) -> CycleLife | None:
     """A life that goes on from the newest barrier, or None when its tokens prove nothing any more."""
-    told = history.told
+    told, last = history.told, history.last
+    if last is None or told.distrusted:
+        return None
     tokens = {d: Token(**v) for d, v in told.tokens.items()}
     try:
         point = history.base(last)
@@ -59,7 +61,7 @@ def resumed(setting: Setting, recorder: Recorder, history: History, last: Moment
     if set(tokens) != set(told.disks) or {d: v.size for d, v in told.disks.items()} != setting.sizes():
         return None
     setting.leases.settle(setting.hypervisor, setting.machine)
-    life = _life(setting, recorder, point, tokens, "resumed")
+    life = _life(setting, recorder, point, tokens, "resumed", last)
     life.gap = {"from": int(last.t), "why": why}
     try:
         life.cycle()
@@ -74,28 +76,44 @@ def resumed(setting: Setting, recorder: Recorder, history: History, last: Moment
     return life
 
 
-def captured(setting: Setting, recorder: Recorder, last: Moment | None, why: str) -> CycleLife:
+def captured(setting: Setting, recorder: Recorder, why: str) -> CycleLife:
     """A life that begins with a point, which compares what it must."""
+    told, last = (history := History(setting.store, setting.machine.id)).told, history.last
     with setting.writing:
-        options = replace(setting.options, seq=recorder.last, full=setting.options.full or setting.distrusted)
+        options = replace(setting.options, seq=recorder.last, full=setting.options.full or told.distrusted)
         outcome = capture(setting.store, setting.hypervisor, setting.machine, options)
-    setting.distrusted = False
     point = outcome.point
     assert point is not None  # every other way out of `capture` raises
+    doubt = _doubt(told, last) if outcome.distrusted else {}
     recorder.set_disks([d.disk for d in point.disks])
     tokens = {d.disk.id: d.token for d in point.disks if d.token}
-    life = _life(setting, recorder, point, tokens, "captured")
-    gap = {"from": int(last.t), "to": int(point.t), "why": why} if last else None
+    life = _life(setting, recorder, point, tokens, "captured", Moment(0, point.t))
+    since = doubt.get("start", last.t if last else None)
+    gap = {"from": int(since), "to": int(point.t), "why": why} if since is not None else None
     # Nothing before this point may be laid under what follows: what happened in between is in the point alone.
-    told: dict[str, object] = {"base": point.seq, **({"gap": gap} if gap else {})}
-    life.newest, life.told_gap = Moment(recorder.barrier(point.t, tokens, **told), point.t), gap
+    more = {"base": point.seq, **({"doubt": doubt} if doubt else {}), **({"gap": gap} if gap else {})}
+    life.newest, life.told_gap = Moment(recorder.barrier(point.t, tokens, **more), point.t), gap
     return life
 
 
+def _doubt(told: Told, last: Moment | None) -> dict[str, Any]:
+    """What the journal says of moments since the last good sample, after a capture has found that the tracker lied."""
+    good = told.good or last
+    if good is None or last is None or last.seq <= good.seq:
+        return {}
+    why = "the tracker called blocks unchanged that had changed"
+    return {"after": good.seq, "until": last.seq, "start": int(good.t), "end": int(last.t), "why": why}
+
+
 def _life(
-    setting: Setting, recorder: Recorder, point: RecoveryPoint, tokens: Mapping[DiskId, Token], how: str
+    setting: Setting,
+    recorder: Recorder,
+    point: RecoveryPoint,
+    tokens: Mapping[DiskId, Token],
+    how: str,
+    newest: Moment,
 ) -> CycleLife:
     lease = setting.leases.take(setting.machine.id, setting.options.source)
     cycles = cycles_of(setting.hypervisor, setting.machine, lease.id)
-    points = Points(setting, point.t)
-    return CycleLife(setting, recorder, cycles, lease, points, point, tokens, how, Moment(0, point.t))
+    samples = Samples(setting.rhythm.sample_blocks, setting.options.rng)
+    return CycleLife(setting, recorder, cycles, lease, Points(setting, point.t), point, tokens, how, newest, samples)

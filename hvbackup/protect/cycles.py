@@ -16,26 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
 from hvbackup import extents
-from hvbackup.capture import sampled
 from hvbackup.copying import copy
 from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor
 from hvbackup.leases import Lease, point_tokens
-from hvbackup.model import SECOND, Consistency, Continuity, DiskId, LeaseId, Machine, MiB, RecoveryPoint, Token
+from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
 from hvbackup.protect import marks
-from hvbackup.protect.events import ContinuityLost, Cycle
+from hvbackup.protect.events import ContinuityLost, Cycle, TrackerLied
 from hvbackup.protect.points import Points
+from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
 from hvbackup.store.history import History, Moment
 from hvbackup.store.recorder import Recorder
 
-SAMPLE_EVERY_NS = 60 * SECOND  # opening the view to compare with costs as much as a cycle
-SAMPLE_BLOCKS = 8  # of each disk
 SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
 STRETCH_SECONDS = 30  # and no further than this, or each set of changes would be larger than the one before
 BUSY_SHARE = (
@@ -81,9 +79,9 @@ class CycleLife:
     tokens: Mapping[DiskId, Token]
     how: str
     newest: Moment
+    samples: Samples
     gap: dict[str, object] | None = None  # to be told with the next barrier
     told_gap: Mapping[str, object] | None = None
-    sampled: int = 0  # the time of the newest moment at which a sample was compared
 
     def step(self) -> float:
         """One more moment; it is reported, and a point is made when one is due."""
@@ -107,18 +105,26 @@ class CycleLife:
 
     def cycle(self) -> Cycle:
         """One more moment.  Raises ContinuityLost, HostUnreachable, ReadFailed, SpaceExhausted."""
+        try:
+            return self._cycle()
+        except TrackerLied as lie:
+            self._doubt(str(lie))
+            raise
+
+    def _cycle(self) -> Cycle:
         began = time.monotonic()
         self.lease = self.setting.leases.renew(self.lease)
         with self.setting.marks.taken() as taken:
             with self.cycles.snapshot(self.tokens) as frozen:
                 caught = time.monotonic()
-                read = self._append(frozen)
-                self._sample(frozen)
+                found = self._found(frozen)
+                read = self._append(frozen, found)
+                sampled = self._sample(frozen, found)
                 frozen.verify()
                 tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
                 t = frozen.t
             gap = {"to": int(t), **self.gap} if self.gap else None
-            told = {**marks.told(taken), **({"gap": gap} if gap else {})}
+            told = {**sampled, **marks.told(taken), **({"gap": gap} if gap else {})}
             moment = Moment(self.recorder.barrier(t, tokens, **told), t)
         lag = time.monotonic() - caught
         self.told_gap, self.gap = gap or self.told_gap, None
@@ -135,21 +141,25 @@ class CycleLife:
 
     # -- one disk after the other ----------------------------------------------------------------------------------------
 
-    def _append(self, frozen: Frozen) -> int:
-        """Append what changed of every disk; how many bytes were read."""
-        found = [(disk, self._changes(disk)) for disk in frozen.disks]
-        total = sum(extents.total(changes.data) for _, changes in found)
+    def _found(self, frozen: Frozen) -> list[Changes]:
+        """What changed of each disk."""
+        found = [self._changes(disk) for disk in frozen.disks]
+        total = sum(extents.total(changes.data) for changes in found)
         if total > SET_MAX_BYTES:
             raise ContinuityLost(f"{total} bytes changed, more than a journal takes at once")
         if {d.disk.id for d in frozen.disks} != set(self.tokens):
             raise ContinuityLost(f"The disks of machine {self.setting.machine.name} are others than before")
-        for disk, changes in found:
+        return found
+
+    def _append(self, frozen: Frozen, found: Sequence[Changes]) -> int:
+        """Append what changed of every disk; how many bytes were read."""
+        for disk, changes in zip(frozen.disks, found, strict=True):
             if len(changes.zero):
                 self.recorder.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
             if len(changes.data):
                 with contextlib.closing(disk.open()) as reader:
                     copy(self.recorder, disk.disk.id, frozen.t, reader, changes.data)
-        return total
+        return sum(extents.total(changes.data) for changes in found)
 
     def _changes(self, disk: FrozenDisk) -> Changes:
         changes = disk.changes(self.tokens.get(disk.disk.id))
@@ -158,29 +168,23 @@ class CycleLife:
             raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new or was resized'}")
         return changes
 
-    def _sample(self, frozen: Frozen) -> None:
-        """Trackers can lie: now and then a few blocks that did not change are read and compared with the newest moment."""
-        if not self.setting.options.sample_blocks or frozen.t - self.sampled < SAMPLE_EVERY_NS or not self.newest.seq:
-            return
+    def _sample(self, frozen: Frozen, found: Sequence[Changes]) -> dict[str, object]:
+        """What the barrier says of blocks that were called unchanged, and are.  Raises TrackerLied."""
+        for disk, changes in zip(frozen.disks, found, strict=True):
+            self.samples.look(disk, changes)
+        if not self.samples.due(frozen.t):
+            return {}
         history = History(self.setting.store, self.setting.machine.id)
-        for disk in frozen.disks:
-            self._sample_disk(history, disk)
-        self.sampled = frozen.t
+        compared = [
+            self.samples.compare(self.setting.store, history, self.newest, disk, changes)
+            for disk, changes in zip(frozen.disks, found, strict=True)
+        ]
+        self.samples.compared(frozen.t)
+        return {"sampled": sum(compared)}
 
-    def _sample_disk(self, history: History, disk: FrozenDisk) -> None:
-        changes = disk.changes(self.tokens.get(disk.disk.id))
-        changed = extents.union(changes.data, changes.zero)
-        view, block = history.view(self.newest, disk.disk.id), self.setting.store.block
-        same = extents.align(extents.complement(changed, view.size), block, view.size)
-        same = extents.subtract(same, extents.align(changed, block, view.size))
-        with contextlib.closing(disk.open()) as reader:
-            for offset, length in sampled(same, block, SAMPLE_BLOCKS, self.setting.options.rng).tolist():
-                now, before = bytearray(length), bytearray(length)
-                reader.read_into(offset, memoryview(now))
-                view.read_into(offset, memoryview(before))
-                if now != before:
-                    self.setting.distrusted = True
-                    raise ContinuityLost(
-                        f"Disk {disk.disk.id}: the block at {offset} was called unchanged and had changed; "
-                        "all disks are compared whole, and moments since the newest point may lack changes"
-                    )
+    def _doubt(self, why: str) -> None:
+        """No moment since the last good sample is offered any more when this returns."""
+        self.recorder.rotate()  # what was appended belongs to no moment
+        good = History(self.setting.store, self.setting.machine.id).told.good or Moment(0, Instant(0))
+        doubt = {"after": good.seq, "start": int(good.t), "why": why}
+        self.recorder.barrier(self.newest.t, self.tokens, doubt=doubt)

@@ -18,6 +18,7 @@ class Rhythm:
     every_ns: int = 5 * SECOND
     fold_every_ns: int = 3600 * SECOND
     limits: Limits = field(default_factory=Limits)
+    sample_blocks: int = 8  # of each disk and cycle: read again although the tracker says that nothing changed
 
 
 @dataclass(slots=True)
@@ -64,3 +65,7 @@ Event = Cycle | Folded | Trouble | Begun
 
 class ContinuityLost(HvbackupError):
     """The hypervisor can't say any more what changed since the last barrier; a new life compares the disks."""
+
+
+class TrackerLied(ContinuityLost):
+    """What the hypervisor called unchanged had changed; moments since the last good sample may lack changes."""

@@ -29,7 +29,6 @@ class Setting:
     writing: AbstractContextManager[object]
     leases: Leases
     marks: Marks = field(default_factory=Marks)
-    distrusted: bool = False  # the tracker lied: the next life compares everything
     clock_stepped: bool = False  # since we run: ages mean nothing until somebody starts us again
 
     def sizes(self) -> dict[DiskId, int]:

@@ -57,19 +57,23 @@ def choose(store: Store, machine: str, at: str, now: Instant) -> Chosen:
     wanted = moments.parse(at, now)
     known = inventory(store).machine(machine)
     notes, name = list(known.damaged), known.machine.name
-    if wanted.point:
-        return Chosen(moments.pick(known.points, wanted, name, local), store, notes)
     history = History(store, known.machine.id)
+    if wanted.point:
+        chosen = moments.pick(known.points, wanted, name, local)
+        if chosen.seq is not None and history.doubt_of(chosen.seq):
+            history.by_seq(chosen.seq)  # which says why not
+        return Chosen(chosen, store, notes)
+    points = [p for p in known.points if p.seq is None or not history.doubt_of(p.seq)]
     if wanted.seq is not None:
-        found: Moment | None = _by_seq(history, known.points, wanted.seq, name)
+        found: Moment | None = _by_seq(history, points, wanted.seq, name)
     elif wanted.tag:
         found = _by_tag(history, wanted.tag, name)
     else:
-        found = _by_time(history, known.points, wanted.t, name)
+        found = _by_time(history, points, wanted.t, name)
     # A point that is the moment itself is complete by reference, and so quicker to read.
-    point = next((p for p in reversed(known.points) if found is not None and p.seq == found.seq), None)
+    point = next((p for p in reversed(points) if found is not None and p.seq == found.seq), None)
     if found is None or point is not None:
-        return Chosen(point or moments.pick(known.points, wanted, name, local), store, notes)
+        return Chosen(point or moments.pick(points, wanted, name, local), store, notes)
     return _of_journal(store, history, found, notes)
 
 

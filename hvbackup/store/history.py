@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup.errors import JournalGap, NotFound, StoreDamage
-from hvbackup.model import Disk, DiskId, Instant, MachineId, RecoveryPoint
+from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
 from hvbackup.store import journal, tables
 from hvbackup.store.journal import LOG, Facts, Name
 from hvbackup.store.layered import Layer, LayeredView
@@ -28,6 +27,9 @@ from hvbackup.store.overlay import Pieces, Table
 from hvbackup.store.segment import PieceCache, Segment, path_of
 from hvbackup.store.store import Store
 from hvbackup.store.tables import Summary, pieces_of, summary_of
+from hvbackup.store.told import ClockStep, Doubt, Gap, Mark, Moment, Told
+
+__all__ = ["ClockStep", "Doubt", "Gap", "History", "Mark", "Moment", "OpenRun", "SealedRun", "Told", "newest_tokens"]
 
 FANOUT = 16  # tables merged into one; a view has at most 15 of each size
 LEVELS = (FANOUT**2, FANOUT)  # segments in a merged table, largest first
@@ -111,72 +113,6 @@ def _summary(run: Run) -> Summary:
     return summary_of(run.name.first, facts, metas)
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """A stretch in which nothing was recorded: views inside of it are refused."""
-
-    start: Instant
-    end: Instant
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A named moment, better than crash-consistent or dear to a person."""
-
-    seq: int
-    t: Instant
-    label: str
-    consistency: str = "crash"
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A state of a machine that is offered: the barrier `seq`, at `t`."""
-
-    seq: int
-    t: Instant
-
-
-@dataclass(frozen=True, slots=True)
-class ClockStep:
-    """The wall clock jumped before this moment."""
-
-    seq: int
-    t: Instant
-    step_ns: int
-
-
-@dataclass(slots=True)
-class Told:
-    """What the META facts of a journal say, folded in order."""
-
-    disks: dict[DiskId, Disk] = field(default_factory=dict)
-    gaps: list[Gap] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-    clocks: list[ClockStep] = field(default_factory=list)
-    tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
-    tokens_seq: int = -1
-    epoch: int = -1
-    base: int = 0  # a view may not build upon a point before this sequence number
-
-    def tell(self, seq: int, t: int, value: dict[str, Any]) -> None:
-        """Fold one META fact into what is known."""
-        if "disks" in value:
-            self.disks = {DiskId(d["id"]): Disk(DiskId(d["id"]), d["size"], d["sector"]) for d in value["disks"]}
-        self.epoch = int(value.get("epoch", self.epoch))
-        self.base = int(value.get("base", self.base))
-        if gap := value.get("gap"):
-            self.gaps.append(Gap(Instant(gap["from"]), Instant(gap.get("to", t)), gap["why"]))
-        if mark := value.get("mark"):
-            self.marks.append(Mark(seq, Instant(t), mark["label"], mark.get("consistency", "crash")))
-        if clock := value.get("clock"):
-            self.clocks.append(ClockStep(seq, Instant(t), int(clock["step_ns"])))
-        if "tokens" in value:
-            self.tokens = {DiskId(d): token for d, token in value["tokens"].items()}
-            self.tokens_seq = seq
-
-
 class History:
     """The journal of one machine, as far as it was durable when this was opened.
 
@@ -225,10 +161,14 @@ class History:
 
     @cached_property
     def moments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(sequence numbers, times) of all moments, ascending."""
+        """(sequence numbers, times) of all moments that are offered, ascending."""
         none = np.zeros(0, np.int64)
         seqs = np.concatenate([none, *(run.summary.seqs() for run in self.runs)])
-        return seqs, np.maximum.accumulate(np.concatenate([none, *(run.summary.times() for run in self.runs)]))
+        times = np.maximum.accumulate(np.concatenate([none, *(run.summary.times() for run in self.runs)]))
+        sure = np.ones(len(seqs), np.bool_)
+        for doubt in self.told.doubts:
+            sure &= (seqs <= doubt.after) | (seqs > doubt.until)
+        return seqs[sure], times[sure]
 
     @property
     def first(self) -> Moment | None:
@@ -238,7 +178,20 @@ class History:
     @property
     def last(self) -> Moment | None:
         """The newest moment, if there is one."""
-        return self._in_run(len(self.runs) - 1, self.runs[-1].summary.moments - 1) if self.runs else None
+        found = self._in_run(len(self.runs) - 1, self.runs[-1].summary.moments - 1) if self.runs else None
+        return self._sure(found)
+
+    def doubt_of(self, seq: int) -> Doubt | None:
+        """Why a moment is not offered although it was recorded."""
+        return next((d for d in self.told.doubts if d.holds(seq)), None)
+
+    def _sure(self, found: Moment | None) -> Moment | None:
+        """The moment itself, or the newest one before it that is in no doubt."""
+        while found and (doubt := self.doubt_of(found.seq)):
+            number = bisect.bisect_right([run.summary.first_moment for run in self.runs], doubt.after) - 1
+            i = int(self.runs[number].summary.seqs().searchsorted(doubt.after, side="right")) - 1 if number >= 0 else -1
+            found = self._in_run(number, i) if i >= 0 else None
+        return found
 
     @cached_property
     def told(self) -> Told:
@@ -274,6 +227,9 @@ class History:
 
     def newest_at(self, t: Instant) -> Moment | None:
         """The newest moment not after `t`, whether or not `t` is in a gap."""
+        return self._sure(self._newest_at(t))
+
+    def _newest_at(self, t: Instant) -> Moment | None:
         number = bisect.bisect_right(self._latest, t)
         if number < len(self.runs):
             i = int(self.runs[number].summary.times().searchsorted(t, side="right")) - 1
@@ -286,7 +242,15 @@ class History:
         number = bisect.bisect_right(self._latest, t)
         if number == len(self.runs):
             return None
-        return self._in_run(number, int(self.runs[number].summary.times().searchsorted(t, side="right")))
+        found = self._in_run(number, int(self.runs[number].summary.times().searchsorted(t, side="right")))
+        doubt = self.doubt_of(found.seq)
+        return self._after(doubt.until) if doubt else found
+
+    def _after(self, seq: int) -> Moment | None:
+        """The oldest moment behind a sequence number."""
+        seqs, times = self.moments
+        i = int(seqs.searchsorted(seq, side="right"))
+        return Moment(int(seqs[i]), Instant(int(times[i]))) if i < len(seqs) else None
 
     def gap_at(self, t: Instant) -> Gap | None:
         """The gap that `t` is in."""
@@ -306,7 +270,15 @@ class History:
         return found
 
     def by_seq(self, seq: int) -> Moment:
-        """The moment with this sequence number.  Raises NotFound when it is no barrier, naming the nearest."""
+        """The moment with this sequence number.
+
+        Raises NotFound when it is no barrier, JournalGap when it may lack changes, naming the nearest.
+        """
+        if doubt := self.doubt_of(seq):
+            sides = [f"seq:{doubt.after}", *(f"seq:{m.seq}" for m in (self._after(doubt.until),) if m)]
+            raise JournalGap(
+                f"seq:{seq} may lack changes ({doubt.why}); the nearest recoverable moments are {' and '.join(sides)}"
+            )
         number = bisect.bisect_left([run.summary.last_moment for run in self.runs], seq)
         if number < len(self.runs):
             i = int(self.runs[number].summary.seqs().searchsorted(seq))

@@ -23,6 +23,7 @@ from hvbackup.store.history import History
 from hvbackup.store.journal import FOLDER, LOG, SEGMENT, LogWriter, Name
 from hvbackup.store.segment import write_segment
 from hvbackup.store.store import Store
+from hvbackup.store.told import Doubt, carried
 
 SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a crash to well under a second
 SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
@@ -61,6 +62,7 @@ class Recorder:
         self.epoch = max((n.epoch for n in names), default=0) + 1
         # One number is left out: the point that a new life begins with takes it, and no moment before has it.
         self._next = (self._end(names[-1]) if names else 0) + 1
+        self.doubts: list[Doubt] = []  # repeated at the head of each file
         self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
         self.clock_stepped = False  # the wall clock jumped in this epoch: ages mean nothing until somebody confirms it
         self._clock: tuple[int, int] | None = None  # wall and monotonic time of the newest barrier
@@ -90,7 +92,7 @@ class Recorder:
 
     def _table(self) -> dict[str, Any]:
         disks = [{"number": i, "id": d.id, "size": d.size, "sector": d.sector} for i, d in enumerate(self.disks)]
-        return {"disks": disks, "epoch": self.epoch}
+        return {"disks": disks, "epoch": self.epoch, **carried(self.doubts)}
 
     def _open(self, t: Instant) -> LogWriter:
         if self._log is None:
@@ -121,7 +123,8 @@ class Recorder:
     def barrier(self, t: Instant, tokens: Mapping[DiskId, Token], **more: Any) -> int:
         """The set is closed: its state is a durable moment when this returns the moment's sequence number.
 
-        `more` is told with it: `gap={"from": t, "why": ...}` that ends here, `mark={"label": ...}`.
+        `more` is told with it: `gap={"from": t, "why": ...}` that ends here, `mark={"label": ...}`, `sampled=N` blocks that were
+        as the tracker said, `doubt={"after": seq, "start": t, "why": ...}` about the moments since, this one included.
         """
         value = {"tokens": {d: asdict(token) for d, token in tokens.items()}, **self._clock_step(t), **more}
         log = self._open(t)
