@@ -129,10 +129,10 @@ def _captured(
     lease: Lease,
 ) -> RecoveryPoint:
     """Steps 2 to 4 of the crash table."""
-    parent = store.newest(machine.id)
-    since = {} if parent is None or options.full else {d.disk.id: d.token for d in parent.disks if d.token}
     writer = store.writer()
     try:
+        parent = store.newest(machine.id)
+        since = {} if parent is None or options.full else {d.disk.id: d.token for d in parent.disks if d.token}
         with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
             _stood_still(frozen, parent if options.consistency is None else None, outcome)
             roots = take_in(store, writer, frozen, parent, since, options, outcome, lambda: leases.renew(lease))

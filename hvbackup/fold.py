@@ -88,14 +88,16 @@ def frozen_at(history: History, moment: Moment) -> FoldedMachine:
 
 def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> Outcome:
     """A recovery point of the moment exists when this returns.  Raises NotFound, ChunkDamaged, SpaceExhausted."""
-    history, outcome = History(store, machine), Outcome()
-    frozen, parent = frozen_at(history, moment), history.base(moment)
-    if parent.seq == moment.seq:
-        outcome.point = parent
-        return outcome
+    outcome = Outcome()
     options = replace(options, seq=moment.seq, sample_blocks=0)
     writer = store.writer()
     try:
+        history = History(store, machine)
+        frozen, parent = frozen_at(history, moment), history.base(moment)
+        if parent.seq == moment.seq:
+            outcome.point = parent
+            writer.abandon()
+            return outcome
         since = {d.disk.id: TOKEN for d in parent.disks}
         roots = take_in(store, writer, frozen, parent, since, options, outcome)
         outcome.point = point_of(frozen, roots, options, outcome)

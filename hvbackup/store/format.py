@@ -26,6 +26,13 @@ KIND_RUN = 4  # a sealed file: run record
 KIND_LEASE = 5  # a sealed file: lease
 KIND_LOG = 6  # an open log of a journal
 KIND_SEGMENT = 7  # a sealed segment of a journal
+KIND_WRITER = 8  # a sealed file: who is writing chunks now
+KIND_CONDEMNED = 9  # a sealed file: packs that reclaim is about to remove
+KIND_TOMBSTONE = 10  # a sealed file: points that are being forgotten
+KIND_HOLD = 11  # a sealed file: a point that must stay
+KIND_PIN = 12  # a sealed file: a point that somebody reads
+KIND_SETTINGS = 13  # a sealed file: what the store demands of who forgets
+KIND_REQUEST = 14  # a sealed file: what one operator wants and another must approve
 
 # File header, of packs and sealed files alike, 64 bytes.
 #   0  4  magic b"hvF1"

@@ -6,9 +6,10 @@ STORE/                      the truth; everything here is written once, except k
 STATE/<store id>/           a cache of one machine: index, catalog, lock; may be removed at any time
 
 commit: killed after        left behind                     cleaned by
-1 packs sealed              chunks no point refers to       the next run refers to them; reclaim
-2 point file in place       the point: it is committed
-3 run record                the point, told of              adopt() on the next open
+1 writer's lease            the lease                       the next writer (writers.py)
+2 packs sealed              chunks no point refers to       the next run refers to them; reclaim
+3 point file in place       the point: it is committed
+4 run record                the point, told of              adopt() on the next open
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from hvbackup.store.reader import ChunkReader
 from hvbackup.store.runs import Runs
 from hvbackup.store.view import DiskView
 from hvbackup.store.writer import ChunkWriter
+from hvbackup.store.writers import WriterLease
 
 DESCRIPTOR = "HVBACKUP"
 OWNER_LOCK = "owner.lock"  # under STATE: shared by those who add, held alone by who removes
@@ -331,15 +333,23 @@ class Store:
         return DiskView(self.chunks, root, self.block)
 
     def writer(self) -> ChunkWriter:
-        """A writer for one capture, inside `writing`."""
-        return ChunkWriter(self.files, self.ring, self.index)
+        """A writer for one capture, inside `writing`; what its point builds upon is looked up after this returns."""
+        lease = WriterLease(self.files, self.state, self.ring, self.runs.writer)
+        return ChunkWriter(self.files, self.ring, self.index, lease.begin(self.index))
 
     def commit(self, point: RecoveryPoint, writer: ChunkWriter) -> None:
-        """The point exists when this returns, and did not exist before it was called."""
+        """The point exists when this returns, and did not exist before it was called.  Raises Busy: see `writers.py`."""
         path, data = self.path_of(point), points.dump(self.ring, point)
         writer.put_point_copy(path, data)
         writer.seal()
+        writer.lease.confirm()
         self.files.write_new(path, data)
+        try:
+            writer.lease.confirm()
+        except Busy:
+            self.files.remove(path)
+            raise
+        writer.lease.end()
 
     def tell(self, kind: str, t: Instant, **value: Any) -> None:
         """Append a run record."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import blake3
@@ -24,6 +25,7 @@ from hvbackup.store.blockmap import Ids
 from hvbackup.store.index import NOWHERE, Index
 from hvbackup.store.keys import Keyring
 from hvbackup.store.pack import PackWriter
+from hvbackup.store.writers import WriterLease
 
 PACK_BYTES = 64 * MiB  # sealed at this size: bounds what a crash wastes and what reclaim copies
 BLOCK_LEVEL = 1  # zstd level of blocks; decision 0003 has the measurements
@@ -43,13 +45,14 @@ class Frame:
 
 
 class ChunkWriter:
-    """Everything one capture adds to the store.
+    """Everything one capture adds to the store, under a lease that keeps reclaim away from what it refers to.
 
+    Whoever begins one ends it: by `Store.commit`, or by `abandon`.
     Thread safety: `claim` and `compress` from any thread, everything else from one.
     """
 
-    def __init__(self, backend: Backend, ring: Keyring, index: Index) -> None:
-        self._backend, self._ring, self._index = backend, ring, index
+    def __init__(self, backend: Backend, ring: Keyring, index: Index, lease: WriterLease) -> None:
+        self._backend, self._ring, self._index, self.lease = backend, ring, index, lease
         self._data: PackWriter | None = None
         self._meta: list[PackWriter] = []
         self._claimed: set[bytes] = set()  # by this writer, in packs the index does not know yet
@@ -64,7 +67,9 @@ class ChunkWriter:
 
         The first of equal ids is claimed, the others are not.
         """
-        missing: NDArray[np.bool_] = self._index.lookup(ids.view("V32").ravel())["pack"] == NOWHERE
+        self.lease.renew()
+        packs = self._index.lookup(ids.view("V32").ravel())["pack"]
+        missing: NDArray[np.bool_] = (packs == NOWHERE) | self.lease.avoids(packs)
         with self._lock:
             for i in np.flatnonzero(missing).tolist():
                 chunk = ids[i].tobytes()
@@ -111,7 +116,9 @@ class ChunkWriter:
 
     def _claim_page(self, chunk: ChunkId) -> bool:
         """Whether fewer than two packs hold a page, as after a run that died between the two, and nobody has claimed it."""
-        places = {(pack, int(row["offset"][0])) for pack, row in self._index.everywhere(chunk)} - self._index.damaged
+        self.lease.renew()
+        everywhere = [(p, row) for p, row in self._index.everywhere(chunk) if self.lease.fits(p)]
+        places = {(pack, int(row["offset"][0])) for pack, row in everywhere} - self._index.damaged
         with self._lock:
             if len({pack for pack, _ in places}) >= 2 or chunk in self._claimed:
                 return False
@@ -171,7 +178,9 @@ class ChunkWriter:
 
     def abandon(self) -> None:
         """Remove what is not sealed; sealed packs stay, for the next run to refer to."""
-        for pack in [self._data, *self._meta]:
-            if pack is not None:
-                pack.abandon()
-        self._data, self._meta = None, []
+        with ExitStack() as stack:
+            stack.callback(self.lease.end)
+            for pack in [self._data, *self._meta]:
+                if pack is not None:
+                    stack.callback(pack.abandon)
+            self._data, self._meta = None, []
