@@ -11,7 +11,7 @@ help:             ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup       ## watch a running machine being protected, destroyed and booted back
-	@$(BIN)/python labs/demo.py
+	@$(BIN)/python -m labs.demo
 
 test: setup       ## style, types, layers and every test, with real QEMU, NBD programs and guests
 	@failed=0; \

@@ -11,8 +11,9 @@ from typing import cast
 
 import pytest
 
-from labs import demo
-from labs.demo import Backup, Failed, Hvbackup, Show, check_point
+from labs.demo import __main__ as demo
+from labs.demo.points import Backup, check_point
+from labs.demo.stage import Failed, Hvbackup, Show
 from labs.guest import GuestError, build, make_disk
 
 WRITES = 400
@@ -95,10 +96,10 @@ def test_a_damaged_file_system_is_not_proved(moments: Path, tmp_path: Path) -> N
 def test_the_whole_demonstration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(demo, "PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr("labs.demo.points.PAUSE_SECONDS", 0.5)
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
     status = demo.main([])
     said = capsys.readouterr().out
     assert status == 0, said
-    assert said.count("[proved]") == 6
+    assert said.count("[proved]") == 10
     assert list(Path("/tmp").glob("hvbackup-demo-*")) == []

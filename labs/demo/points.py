@@ -1,78 +1,24 @@
-#!/usr/bin/env python3
-"""The demonstration: a running machine is protected while it writes, destroyed, and booted back from a recovery point.
-
-    make demo        or, when everything is set up: .venv/bin/python labs/demo.py [--keep]
-
-It uses nothing but the `hvbackup` command and a guest of its own.  The guest has two disks and a witness that writes
-numbered, checksummed records to both in turn; a record counts once it is on disk.  What is claimed at the end is proved:
-
-1. In every recovery point the records are complete, 1 to n without a gap over both disks, and n includes every record the
-   guest had acknowledged before that backup began.  (Both disks are of one moment, or the numbers would not fit.)
-2. The point that is booted was made while the guest stood still for a copy of its disks, made without hvbackup: what
-   comes back is compared with this reference bit for bit.
-3. The machine that is booted checks the records itself, from inside.
-"""
+"""Backups, destruction, and the machine booted back from a point; then every point is proved."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: `labs` is in the folder above
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from labs.demo.stage import Failed, Hvbackup, Show, size
+from labs.guest import Console, Guest, LabDisk, verified, verify_on_host
+from labs.guest_image import run
 
-from labs.guest import Console, Guest, GuestError, LabDisk, make_disk, verified, verify_on_host
-from labs.guest_image import HOME, build, run
-
-PROGRAM = Path(sys.executable).with_name("hvbackup")
-MIB = 1 << 20
 RATE = 150  # records a second
 PAUSE_SECONDS = 4.0  # of writing between backups
 DISKS = ("vda", "vdb")
 RECORDS = ("/mnt/a/records", "/mnt/b/records")
 MOUNT = "mkdir -p /mnt/a /mnt/b && mount /dev/vda /mnt/a && mount /dev/vdb /mnt/b"
-
-
-class Failed(Exception):
-    """A step did not do what it must, or a proof did not hold."""
-
-
-@dataclass
-class Hvbackup:
-    """The command, with a store, a key and caches of its own."""
-
-    folder: Path
-
-    def __call__(self, *words: str) -> dict[str, Any]:
-        """What the command answered.  Raises Failed."""
-        done = subprocess.run(
-            [str(PROGRAM), *words, "--json"],
-            env={**os.environ, **self.environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            raise Failed(f"hvbackup {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-
-    @property
-    def environment(self) -> dict[str, str]:
-        places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
-        return {f"HVBACKUP_{name}": str(self.folder / place) for name, place in places.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,79 +31,6 @@ class Backup:
     acked_after: int
     figures: dict[str, Any]
     seconds: float
-
-
-@dataclass
-class Show:
-    """Lines on the terminal: what happens, what it cost, what is proved."""
-
-    begun: float = field(default_factory=time.monotonic)
-    proofs: int = 0
-
-    def title(self, text: str) -> None:
-        print(f"\n{text}\n{'-' * len(text)}", flush=True)
-
-    def say(self, text: str = "") -> None:
-        print(text and f"  {text}", flush=True)
-
-    def cost(self, *cells: str) -> None:
-        first, *rest = cells
-        self.say(f"{first:<26}" + "".join(f"{cell:>13}" for cell in rest))
-
-    def command(self, words: str, remark: str = "") -> None:
-        self.say(f"$ hvbackup {words}" + (f"     # {remark}" if remark else ""))
-
-    def step(self, text: str, begun: float) -> None:
-        self.say(f"{text:<80}{time.monotonic() - begun:>9.1f} s")
-
-    def proved(self, text: str) -> None:
-        self.proofs += 1
-        self.say(f"[proved] {text}")
-
-
-# --- the story -------------------------------------------------------------------------------------------------------
-
-
-def demonstrate(folder: Path, show: Show) -> None:
-    """Everything, in order.  Raises Failed, GuestError."""
-    hvbackup = Hvbackup(folder)
-    show.title("A machine that works")
-    with running_guest(folder, show) as guest:
-        show.title("Protected while it writes")
-        show.command("init")
-        hvbackup("init")
-        backups, reference = protect(guest, hvbackup, folder, show)
-        show.title("Destroyed")
-        destroy(guest, show)
-    show.title("Booted back")
-    chosen = backups[-1]
-    boot_back(hvbackup, guest.name, chosen, show)
-    show.title("Proved")
-    show.command(f"restore {guest.name} --at POINT --to FOLDER", "each of the four; then check --deep")
-    for backup in backups:
-        check_point(hvbackup, guest.name, backup, folder, show, reference if backup is chosen else None)
-    checked = hvbackup("check", "--deep")
-    show.proved(f"the store: all {checked['chunks']:,} chunks read back as they were written (check --deep)")
-
-
-@contextlib.contextmanager
-def running_guest(folder: Path, show: Show) -> Iterator[Guest]:
-    begun = time.monotonic()
-    content = HOME.parent / "kernel" if (HOME.parent / "kernel").is_dir() else HOME  # anything real will do
-    disks = [
-        make_disk(folder / "system.qcow2", 512 * MIB, content=content),
-        make_disk(folder / "data.raw", 256 * MIB, "raw"),
-    ]
-    show.step("Two ext4 disks: system.qcow2, 512 MiB, with files on it; data.raw, 256 MiB", begun)
-    with Guest(folder / "guest", disks, name="shop") as guest:
-        show.step(
-            "QEMU without KVM, a Debian kernel, busybox, ext4 on both disks", time.monotonic() - guest.boot_seconds
-        )
-        guest.sh(MOUNT)
-        guest.start_writer(*RECORDS, rate=RATE)
-        guest.wait_acked(RATE)
-        show.say(f"It now writes {RATE} numbered, checksummed records of 4 KiB a second, to both disks in turn")
-        yield guest
 
 
 def protect(guest: Guest, hvbackup: Hvbackup, folder: Path, show: Show) -> tuple[list[Backup], list[Path]]:
@@ -250,7 +123,7 @@ def check_point(
     hvbackup: Hvbackup, machine: str, backup: Backup, folder: Path, show: Show, reference: Sequence[Path] | None
 ) -> None:
     """A point is restored to files; they are compared with the reference, then their records are checked."""
-    to = folder / f"restored-{backup.point}"
+    to = folder / "restored"
     begun = time.monotonic()
     hvbackup("restore", machine, "--at", backup.point, "--to", str(to))
     seconds = time.monotonic() - begun
@@ -287,32 +160,3 @@ def extract_records(image: Path) -> Path:
         raise Failed(f"{image.name} has a damaged file system: {checked.stdout}")
     run("debugfs", "-R", f"dump /records {to}", image)
     return to
-
-
-def size(count: int) -> str:
-    return f"{count / MIB:,.1f} MiB"
-
-
-def main(argv: Sequence[str]) -> int:
-    os.environ["PATH"] += ":/usr/sbin:/sbin"
-    build()
-    folder = Path(tempfile.mkdtemp(prefix="hvbackup-demo-"))
-    show = Show()
-    try:
-        demonstrate(folder, show)
-    except (Failed, GuestError) as error:
-        show.say()
-        show.say(f"FAILED: {error}")
-        return 1
-    finally:
-        if "--keep" in argv:
-            show.say(f"Everything is kept in {folder}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    show.say()
-    show.say(f"{show.proofs} proofs, {time.monotonic() - show.begun:.0f} seconds")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
