@@ -27,13 +27,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvbackup.errors import Busy, HvbackupError, SpaceExhausted, UsageError
+from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 PARTIAL = ".partial"  # behind the name of an image that is not restored to its end
-_ZEROES = bytes(1024 * 1024)
 TMP = "tmp"  # the directory of files that are not finished
 LOCK_POLL_SECONDS = 0.05
 OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
@@ -82,7 +81,7 @@ class Kernel:
 
 
 @contextmanager
-def _named_errors(what: str, path: Path) -> Iterator[None]:
+def named_errors(what: str, path: Path) -> Iterator[None]:
     """System errors become ours, with the path and what to do."""
     try:
         yield
@@ -104,7 +103,7 @@ class NewFile:
         self._files = files
         files.make_dir(TMP)
         self._tmp = files.path(TMP) / secrets.token_hex(8)
-        with _named_errors("create", self._tmp):
+        with named_errors("create", self._tmp):
             self._fd = self._create(mode)
         self._open, self._named = True, False
         self.size = 0
@@ -120,7 +119,7 @@ class NewFile:
 
     def write(self, data: Buffer) -> None:
         """Append `data`."""
-        with _named_errors("write", self._tmp):
+        with named_errors("write", self._tmp):
             self._files.kernel.write(self._fd, data)
         self.size += memoryview(data).nbytes
 
@@ -128,7 +127,7 @@ class NewFile:
         """The file exists as `name`, durably, when this returns."""
         target = self._files.path(name)
         self._files.make_dir(os.path.dirname(name))
-        with _named_errors("write", target):
+        with named_errors("write", target):
             self._files.kernel.fsync(self._fd)
             self._close()
             self._files.kernel.rename(str(self._tmp), str(target))
@@ -141,7 +140,7 @@ class NewFile:
             self._close()
         if not self._named:
             self._named = True
-            with _named_errors("remove", self._tmp):
+            with named_errors("remove", self._tmp):
                 self._files.kernel.unlink(str(self._tmp))
 
     def _close(self) -> None:
@@ -166,20 +165,20 @@ class LogFile:
     def __init__(self, files: Files, name: str, mode: int) -> None:
         self._kernel, self.path = files.kernel, files.path(name)
         files.make_dir(os.path.dirname(name))
-        with _named_errors("create", self.path):
+        with named_errors("create", self.path):
             self._fd = self._kernel.create(str(self.path), mode)
             self._kernel.sync_dir(str(self.path.parent))
         self.size = 0
 
     def append(self, data: Buffer) -> None:
         """`data` has been written when this returns."""
-        with _named_errors("write", self.path):
+        with named_errors("write", self.path):
             self._kernel.write(self._fd, data)
         self.size += memoryview(data).nbytes
 
     def sync(self) -> None:
         """Everything appended before is durable when this returns."""
-        with _named_errors("write", self.path):
+        with named_errors("write", self.path):
             self._kernel.fsync(self._fd)
 
     def close(self) -> None:
@@ -224,7 +223,7 @@ class Files:
             self.make_dir(os.path.dirname(name))
         elif not path.parent.is_dir():
             Files(path.parent, self.kernel, self._mode).make_dir("")
-        with _named_errors("make directory", path):
+        with named_errors("make directory", path):
             try:
                 self.kernel.mkdir(str(path), 0o700)
             except FileExistsError:
@@ -258,7 +257,7 @@ class Files:
         """The file is gone, durably, when this returns; nothing happens when it was."""
         path = self.path(name)
         self.forget(name)
-        with _named_errors("remove", path):
+        with named_errors("remove", path):
             try:
                 self.kernel.unlink(str(path))
             except FileNotFoundError:
@@ -276,7 +275,7 @@ class Files:
     def read(self, name: str) -> bytes:
         """All bytes of a file.  Raises FileNotFoundError, HvbackupError."""
         path = self.path(name)
-        with _named_errors("read", path):
+        with named_errors("read", path):
             try:
                 return path.read_bytes()
             except NotADirectoryError as e:
@@ -288,7 +287,7 @@ class Files:
         So a reader never shows what a power cut could still take back.  Raises FileNotFoundError, HvbackupError.
         """
         path = self.path(name)
-        with _named_errors("read", path):
+        with named_errors("read", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size = os.fstat(fd).st_size
@@ -378,6 +377,11 @@ class Files:
             os.close(fd)
 
 
+def locked(fd: int, what: str) -> None:
+    """Nobody else who asks has `what` until `fd` is closed.  Raises Busy."""
+    _lock(fd, fcntl.LOCK_EX, what, 0.0)
+
+
 def _lock(fd: int, how: int, what: str, wait_seconds: float) -> None:
     end = time.monotonic() + wait_seconds
     while True:
@@ -399,56 +403,3 @@ def _holders(fd: int) -> str:
         if pids:
             return f"process{'es' * (len(pids) > 1)} {', '.join(sorted(pids, key=int))}"
     return f"process {os.pread(fd, 32, 0).decode(errors='replace').strip() or 'unknown'}"
-
-
-class RawTarget:
-    """A raw image or block device that a disk is restored to, written in place and in any order.
-
-    A new file is made sparse under `PATH.partial` and gets its name in `finish`, so that a half-written image is never taken
-    for a whole one; an existing `.partial` is kept, for a restore to go on with.  A block device is written where it is.
-    Thread safety: every method from any thread.
-    """
-
-    def __init__(self, path: Path, size: int, kernel: Kernel | None = None) -> None:
-        self._kernel, self._path = kernel or Kernel(), path
-        self._device = path.is_block_device()
-        self._written = path if self._device else path.with_name(path.name + PARTIAL)
-        self.resumed = self._device or self._written.exists()  # it may hold something already
-        with _named_errors("open", self._written):
-            self._fd = os.open(self._written, os.O_RDWR | os.O_CLOEXEC | (0 if self._device else os.O_CREAT), 0o600)
-            if not self._device:
-                os.ftruncate(self._fd, size)
-            elif (room := os.lseek(self._fd, 0, os.SEEK_END)) < size:
-                os.close(self._fd)
-                raise UsageError(f"{path} has {room} bytes, and the disk has {size}; choose a larger device")
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with what the target holds now."""
-        with _named_errors("read", self._written):
-            if os.preadv(self._fd, [buffer], offset) != len(buffer):
-                raise HvbackupError(f"{self._written} ended before byte {offset + len(buffer)}")
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """Write all of `data`."""
-        view = memoryview(data).cast("B")
-        with _named_errors("write", self._written):
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
-
-    def zero(self, offset: int, length: int) -> None:
-        """The range reads as zeroes."""
-        for at in range(offset, offset + length, len(_ZEROES)):
-            self.write(at, memoryview(_ZEROES)[: offset + length - at])
-
-    def finish(self) -> None:
-        """What was written is durable, and a file has its name, when this returns."""
-        with _named_errors("write", self._written):
-            self._kernel.fsync(self._fd)
-            if not self._device:
-                self._kernel.rename(str(self._written), str(self._path))
-                self._kernel.sync_dir(str(self._path.parent))
-
-    def close(self) -> None:
-        """Let go; what was written stays."""
-        os.close(self._fd)

@@ -67,16 +67,28 @@ def _add_restore(verbs: Verbs) -> None:
     _add_which(verb)
     verb.add_argument("--to", required=True, metavar="PATH", help="a folder; a file or device for a single --disk")
     verb.add_argument("--format", default="", choices=("raw", "qcow2"), help="default: as the file is called, or raw")
-    verb.add_argument("--resume", action="store_true", help="go on with a restore that did not end")
-    verb.add_argument("--replace", action="store_true", help="overwrite what is there")
+    there = verb.add_mutually_exclusive_group()
+    there.add_argument(
+        "--resume", dest="mode", action="store_const", const="resume", help="go on with a restore that did not end"
+    )
+    there.add_argument("--replace", dest="mode", action="store_const", const="replace", help="overwrite what is there")
+    there.add_argument(
+        "--differential",
+        dest="mode",
+        action="store_const",
+        const="differential",
+        help="compare with what is there, and write only what differs",
+    )
+    verb.set_defaults(mode="new")
     verb.set_defaults(run=restore)
 
 
 def restore(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup restore MACHINE --to PATH`."""
+    from hvbackup.recover.restore import Mode
     from hvbackup.service import recovery, shapes
 
-    goal = recovery.Goal(Path(args.to), args.format, args.resume, args.replace)
+    goal = recovery.Goal(Path(args.to), args.format, Mode(args.mode))
     with Progress(out) as progress:
         done = recovery.restore(session_of(args), _which(args), goal, lambda disk, at, all_: progress(disk, at, all_))
     verdict = recovery.verdict(done)

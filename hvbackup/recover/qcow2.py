@@ -1,6 +1,7 @@
 """A disk restored to a qcow2 image, written through a qemu-nbd of our own.
 
     killed after               left behind                        cleaned by
+    0 an older image renamed   PATH.partial with the older state  `--resume`, `--differential`: compared with what it should be
     1 image made               PATH.partial, empty                `--resume` goes on with it, `--replace` begins again
     2 qemu-nbd started         a folder with a socket             nobody: it is empty once qemu-nbd ended, which it does with us
     3 blocks written           PATH.partial with those            `--resume`: each is compared with what it should be
@@ -28,30 +29,35 @@ from hvbackup.files import PARTIAL, Kernel
 from hvbackup.model import MiB
 from hvbackup.nbd.client import NbdClient, RequestFailed
 from hvbackup.nbd.uri import NbdUri
-from hvbackup.recover.restore import Restored, restore
+from hvbackup.recover.rawtarget import take_aside
+from hvbackup.recover.restore import Mode, Restored, restore
 from hvbackup.store.view import DiskView
 
 START_SECONDS = 20.0
 STOP_SECONDS = 120.0  # the end of qemu-nbd writes what it has in memory
 CREATE_SECONDS = 60.0
-CONNECTIONS_MAX = 16
+CONNECTIONS_MAX = 32  # one for each thread, and one
 FLUSH_BYTES = 512 * MiB
 
 
-def to_qcow2(view: DiskView, path: Path, key: bytes, progress: Callable[[int, int], None]) -> Restored:
+def to_qcow2(view: DiskView, path: Path, key: bytes, progress: Callable[[int, int], None], mode: Mode) -> Restored:
     """A qcow2 image holds the disk when this returns.  Raises ChunkDamaged, SpaceExhausted, UsageError, HvbackupError."""
-    with closing(Qcow2Target(path, view.size)) as target:
-        return restore(view, target, key, progress)
+    with closing(Qcow2Target(path, view.size, mode)) as target:
+        return restore(view, target, key, progress, compare=mode.compares)
 
 
 class Qcow2Target:
     """An image under `PATH.partial`, which gets its name in `finish`.  Thread safety: `read_into`, `write`, `zero` from any."""
 
-    def __init__(self, path: Path, size: int, kernel: Kernel | None = None) -> None:
+    def __init__(self, path: Path, size: int, mode: Mode, kernel: Kernel | None = None) -> None:
         self._path, self._kernel = path, kernel or Kernel()
         self._written = path.with_name(path.name + PARTIAL)
-        self.resumed = self._written.exists()
-        if not self.resumed:
+        if mode is Mode.DIFFERENTIAL and path.exists():
+            take_aside(path, self._kernel)
+        if mode is Mode.REPLACE:
+            self._written.unlink(missing_ok=True)
+        self.blank = not self._written.exists()
+        if self.blank:
             _create(self._written, size)
         self._folder = Path(tempfile.mkdtemp(prefix="hvbackup-"))
         self._uri = NbdUri(socket=str(self._folder / "nbd.sock"))
@@ -179,7 +185,9 @@ def _serve(path: Path, folder: Path) -> subprocess.Popen[bytes]:
     """
     _require("qemu-nbd")
     _require("setpriv")
-    words = ["setpriv", "--pdeathsig", "TERM", "--", "qemu-nbd", "-f", "qcow2", "--discard=unmap"]
+    # The shell: we may have died before the kernel was told to end it with us.
+    words = ["setpriv", "--pdeathsig", "TERM", "--", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    words += ["qemu-nbd", "-f", "qcow2", "--discard=unmap"]
     words += ["-e", str(CONNECTIONS_MAX), "-k", str(folder / "nbd.sock"), "--", str(path)]
     with (folder / "words").open("wb") as log:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -20,7 +20,7 @@ from hvbackup.capture import THREADS, Options, capture
 from hvbackup.files import Kernel
 from hvbackup.hypervisors.source import SourceOptions, open_source
 from hvbackup.model import KiB, MiB
-from hvbackup.recover.restore import to_file
+from hvbackup.recover.restore import Mode, to_file
 from hvbackup.store import keys, store
 from hvbackup.store.store import Store
 from hvbackup.store.writer import BLOCK_LEVEL
@@ -151,5 +151,5 @@ def _pipeline(scratch: Path, size: int) -> Iterator[Speed]:
         assert outcome.point is not None
         began, cpu = time.monotonic(), time.process_time()
         view = opened.view(outcome.point.disks[0])
-        to_file(view, scratch / "restored", opened.ring.block_key, lambda _done, _total: None)
+        to_file(view, scratch / "restored", opened.ring.block_key, lambda _done, _total: None, Mode.NEW)
         yield _speed("restore", f"every block verified, {THREADS} threads", size, began, cpu)

@@ -15,6 +15,7 @@ from typing import Any
 
 from hvbackup.config import KeyOptions, private
 from hvbackup.errors import NotFound, StoreDamage, UsageError
+from hvbackup.files import PARTIAL
 from hvbackup.model import DiskRoot, Instant, RecoveryPoint
 from hvbackup.moments import rfc3339
 from hvbackup.nbd.server import NbdServer
@@ -25,7 +26,7 @@ from hvbackup.recover.boot import Options as BootOptions
 from hvbackup.recover.export import exports
 from hvbackup.recover.processes import start_detached
 from hvbackup.recover.qcow2 import to_qcow2
-from hvbackup.recover.restore import Restored
+from hvbackup.recover.restore import Mode, Restored
 from hvbackup.service import lonefile
 from hvbackup.service.inventory import roots
 from hvbackup.service.moment import choose
@@ -106,8 +107,7 @@ class Goal:
 
     to: Path
     format: str = ""  # empty: as the file's name says, or raw
-    resume: bool = False
-    replace: bool = False
+    mode: Mode = Mode.NEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,7 @@ class RestoredDisk:
     root: DiskRoot
     path: Path
     format: str
+    mode: Mode
     done: Restored | None = None
     error: StoreDamage | None = None
 
@@ -141,22 +142,24 @@ def restore(session: Session, which: Which, goal: Goal, progress: OnProgress) ->
         point, notes = found.point, found.notes
         chosen = roots(point, which.disks)
         single = len(which.disks) == 1 and not goal.to.is_dir()
-        plan = [_single(chosen[0], goal)] if single else _folder(chosen, goal)
         machine_file = None if which.disks else goal.to / MACHINE_FILE
+        plan = [_single(chosen[0], goal)] if single else _folder(chosen, goal, machine_file)
         _refuse_overwriting(plan, machine_file, goal)
         with found.pinned():
             done = [_one(found.view(d.root), d, store.ring.block_key, progress) for d in plan]
         if machine_file:
             lonefile.write(machine_file, _machine_json(point, done))
+            if not any(d.error for d in done):
+                _unfinished(machine_file).unlink(missing_ok=True)
         return RestoredPoint(point, done, machine_file, notes)
 
 
 def _single(root: DiskRoot, goal: Goal) -> RestoredDisk:
     by_name = "qcow2" if goal.to.suffix == ".qcow2" else "raw"
-    return RestoredDisk(root, goal.to, goal.format or by_name)
+    return RestoredDisk(root, goal.to, goal.format or by_name, goal.mode)
 
 
-def _folder(chosen: Sequence[DiskRoot], goal: Goal) -> list[RestoredDisk]:
+def _folder(chosen: Sequence[DiskRoot], goal: Goal, machine_file: Path | None) -> list[RestoredDisk]:
     """One file for each disk, named for it."""
     if goal.to.exists() and not goal.to.is_dir():
         raise UsageError(f"{goal.to} is no folder; several disks go to a folder, one disk to a file with --disk DISK")
@@ -168,26 +171,48 @@ def _folder(chosen: Sequence[DiskRoot], goal: Goal) -> list[RestoredDisk]:
             n += 1
             name = f"{safe}-{n}"
         taken.add(name)
-        found.append(RestoredDisk(root, goal.to / f"{name}.{form}", form))
+        path = goal.to / f"{name}.{form}"
+        found.append(RestoredDisk(root, path, form, _mode(path, machine_file, goal)))
     return found
 
 
 def _refuse_overwriting(plan: Sequence[RestoredDisk], machine_file: Path | None, goal: Goal) -> None:
-    """Before anything is written.  Raises UsageError."""
+    """Before anything is written.  Raises UsageError, Busy."""
     if plan and not plan[0].path.parent.is_dir():
         if plan[0].path.parent != goal.to:
             raise UsageError(f"There is no directory {plan[0].path.parent}")
-        goal.to.mkdir(parents=True)
+        _make_folder(goal.to)
     for disk in plan:
-        restoring.check_target(disk.path, resume=goal.resume, replace=goal.replace)
-    if machine_file and machine_file.exists() and not (goal.replace or goal.resume):
+        restoring.check_target(disk.path, disk.mode, disk.format)
+    if machine_file and machine_file.exists() and goal.mode is Mode.NEW:
         raise UsageError(f"{machine_file} exists; say --replace to overwrite it, or choose another folder")
+    if machine_file:
+        lonefile.write(_unfinished(machine_file), b"{}\n")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise UsageError(f"Cannot make the folder {folder}: {e.strerror}; choose another one") from e
+
+
+def _mode(path: Path, machine_file: Path | None, goal: Goal) -> Mode:
+    """Of one disk: one that is whole already in a folder where a restore did not end is compared like the others."""
+    if goal.mode is Mode.RESUME and machine_file and path.is_file() and _unfinished(machine_file).exists():
+        return Mode.DIFFERENTIAL
+    return goal.mode
+
+
+def _unfinished(machine_file: Path) -> Path:
+    """Says, for as long as a restore of a whole machine has not ended, that what is in the folder is of its making."""
+    return machine_file.with_name(machine_file.name + PARTIAL)
 
 
 def _one(view: Any, disk: RestoredDisk, key: bytes, progress: OnProgress) -> RestoredDisk:
     write = to_qcow2 if disk.format == "qcow2" else restoring.to_file
     try:
-        done = write(view, disk.path, key, lambda at, total: progress(disk.root.disk.id, at, total))
+        done = write(view, disk.path, key, lambda at, total: progress(disk.root.disk.id, at, total), disk.mode)
     except StoreDamage as e:
         return replace(disk, error=e)
     return replace(disk, done=done)

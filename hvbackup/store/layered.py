@@ -167,10 +167,26 @@ class LayeredView:
 
     def contents(self, first: int, ids: Ids) -> Iterator[tuple[int, memoryview]]:
         """(offset on the disk, bytes) of every block of a leaf whose id is not zero, clipped at the end of the disk."""
-        touched = self._is_touched(first)
-        some = ids.any(axis=1)
-        for i in np.flatnonzero(some & touched).tolist():
-            offset = (first + i) * self.block
-            yield offset, memoryview(self._block(first + i))[: self.size - offset]
-        if self._base and (some & ~touched).any():
-            yield from self._base.contents(first, np.where(touched[:, None], np.uint8(0), ids))
+        some = np.flatnonzero(ids.any(axis=1))
+        return self.contents_of(first + some, np.ascontiguousarray(ids[some]))
+
+    def contents_of(self, blocks: NDArray[np.int64], ids: Ids) -> Iterator[tuple[int, memoryview]]:
+        """The same of any blocks, whose ids are not zero."""
+        touched = self._touched_among(blocks)
+        for number in blocks[touched].tolist():
+            offset = number * self.block
+            yield offset, memoryview(self._block(number))[: self.size - offset]
+        if self._base and not touched.all():
+            yield from self._base.contents_of(blocks[~touched], np.ascontiguousarray(ids[~touched]))
+
+    def _touched_among(self, blocks: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the blocks any layer has changed."""
+        out, leaves = np.zeros(len(blocks), np.bool_), blocks // PAGE_IDS
+        for leaf in np.unique(leaves).tolist():
+            here = leaves == leaf
+            out[here] = self._is_touched(leaf * PAGE_IDS)[blocks[here] % PAGE_IDS]
+        return out
+
+    def reading_order(self, ids: Ids) -> NDArray[np.int64]:
+        """In which order these blocks, whose ids are not zero, are read best."""
+        return self._base.reading_order(ids) if self._base else np.arange(len(ids))

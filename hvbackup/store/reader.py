@@ -80,11 +80,14 @@ class ChunkReader:
 
         The ids must not be zero.  Raises ChunkDamaged.
         """
-        keys = ids.view("V32").ravel()
-        where = self.index.lookup(keys)
-        order = np.lexsort((where["offset"], where["pack"]))
+        where = self.index.lookup(ids.view("V32").ravel())
+        order = _by_place(where)
         for run in _runs(where[order]):
             yield from self._read_run(ids, order[run], where)
+
+    def reading_order(self, ids: Ids) -> NDArray[np.int64]:
+        """The ids, which must not be zero, as the packs have them one after the other; those found nowhere at the end."""
+        return _by_place(self.index.lookup(ids.view("V32").ravel()))
 
     def _read_run(self, ids: Ids, rows: NDArray[np.int64], where: NDArray[np.void]) -> Iterable[tuple[int, memoryview]]:
         places = where[rows]
@@ -159,6 +162,10 @@ class ChunkReader:
     def _verify(chunk: bytes, data: bytes | memoryview, key: bytes) -> None:
         if blake3.blake3(data, key=key).digest() != chunk:
             raise ChunkDamaged(f"chunk {chunk.hex()} has other content than its id says")
+
+
+def _by_place(places: NDArray[np.void]) -> NDArray[np.int64]:
+    return np.lexsort((places["offset"], places["pack"]))
 
 
 def _runs(places: NDArray[np.void]) -> Iterable[NDArray[np.int64]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hvbackup.errors import UsageError
 from hvbackup.model import ZERO_CHUNK, DiskRoot
@@ -107,9 +108,17 @@ class DiskView:
     def contents(self, first: int, ids: Ids) -> Iterator[tuple[int, memoryview]]:
         """(offset on the disk, bytes) of every block of a leaf that is not zero, clipped at the end of the disk."""
         some = np.flatnonzero(ids.any(axis=1))
-        for row, data in self._chunks.blocks(np.ascontiguousarray(ids[some])):
-            offset = (first + int(some[row])) * self.block
+        return self.contents_of(first + some, np.ascontiguousarray(ids[some]))
+
+    def contents_of(self, blocks: NDArray[np.int64], ids: Ids) -> Iterator[tuple[int, memoryview]]:
+        """The same of any blocks, whose ids are not zero."""
+        for row, data in self._chunks.blocks(ids):
+            offset = int(blocks[row]) * self.block
             yield offset, data[: max(0, self.size - offset)]
+
+    def reading_order(self, ids: Ids) -> NDArray[np.int64]:
+        """In which order these blocks, whose ids are not zero, are read best: as the packs have them."""
+        return self._chunks.reading_order(ids)
 
 
 def leaf_count(size: int, block: int) -> int:
