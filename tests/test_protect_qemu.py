@@ -42,8 +42,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 def images(history: History, moment: Moment) -> dict[str, bytearray]:
     found = {}
     for disk, size in SIZES.items():
-        found[disk] = bytearray(size)
-        history.view(moment, DiskId(disk)).read_into(0, memoryview(found[disk]))
+        view = history.view(moment, DiskId(disk))
+        found[disk] = bytearray(max(size, view.size))
+        view.read_into(0, memoryview(found[disk])[: view.size])
     return found
 
 
@@ -111,7 +112,7 @@ class Worker:
         end = time.monotonic() + seconds
         while sum(e["event"] == event for e in self.events) < count:
             assert self.process.poll() is None, "the worker ended"
-            assert time.monotonic() < end, f"no {event} in time"
+            assert time.monotonic() < end, f"no {event} in time, only {self.events[-3:]}"
             time.sleep(0.02)
 
     def end(self, number: int) -> int:
@@ -227,6 +228,64 @@ def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) 
         assert inside.returncode == 2
         assert inside.stderr.count("seq:") == 2
     assert not daemon.leftovers()
+
+
+@pytest.mark.timeout(120)
+def test_a_pause_leaves_the_machine_alone_over_restarts_and_shows_as_a_gap(daemon: Daemon, tmp_path: Path) -> None:
+    """While it lasts the administrator resizes a disk and runs a job of his own: nothing of ours is in the way."""
+    init(tmp_path / "store", None)
+    source = f"qemu:{daemon.qmp_path}"
+    with Scribe(daemon, SIZES, 200) as scribe:
+        worker = Worker(tmp_path, source)
+        worker.wait_for("moment", 2)
+        paused = worker.run("protect", "pause", "m1", "--why", "a resize", "--json")
+        assert paused.returncode == 0, paused.stderr
+        assert json.loads(paused.stdout)["paused"]["why"] == "a resize"
+        last = [e["seq"] for e in worker.events if e["event"] == "moment"][-1]
+        assert not daemon.leftovers()
+        with daemon.qmp() as qmp:
+            daemon.unplug(qmp, "vdb")  # a storage daemon resizes no disk that is in use
+            qmp.command("block_resize", node_name="vdb", size=SIZES["vdb"] + 65536)
+            daemon.plug(qmp, "vdb")
+            qmp.command("blockdev-add", driver="null-co", node_name="sink", size=SIZES["vda"])
+            with qmp.events("BLOCK_JOB_COMPLETED") as events:
+                qmp.command("blockdev-backup", job_id="mine", device="vda", target="sink", sync="full")
+                assert not events.next(20)["data"].get("error")
+            qmp.command("blockdev-del", node_name="sink")
+        [shown] = json.loads(worker.run("status", "--json").stdout)["machines"]
+        assert shown["protection"]["paused"]["why"] == "a resize"
+        assert worker.end(signal.SIGKILL) == -signal.SIGKILL
+        worker = Worker(tmp_path, source)
+        worker.wait_for("paused")
+        time.sleep(1.5)
+        assert not [e for e in worker.events if e["event"] != "paused"], "it is still left alone"
+        assert "PAUSED" in worker.run("timeline", "m1").stdout
+        assert not daemon.leftovers()
+        before = scribe.acked
+        assert worker.run("protect", "resume", "m1").returncode == 0
+        [begun] = [e for e in worker.events if e["event"] == "begun"]
+        assert begun["gap"]["why"] == "paused: a resize"
+        assert worker.run("protect", "resume", "m1").returncode == 2, "it is not paused"
+        worker.wait_for("moment")
+        assert worker.end(signal.SIGTERM) == 0
+    with Store.open(tmp_path / "store", tmp_path / "state2", []) as store:
+        [machine] = {p.machine.id for p in store.points()}
+        history = History(store, machine)
+        assert scribe.verify(images(history, history.by_seq(last))) > 0
+        newest = history.last
+        assert newest
+        assert scribe.verify({d: image[: SIZES[d]] for d, image in images(history, newest).items()}) >= before
+    assert not daemon.leftovers()
+
+
+def test_a_pause_ends_by_itself(daemon: Daemon, tmp_path: Path) -> None:
+    init(tmp_path / "store", None)
+    worker = Worker(tmp_path, f"qemu:{daemon.qmp_path}")
+    worker.wait_for("begun")
+    assert worker.run("protect", "pause", "m1", "--for", "2s").returncode == 0
+    worker.wait_for("begun", 2)
+    assert worker.end(signal.SIGTERM) == 0
+    assert worker.run("protect", "m1", "--for", "2s").returncode == 2, "only a pause lasts for so long"
 
 
 def test_a_snapshot_of_the_administrator_begins_a_new_life(daemon: Daemon, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import re
 import threading
@@ -33,13 +34,25 @@ stretches of time: 1s, 5m, 1h30m, 2d; sizes: 512M, 10G, 1T
 
 The interval stretches by itself while a machine writes faster than it can be read without slowing it down.  A host that does
 not answer is waited for.  `hvbackup timeline MACHINE` shows what was recorded, `hvbackup tag MACHINE NAME` names a moment.
+
+`hvbackup protect pause MACHINE [--for 30m]` leaves a machine alone, for block jobs, a resize or snapshots of your own: one more
+moment is recorded, then nothing of ours is in its way.  `hvbackup protect resume MACHINE` goes on; the timeline shows the gap.
 """
 
 
 def add(verbs: Verbs) -> None:
     """The verbs of this module."""
     verb = add_verb(verbs, "protect", "record every moment of running machines, until ctrl-C", PROTECT, DETAILS)
-    verb.add_argument("source", nargs="+", metavar="SOURCE", help="as for `backup`: qemu:/run/vm/qmp.sock")
+    verb.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="as for `backup`: qemu:/run/vm/qmp.sock; or `pause MACHINE`, `resume MACHINE`",
+    )
+    verb.add_argument(
+        "--for", dest="for_", default="0", metavar="TIME", help="pause: for so long (default: until resume)"
+    )
+    verb.add_argument("--why", default="", metavar="TEXT", help="pause: what the gap in the timeline is called")
     verb.add_argument("--every", default="5s", metavar="TIME", help="between two moments (default: 5s)")
     verb.add_argument("--fold", default="1h", metavar="TIME", help="between two recovery points (default: 1h)")
     verb.add_argument(
@@ -91,9 +104,13 @@ def _rhythm(args: argparse.Namespace) -> Rhythm:
 
 
 def protect(args: argparse.Namespace, out: Out) -> int:
-    """`hvbackup protect SOURCE…`."""
+    """`hvbackup protect SOURCE…`, `protect pause MACHINE`, `protect resume MACHINE`."""
     from hvbackup.service import protection as service
 
+    if args.source[0] in ("pause", "resume"):
+        return _leave(args, out)
+    if stretch(args.for_) or args.why:
+        raise UsageError("--for and --why are for `hvbackup protect pause MACHINE`")
     request = service.Request(args.source, args.name, args.disk, _rhythm(args))
     teller = _Teller(out)
     workers: list[service.Worker] = []
@@ -109,6 +126,30 @@ def protect(args: argparse.Namespace, out: Out) -> int:
     return out.fail(errors[0]) if errors else 0
 
 
+def _leave(args: argparse.Namespace, out: Out) -> int:
+    from hvbackup.moments import local
+    from hvbackup.service import protection as service
+    from hvbackup.service import shapes_continuous as shapes
+
+    if len(args.source) != 2:
+        raise UsageError(f"Write `hvbackup protect {args.source[0]} MACHINE`")
+    if args.source[0] == "pause":
+        why = args.why or f"an administrator ({getpass.getuser()}) asked for it"
+        found = service.pause(session_of(args), args.source[1], stretch(args.for_), why)
+    else:
+        found = service.resume(session_of(args), args.source[1])
+    name = found.machine.name
+    if found.pause:
+        until = f"until {local(found.pause.until)}" if found.pause.until else f"until `hvbackup protect resume {name}`"
+        line = f"{name} is left alone {until}"
+    else:
+        line = f"{name} is protected again"
+    out.answer(shapes.left(found), [line if found.worker else f"{line}, but no worker runs here"])
+    if not found.done:
+        out.warn(f"{name}: its worker has not done that yet; `hvbackup timeline {name}` shows when it has")
+    return 0
+
+
 class _Teller:
     """What happens, as lines for people now and then, or as an object each time.  Thread safety: any thread."""
 
@@ -117,7 +158,7 @@ class _Teller:
         self._heaps: dict[str, _Heap] = {}
 
     def __call__(self, machine: Machine, event: Event) -> None:
-        from hvbackup.protect.events import Cycle, Trouble
+        from hvbackup.protect.events import Cycle, Paused, Trouble
         from hvbackup.service import shapes_continuous as shapes
 
         with self._lock:
@@ -128,6 +169,9 @@ class _Teller:
                 heap = self._heaps.setdefault(machine.id, _Heap())
                 if line := heap.add(event):
                     self._out.say(f"{machine.name}: {line}")
+                return
+            if isinstance(event, Paused):
+                self._out.say(f"{machine.name}: left alone: {event.pause.why}")
                 return
             if isinstance(event, Trouble):
                 self._out.warn(f"{machine.name}: nothing is recorded now: {event.error}")
@@ -220,3 +264,6 @@ def _timeline_lines(found: Timeline) -> Iterator[str]:
     if found.lag_seconds is not None:
         worker = f"process {found.worker}" if found.worker else "NOTHING: no worker runs here"
         yield f"  newest moment {duration(found.lag_seconds)} ago; protected by {worker}"
+    if found.pause:
+        until = f"until {local(found.pause.until)}" if found.pause.until else "until `hvbackup protect resume`"
+        yield f"  PAUSED since {local(found.pause.since)} {until}: {found.pause.why}"

@@ -226,6 +226,7 @@ def _protected_rows(found: Overview) -> Iterator[Sequence[str]]:
     for h in found.machines:
         if p := found.protected.get(h.machine.id):
             worker = f"process {p.worker}" if p.worker else "nobody here"
+            worker = f"PAUSED ({p.pause.why})" if p.pause else worker
             yield h.machine.name, f"seq:{p.newest.seq}", local(p.newest.t), duration(p.lag_seconds), worker
 
 

@@ -92,11 +92,11 @@ class CycleLife:
         return max(every - done.seconds, min(STRETCH_SECONDS, done.seconds * (1 / BUSY_SHARE - 1)))
 
     def close(self) -> None:
-        """The journal is sealed and the host is clean."""
+        """The host is clean, and then, however long a point takes that is being made, the journal is sealed."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.recorder.close)
-            stack.callback(self.let_go)
-            self.points.join()
+            stack.callback(self.points.join)
+            self.let_go()
 
     def let_go(self) -> None:
         """Nothing of the life is left on the host but what barrier and point name; else its lease stays."""

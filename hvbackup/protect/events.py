@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hvbackup.errors import HvbackupError
 from hvbackup.model import SECOND, RecoveryPoint
 from hvbackup.store.history import Moment
+from hvbackup.store.pauses import Pause
 from hvbackup.store.window import Limits
 
 
@@ -60,7 +61,14 @@ class Begun:
     seconds: float
 
 
-Event = Cycle | Folded | Trouble | Begun
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The machine is left alone; nothing of ours is in its way."""
+
+    pause: Pause
+
+
+Event = Cycle | Folded | Trouble | Begun | Paused
 
 
 class ContinuityLost(HvbackupError):

@@ -77,7 +77,7 @@ class Points:
         try:
             self._set.report(self.fold(moment))
         except Interrupted:
-            return
+            self._folded = Instant(moment.t - self._set.rhythm.fold_every_ns + FOLD_AGAIN_NS)
         except HvbackupError as e:
             self._folded = Instant(moment.t - self._set.rhythm.fold_every_ns + FOLD_AGAIN_NS)
             self._set.report(Trouble(e, FOLD_AGAIN_NS / SECOND))

@@ -15,13 +15,16 @@ from hvbackup.leases import Leases
 from hvbackup.model import SECOND, Machine
 from hvbackup.protect import beginning
 from hvbackup.protect.cycles import CycleLife
-from hvbackup.protect.events import ContinuityLost, Event, Rhythm, Trouble
+from hvbackup.protect.events import ContinuityLost, Event, Paused, Rhythm, Trouble
 from hvbackup.protect.life import Life
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.setting import Setting
+from hvbackup.store import pauses
+from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
 
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
+LOOK_SECONDS = 1.0  # for the end of a pause
 
 
 class Protection:
@@ -45,6 +48,7 @@ class Protection:
         self.setting = Setting(store, hypervisor, machine, options, rhythm, report, lock, leases)
         self._wake, self._ended = threading.Event(), threading.Event()
         self._failures = 0
+        self._living = self._begun = False
 
     def mark(self, label: str) -> Mark:
         """Name the moment of the next cycle, which begins at once."""
@@ -52,6 +56,20 @@ class Protection:
         self.setting.marks.add(mark)
         self._wake.set()
         return mark
+
+    def look(self) -> None:
+        """A pause has begun or ended: see to it at once."""
+        self._wake.set()
+
+    @property
+    def living(self) -> bool:
+        """Whether anything of ours may be in the machine's way."""
+        return self._living
+
+    @property
+    def begun(self) -> bool:
+        """Whether a life goes on that has recorded a moment."""
+        return self._begun
 
     def end(self) -> None:
         """`run` returns soon."""
@@ -62,34 +80,64 @@ class Protection:
         """Called while a point is made: long work ends early when it is not wanted any more."""
         if self._ended.is_set():
             raise Interrupted("Protection was told to end while a point was being made; the next start makes it")
+        if self._wake.is_set() and self._pause():
+            raise Interrupted("Protection was paused while a point was being made; it is made afterwards")
+
+    def _pause(self) -> Pause | None:
+        return pauses.current(self.setting.store, self.setting.machine.id, self.setting.options.clock())
 
     def run(self) -> None:
         """Protect until told to end.  Raises UsageError, StoreDamage; whatever may pass by itself is waited for."""
         why = "protection was not running"
         while not self._ended.is_set():
             try:
-                self._live(self.begin(why))
+                why = self._wait_while_paused() or why
+                if not self._ended.is_set():
+                    self._living = True
+                    self._live(self.begin(why))
             except Interrupted:
-                return
+                continue  # told to end, or to pause
             except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted) as e:
-                pause = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
-                why, self._failures = str(e), self._failures + 1
-                self.setting.report(Trouble(e, pause))
-                self._ended.wait(pause)
+                why = str(e)
+                self._retry(e)
+            finally:
+                self._living = self._begun = False
+
+    def _retry(self, trouble: HvbackupError) -> None:
+        """Wait until a new life is worth an attempt."""
+        seconds = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
+        self._failures += 1
+        self._living = self._begun = False
+        self.setting.report(Trouble(trouble, seconds))
+        self._ended.wait(seconds)
+
+    def _wait_while_paused(self) -> str:
+        """No pause lasts when this returns why the machine was left alone; empty where it was not."""
+        told, why = None, ""
+        while (pause := self._pause()) and not self._ended.is_set():
+            if pause != told:
+                self.setting.report(Paused(pause))
+            told, why = pause, f"paused: {pause.why}"
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+        return why
 
     def begin(self, why: str) -> CycleLife:
         """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
         return beginning.begin(self.setting, why)
 
     def _live(self, life: Life) -> None:
-        pause = self.setting.rhythm.every_ns / SECOND
+        """Until told to end, or paused: then one more moment is made, the last before the administrator's work."""
+        self._begun = True
+        seconds, paused = self.setting.rhythm.every_ns / SECOND, False
         try:
-            while not self._ended.is_set():
-                self._wake.wait(pause)
+            while not self._ended.is_set() and not paused:
+                self._wake.wait(seconds)
                 if self._ended.is_set():
                     break
                 self._wake.clear()
-                pause = life.step()
+                paused = self._pause() is not None
+                seconds = life.step()
                 self._failures = 0
         except BaseException:
             with contextlib.suppress(HvbackupError):

@@ -1,40 +1,30 @@
-"""protect, tag, timeline: machines under continuous protection, and what their journals offer.
+"""protect, pause, resume, tag: machines under continuous protection.
 
-A machine under protection has a worker: a thread of the process that runs `protect`.  Others reach it through a unix socket in
-the run directory, a line of JSON each way: {"do": "tag", "label": ...} names the next moment, which comes at once.
+A machine under protection has a worker: a thread of the process that runs `protect`.  Others tell it things through `control`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import socket
-import socketserver
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from hvbackup.capture import Options
-from hvbackup.config import Places
+from hvbackup.capture import Options, system_clock
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
-from hvbackup.model import Machine, MachineId
+from hvbackup.model import Instant, Machine
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.service import backup
+from hvbackup.service.control import REPLY_SECONDS, TAG_SECONDS, ask, listening, socket_of
 from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session
+from hvbackup.store import pauses
+from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
 
-TAG_SECONDS = 60.0  # for a moment to be made and to be durable
 WRITING_SECONDS = 3600.0  # for a reclaim to end: a point may be late, its moments are in the journal
-REPLY_SECONDS = 5.0
-LINE_BYTES = 65536
 
 OnEvent = Callable[[Machine, Event], None]
 
@@ -88,7 +78,7 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
         for worker in workers:
             stack.enter_context(store.holding(worker.machine.id))
             stack.callback(_end, worker)
-            stack.enter_context(_listening(session.places, store, worker))
+            stack.enter_context(listening(session.places, store, worker.machine.id, worker.protection))
             worker.start()
         stack.callback(_tell_to_end, workers)
         yield workers
@@ -138,97 +128,6 @@ def _end(worker: Worker) -> None:
         worker.thread.join()
 
 
-# -- the worker's socket -----------------------------------------------------------------------------------------------------
-
-
-def socket_of(places: Places, store_id: bytes, machine: MachineId) -> Path:
-    """Where the worker of a machine listens."""
-    name = hashlib.sha256(store_id + machine.encode()).hexdigest()[:16]
-    return places.run / f"worker-{name}.sock"
-
-
-@contextmanager
-def _listening(places: Places, store: Store, worker: Worker) -> Iterator[None]:
-    """The worker can be told things.  Whoever holds the machine may replace a dead worker's socket."""
-    path = socket_of(places, store.id, worker.machine.id)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.unlink(missing_ok=True)
-    before = os.umask(0o177)
-    try:
-        server = _Server(str(path), worker)
-    finally:
-        os.umask(before)
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="hvbackup-control", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        path.unlink(missing_ok=True)
-
-
-class _Server(socketserver.ThreadingUnixStreamServer):
-    daemon_threads = True
-
-    def __init__(self, path: str, worker: Worker) -> None:
-        self.worker = worker
-        super().__init__(path, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is nobody's trouble."""
-
-
-class _Handler(socketserver.StreamRequestHandler):
-    timeout = REPLY_SECONDS
-
-    def handle(self) -> None:
-        server = self.server
-        assert isinstance(server, _Server)
-        try:
-            asked = json.loads(self.rfile.readline(LINE_BYTES))
-            answer = _answer(server.worker, asked)
-        except (ValueError, KeyError, TypeError) as e:
-            answer = {"error": f"Not understood: {e}"}
-        self.wfile.write(json.dumps(answer).encode() + b"\n")
-
-
-def _answer(worker: Worker, asked: dict[str, Any]) -> dict[str, Any]:
-    if asked["do"] == "ping":
-        return {"pid": os.getpid()}
-    if asked["do"] != "tag":
-        return {"error": f"Unknown: {asked['do']}"}
-    moment = worker.protection.mark(str(asked["label"])).wait(TAG_SECONDS)
-    if moment is None:
-        return {"error": "No moment could be made yet; the tag goes to the next one"}
-    return {"seq": moment.seq, "t": int(moment.t)}
-
-
-def ask(path: Path, value: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-    """A worker's answer, or None when nobody listens.  Raises HostUnreachable when it does not answer."""
-    with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(seconds)
-        try:
-            line.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return None
-        try:
-            line.sendall(json.dumps(value).encode() + b"\n")
-            with line.makefile("rb") as lines:
-                found: dict[str, Any] = json.loads(lines.readline(LINE_BYTES))
-                return found
-        except (OSError, ValueError) as e:
-            raise HostUnreachable(f"The worker at {path} does not answer: {e}") from e
-
-
-def worker_pid(places: Places, store_id: bytes, machine: MachineId) -> int:
-    """The process that protects a machine on this host, 0 when there is none."""
-    with contextlib.suppress(HostUnreachable):
-        answer = ask(socket_of(places, store_id, machine), {"do": "ping"}, REPLY_SECONDS)
-        return int(answer.get("pid", 0)) if answer else 0
-    return 0
-
-
 # -- tag ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -258,3 +157,43 @@ def tag(session: Session, machine: str, label: str) -> Tagged:
     if "error" in answer:
         raise HostUnreachable(f"Machine {found.name}: {answer['error']}")
     return Tagged(found, label.strip(), answer["seq"], answer["t"])
+
+
+# -- pause and resume --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A machine is left alone, or is not any more."""
+
+    machine: Machine
+    pause: Pause | None  # None: it is protected again
+    worker: bool  # somebody protects it here
+    done: bool  # the worker has done what this asks for
+
+
+def pause(session: Session, machine: str, for_ns: int, why: str) -> Left:
+    """Nothing of ours is in the machine's way when this returns, until `resume`, or for so long (0: any time).
+
+    Raises NotFound, HostUnreachable when its worker does not answer; it is paused all the same.
+    """
+    with session.open() as store:
+        found = inventory(store).machine(machine).machine
+        now = system_clock()
+        made = Pause(now, Instant(now + for_ns) if for_ns else None, why)
+        pauses.begin(store, found.id, made)
+        path = socket_of(session.places, store.id, found.id)
+    answer = ask(path, {"do": "pause"}, TAG_SECONDS + REPLY_SECONDS)
+    return Left(found, made, answer is not None, answer is None or bool(answer.get("done")))
+
+
+def resume(session: Session, machine: str) -> Left:
+    """The machine is protected again, if a worker runs.  Raises NotFound when it was not paused, HostUnreachable."""
+    with session.open() as store:
+        found = inventory(store).machine(machine).machine
+        if pauses.current(store, found.id, system_clock()) is None:
+            raise NotFound(f"The protection of machine {found.name} is not paused")
+        pauses.end(store, found.id)
+        path = socket_of(session.places, store.id, found.id)
+    answer = ask(path, {"do": "resume"}, TAG_SECONDS + REPLY_SECONDS)
+    return Left(found, None, answer is not None, answer is None or bool(answer.get("done")))

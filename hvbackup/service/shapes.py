@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # each verb pays for its own modules only
     from hvbackup.service.backup import Planned, Run
     from hvbackup.service.recovery import Mapped, RestoredPoint
     from hvbackup.service.timeline import Protected
+    from hvbackup.store.pauses import Pause
 
 Json = dict[str, Any]
 
@@ -117,6 +118,11 @@ def store(s: StoreFigures) -> Json:
     }
 
 
+def pause(p: Pause) -> Json:
+    """A machine that is left alone."""
+    return {"since": rfc3339(p.since), "until": None if p.until is None else rfc3339(p.until), "why": p.why}
+
+
 def protected(h: History, now: Instant, journal: Protected | None = None) -> Json:
     """A machine in `status`; `protection` is null unless it is, or was, under continuous protection."""
     return {
@@ -130,6 +136,7 @@ def protected(h: History, now: Instant, journal: Protected | None = None) -> Jso
             "newest": {"seq": journal.newest.seq, "time": rfc3339(journal.newest.t)},
             "lag_seconds": round(journal.lag_seconds, 3),
             "worker": journal.worker or None,
+            "paused": journal.pause and pause(journal.pause),
         },
     }
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from hvbackup.model import Instant, Machine
 from hvbackup.moments import rfc3339
-from hvbackup.protect.events import Begun, Cycle, Event, Folded
+from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused
 from hvbackup.service import shapes
+from hvbackup.service.protection import Left
 from hvbackup.service.timeline import Timeline
 from hvbackup.store.history import Moment
 
@@ -32,7 +33,15 @@ def event(machine: Machine, e: Event) -> Json:
     if isinstance(e, Folded):
         return {"event": "folded", **base, "point": shapes.point(e.point), "seconds": round(e.seconds, 3),
                 "removed_bytes": e.removed_bytes}  # fmt: skip
+    if isinstance(e, Paused):
+        return {"event": "paused", **base, **shapes.pause(e.pause)}
     return {"event": "trouble", **base, "error": shapes.error(e.error), "retry_seconds": e.retry_seconds}
+
+
+def left(found: Left) -> Json:
+    """`protect pause`, `protect resume`."""
+    machine = {"id": found.machine.id, "name": found.machine.name}
+    return {"machine": machine, "paused": shapes.pause(found.pause) if found.pause else None, "worker": found.worker}
 
 
 def _gap(g: Json) -> Json:
@@ -48,6 +57,7 @@ def timeline(t: Timeline) -> Json:
         "newest": moment(t.newest) if t.newest else None,
         "lag_seconds": t.lag_seconds,
         "worker": t.worker or None,
+        "paused": shapes.pause(t.pause) if t.pause else None,
         "stretches": [
             {
                 "from": rfc3339(s.start),

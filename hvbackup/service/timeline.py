@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from hvbackup.model import SECOND, Instant, Machine, RecoveryPoint
 from hvbackup.moments import local
+from hvbackup.service.control import worker_pid
 from hvbackup.service.inventory import inventory
-from hvbackup.service.protection import worker_pid
 from hvbackup.service.session import Session
+from hvbackup.store import pauses
 from hvbackup.store.history import ClockStep, Gap, History, Mark, Moment
+from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
 
 WIDTH = 64  # cells of the band
@@ -47,6 +49,7 @@ class Timeline:
     clocks: Sequence[ClockStep]
     newest: Moment | None
     worker: int  # process that protects it on this host; 0: none
+    pause: Pause | None = None  # it is left alone
     notes: Sequence[str] = ()
 
     @property
@@ -105,6 +108,7 @@ def timeline(session: Session, machine: str, now: Instant, since_ns: int = 0) ->
             [c for c in told.clocks if c.t >= start],
             history.last,
             worker_pid(session.places, store.id, known.machine.id),
+            pauses.current(store, known.machine.id, now),
             list(known.damaged),
         )
 
@@ -144,6 +148,7 @@ class Protected:
     newest: Moment
     lag_seconds: float
     worker: int
+    pause: Pause | None = None
 
 
 def standing(session: Session, store: Store, machine: Machine, now: Instant) -> Protected | None:
@@ -152,4 +157,5 @@ def standing(session: Session, store: Store, machine: Machine, now: Instant) -> 
     if newest is None:
         return None
     worker = worker_pid(session.places, store.id, machine.id)
-    return Protected(newest, max(0.0, (now - newest.t) / SECOND), worker)
+    pause = pauses.current(store, machine.id, now)
+    return Protected(newest, max(0.0, (now - newest.t) / SECOND), worker, pause)

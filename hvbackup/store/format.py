@@ -33,6 +33,7 @@ KIND_HOLD = 11  # a sealed file: a point that must stay
 KIND_PIN = 12  # a sealed file: a point that somebody reads
 KIND_SETTINGS = 13  # a sealed file: what the store demands of who forgets
 KIND_REQUEST = 14  # a sealed file: what one operator wants and another must approve
+KIND_PAUSE = 20  # a sealed file: a machine that protection leaves alone for a while
 
 # File header, of packs and sealed files alike, 64 bytes.
 #   0  4  magic b"hvF1"

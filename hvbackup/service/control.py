@@ -1,0 +1,139 @@
+"""A worker of continuous protection can be told things, through a unix socket in the run directory: a line of JSON each way.
+
+{"do": "ping"}                 who it is
+{"do": "tag", "label": ...}    name the next moment, which comes at once
+{"do": "pause"}                a pause has begun: the answer comes when nothing of ours is in the machine's way any more
+{"do": "resume"}               a pause has ended: the answer comes when a moment has been recorded
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hvbackup.config import Places
+from hvbackup.errors import HostUnreachable
+from hvbackup.model import MachineId
+from hvbackup.protect.protection import Protection
+from hvbackup.store.store import Store
+
+TAG_SECONDS = 60.0  # for a moment to be made and to be durable
+REPLY_SECONDS = 5.0
+LOOK_SECONDS = 0.05
+LINE_BYTES = 65536
+
+
+def socket_of(places: Places, store_id: bytes, machine: MachineId) -> Path:
+    """Where the worker of a machine listens."""
+    name = hashlib.sha256(store_id + machine.encode()).hexdigest()[:16]
+    return places.run / f"worker-{name}.sock"
+
+
+@contextmanager
+def listening(places: Places, store: Store, machine: MachineId, protection: Protection) -> Iterator[None]:
+    """The worker can be told things.  Whoever holds the machine may replace a dead worker's socket."""
+    path = socket_of(places, store.id, machine)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        server = _Server(str(path), protection)
+    finally:
+        os.umask(before)
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="hvbackup-control", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        path.unlink(missing_ok=True)
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+    def __init__(self, path: str, protection: Protection) -> None:
+        self.protection = protection
+        super().__init__(path, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is nobody's trouble."""
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    timeout = REPLY_SECONDS
+
+    def handle(self) -> None:
+        server = self.server
+        assert isinstance(server, _Server)
+        try:
+            asked = json.loads(self.rfile.readline(LINE_BYTES))
+            answer = _answer(server.protection, asked)
+        except (ValueError, KeyError, TypeError) as e:
+            answer = {"error": f"Not understood: {e}"}
+        self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+
+def _answer(protection: Protection, asked: dict[str, Any]) -> dict[str, Any]:
+    match asked["do"]:
+        case "ping":
+            return {"pid": os.getpid()}
+        case "tag":
+            return _tag(protection, str(asked["label"]))
+        case "pause":
+            protection.look()
+            return {"done": _until(lambda: not protection.living)}
+        case "resume":
+            protection.look()
+            return {"done": _until(lambda: protection.begun)}
+    return {"error": f"Unknown: {asked['do']}"}
+
+
+def _tag(protection: Protection, label: str) -> dict[str, Any]:
+    moment = protection.mark(label).wait(TAG_SECONDS)
+    if moment is None:
+        return {"error": "No moment could be made yet; the tag goes to the next one"}
+    return {"seq": moment.seq, "t": int(moment.t)}
+
+
+def _until(done: Callable[[], bool]) -> bool:
+    end = time.monotonic() + TAG_SECONDS
+    while not done() and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
+    return done()
+
+
+def ask(path: Path, value: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+    """A worker's answer, or None when nobody listens.  Raises HostUnreachable when it does not answer."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(seconds)
+        try:
+            line.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        try:
+            line.sendall(json.dumps(value).encode() + b"\n")
+            with line.makefile("rb") as lines:
+                found: dict[str, Any] = json.loads(lines.readline(LINE_BYTES))
+                return found
+        except (OSError, ValueError) as e:
+            raise HostUnreachable(f"The worker at {path} does not answer: {e}") from e
+
+
+def worker_pid(places: Places, store_id: bytes, machine: MachineId) -> int:
+    """The process that protects a machine on this host, 0 when there is none."""
+    with contextlib.suppress(HostUnreachable):
+        answer = ask(socket_of(places, store_id, machine), {"do": "ping"}, REPLY_SECONDS)
+        return int(answer.get("pid", 0)) if answer else 0
+    return 0
