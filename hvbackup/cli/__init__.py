@@ -9,6 +9,7 @@ stores       init, key, check, status, sql, benchmark
 machines     backup, points
 continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
+doctor       doctor
 papers       completion, man
 
 Modules here import nothing heavy: `--help` answers at once, and a verb pays only for what it needs.
