@@ -276,6 +276,9 @@ def machines(found: Overview) -> Iterator[Finding]:
 
 def _recorded(name: str, standing: Protected) -> Finding:
     subject = f"machine {name}"
+    if standing.pause:
+        until = f"until {local(standing.pause.until)}" if standing.pause.until else "until somebody ends it"
+        return warning(subject, f"is paused {until}: {standing.pause.why}", f"`hvbackup protect resume {name}`")
     if not standing.worker:
         what = f"nothing is recorded since {local(standing.newest.t)}: no worker runs here"
         return problem(subject, what, "`hvbackup protect SOURCE` goes on")
