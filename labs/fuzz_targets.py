@@ -35,8 +35,9 @@ from hvbackup.nbd.export import Export
 from hvbackup.nbd.server import NbdServer
 from hvbackup.nbd.uri import NbdUri
 from hvbackup.store import format as f
-from hvbackup.store import journal, keys, pack, point, sealed, segment
-from hvbackup.store.index import Generation, Index
+from hvbackup.store import generation, generations, journal, keys, pack, point, sealed, segment
+from hvbackup.store.generation import NOWHERE, Generation
+from hvbackup.store.index import Index
 from hvbackup.store.store import Descriptor, describe
 
 MACHINE, POINT = "00" * 16, "points/00/0"
@@ -99,7 +100,8 @@ def read_pack(data: bytes) -> None:
     with contextlib.suppress(StoreDamage):
         rows.append(pack.read_footer(backend, "aa"))
     for found in rows:
-        Generation.of({"aa": found})
+        with contextlib.suppress(StoreDamage):
+            generations.small({"aa": bytes(8)}, generation.rows_of(found, 0))
     cipher, bind = pack.cipher_of(backend, keyring, "aa")
     zstd = zstandard.ZstdDecompressor()
     for found in rows:
@@ -269,20 +271,23 @@ def read_generation(data: bytes) -> None:
     state = Files(folder() / "state")
     (folder() / "state" / "index").mkdir(parents=True, exist_ok=True)
     (folder() / "state" / "index" / "a.idx").write_bytes(data)
-    found = Generation.load(str(folder() / "state" / "index" / "a.idx"))
+    found = Generation.open_at(str(folder() / "state" / "index" / "a.idx"))
     index = Index(Memory(b""), state, keep=False)
     ids = np.frombuffer(bytes(range(64)), "V32")
     index._load_generations({"aa"})
     index.lookup(ids)
     index.everywhere(bytes(32))
     if found is not None:
-        Generation.merged([found], {"aa"})
+        found.ordinals = np.array([0] * len(found.packs) + [NOWHERE], np.uint32)
+        with contextlib.suppress(generations.Unsorted):
+            for _ in generations.merged([found])[2]:
+                pass
 
 
-def generations() -> Sequence[bytes]:
+def index_files() -> Sequence[bytes]:
     rows = np.zeros(4, f.ROW)
     rows["id"] = np.frombuffer(bytes(range(128)), "V32")
-    return [Generation.of({"aa": pack.sort_rows(rows)}).dump()]
+    return [bytes(generations.small({"aa": bytes(8)}, generation.rows_of(rows, 0)).content)]
 
 
 def read_lists(data: bytes) -> None:
@@ -464,7 +469,7 @@ TARGETS = {
     "segment": Target(read_segment, STORE, segments),
     "description": Target(read_description, (KeyRefused, StoreMissing), descriptions),
     "key": Target(read_key, (KeyRefused,), lambda: [keys.new_key_text().encode()]),
-    "generation": Target(read_generation, (), generations),
+    "generation": Target(read_generation, (), index_files),
     "lists": Target(read_lists, (), lists),
     "nbd-server": Target(speak_to_server, (), clients),
     "nbd-client": Target(speak_to_client, (HostUnreachable,), servers),

@@ -81,7 +81,7 @@ class _Contents:
         names = store.files.names
         points = (path for folder in store.machine_folders() for path in store.point_paths(folder))
         runs = (f"runs/{writer}/{name}" for writer in names("runs") for name in names(f"runs/{writer}"))
-        packs = (name for generation, _ in store.index.rows() for name in generation)
+        packs = store.index.known()
         return cls(frozenset(packs), frozenset(points), frozenset(runs))
 
     def digest(self) -> str:

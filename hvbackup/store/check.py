@@ -68,7 +68,7 @@ def check(
 ) -> Report:
     """Everything that is wrong with the store.  `progress` gets (done, total) bytes of packs, with `deep`."""
     report = Report()
-    store.index.reread()  # the packs are on trial, not a cache of them
+    store.index.rebuild()  # the packs are on trial, not a cache of them
     _keys(store, report)
     bad = _packs(store, report)
     bad |= _records(store, report, progress) if deep else store.index.damaged
@@ -103,21 +103,29 @@ def _packs(store: Store, report: Report) -> set[Place]:
     bad: set[Place] = set()
     for pack in store.index.unreadable:
         report.add("pack", f"Pack {pack} is unreadable: neither its footer nor any record can be made out")
-    for names, rows in store.index.rows():
-        report.packs += len(names)
+    for pack in sorted(store.index.known()):
+        rows, why = _rows(store, pack)
+        report.packs += 1
         report.chunks += len(rows)
-        for number, pack in enumerate(names):
-            try:
-                packs.cipher_of(store.files, store.ring, pack)
-                packs.read_footer(store.files, pack)
-            except StoreDamage as e:
-                there = (
-                    {int(o) for o in packs.scan(store.files, pack)["offset"]} if _header_reads(store, pack) else set()
-                )
-                gone = {int(o) for o in rows["offset"][rows["pack"] == number]} - there
-                report.add("pack", f"{e}; {len(gone)} of its records are lost")
-                bad |= {(pack, o) for o in gone}
+        if why:
+            gone = set() if _header_reads(store, pack) else {int(o) for o in rows["offset"]}
+            report.add("pack", f"{why}; {len(gone)} of its records are lost")
+            bad |= {(pack, o) for o in gone}
     return bad
+
+
+def _rows(store: Store, pack: str) -> tuple[NDArray[np.void], str]:
+    """The rows of a pack, and what is wrong with its header or footer."""
+    why = ""
+    try:
+        packs.cipher_of(store.files, store.ring, pack)
+    except StoreDamage as e:
+        why = str(e)
+    try:
+        return packs.read_footer(store.files, pack), why
+    except StoreDamage as e:
+        there = store.files.exists(packs.path_of(pack))
+        return packs.scan(store.files, pack) if there else np.zeros(0, f.ROW), why or str(e)
 
 
 def _header_reads(store: Store, pack: str) -> bool:
@@ -130,11 +138,13 @@ def _header_reads(store: Store, pack: str) -> bool:
 
 def _records(store: Store, report: Report, progress: Callable[[int, int], None]) -> set[Place]:
     """Decode and hash every record of every pack."""
-    todo = [(names[i], rows[rows["pack"] == i]) for names, rows in store.index.rows() for i in range(len(names))]
-    total = sum(int(rows["stored"].sum()) for _, rows in todo)
+    todo = sorted(store.index.known())
+    total = sum(store.files.size(packs.path_of(pack)) for pack in todo if store.files.exists(packs.path_of(pack)))
     bad: set[Place] = set()
-    with closing(ordered(todo, lambda item: _one_pack(store, *item), threads=THREADS, depth=THREADS + 1)) as results:
-        for (pack, _rows), (read, damaged) in zip(todo, results, strict=True):
+    with closing(
+        ordered(todo, lambda pack: _one_pack(store, pack, _rows(store, pack)[0]), threads=THREADS, depth=THREADS + 1)
+    ) as results:
+        for pack, (read, damaged) in zip(todo, results, strict=True):
             report.read_bytes += read
             for offset, why in damaged:
                 report.add("chunk", f"Pack {pack}: {why}")

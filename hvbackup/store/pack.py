@@ -21,7 +21,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from hvbackup.errors import ChunkDamaged, StoreDamage
+from hvbackup.errors import ChunkDamaged, HvbackupError, StoreDamage
 from hvbackup.store import format as f
 from hvbackup.store.backend import Backend, Upload
 from hvbackup.store.keys import Keyring
@@ -143,6 +143,15 @@ def nonce(ordinal: int) -> bytes:
 
 def read_footer(backend: Backend, pack: str) -> NDArray[np.void]:
     """The rows of a pack, sorted by id.  Raises StoreDamage when footer or trailer are not what was written."""
+    offset, count, digest = _trailer(backend, pack)
+    footer = backend.read_at(path_of(pack), offset, count * f.ROW.itemsize)
+    if blake3.blake3(footer).digest() != digest:
+        raise StoreDamage(f"Pack {pack} has a damaged footer")
+    return np.frombuffer(footer, f.ROW)
+
+
+def _trailer(backend: Backend, pack: str) -> tuple[int, int, bytes]:
+    """Offset, number of rows and BLAKE3 of the footer."""
     path = path_of(pack)
     try:
         size = backend.size(path)
@@ -158,10 +167,20 @@ def read_footer(backend: Backend, pack: str) -> NDArray[np.void]:
     _magic, offset, count, digest = f.TRAILER.unpack(trailer[:60])
     if offset + count * f.ROW.itemsize + f.TRAILER_BYTES != size:
         raise StoreDamage(f"Pack {pack} has {size} bytes where its trailer promises others")
-    footer = backend.read_at(path, offset, count * f.ROW.itemsize)
-    if blake3.blake3(footer).digest() != digest:
-        raise StoreDamage(f"Pack {pack} has a damaged footer")
-    return np.frombuffer(footer, f.ROW)
+    return offset, count, digest
+
+
+def fingerprint(backend: Backend, pack: str) -> bytes:
+    """8 bytes that tell whether a pack still has the footer it had; zeroes for one that has none that can be read."""
+    try:
+        return _trailer(backend, pack)[2][:8]
+    except (StoreDamage, HvbackupError):
+        return bytes(8)
+
+
+def fingerprint_of(rows: NDArray[np.void]) -> bytes:
+    """The same, of a footer that is at hand."""
+    return blake3.blake3(rows.tobytes()).digest(8)
 
 
 def scan(backend: Backend, pack: str) -> NDArray[np.void]:

@@ -117,7 +117,7 @@ class ChunkReader:
         """A chunk from the first place that has it whole."""
         problems: list[str] = []
         found = self._anywhere(chunk, key, problems)
-        for look_again in (self.index.catch_up, self.index.reread):
+        for look_again in (self.index.catch_up, lambda: self.index.reread(chunk)):
             if found is None and look_again():
                 problems.clear()
                 found = self._anywhere(chunk, key, problems)

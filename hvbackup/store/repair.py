@@ -26,7 +26,7 @@ from hvbackup.store.store import Store
 
 def repair(store: Store) -> list[str]:
     """Everything that has a good copy is whole when this returns; what was done, a sentence each.  Only for the owner."""
-    store.index.reread()
+    store.index.rebuild()
     return [*_keys(store), *_points(store)]
 
 

@@ -20,7 +20,8 @@ from hvbackup.files import Files
 from hvbackup.model import ChunkId, Consistency, Disk, DiskId, DiskRoot, Instant, Machine, MachineId, RecoveryPoint
 from hvbackup.store import format as f
 from hvbackup.store import keys, pack, point, sealed
-from hvbackup.store.index import Generation, Index
+from hvbackup.store.generation import Generation
+from hvbackup.store.index import Index
 from hvbackup.store.runs import Runs
 from hvbackup.store.store import describe
 from tests.world import KEY, CarelessKernel
@@ -249,7 +250,7 @@ def test_any_index_file_can_be_asked(data: st.DataObject) -> None:
         Index(files, state, keep=True).sync()
         cache = state.path(f"index/{state.names('index')[0]}")
         cache.write_bytes(data.draw(bytes_like(cache.read_bytes())))
-        Generation.load(str(cache))
+        Generation.open_at(str(cache))
         index = Index(files, state, keep=True)
         index.sync()
         ids = pack.read_footer(files, name)["id"]

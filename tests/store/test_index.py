@@ -17,9 +17,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from hvbackup.files import Files
 from hvbackup.store import format as f
+from hvbackup.store import generation as g
+from hvbackup.store import generations
 from hvbackup.store import index as index_module
 from hvbackup.store import pack as packs
-from hvbackup.store.index import NOWHERE, Generation, Index
+from hvbackup.store.generation import Generation
+from hvbackup.store.index import NOWHERE, Index
 from hvbackup.store.keys import Keyring
 from tests.world import CarelessKernel
 
@@ -160,6 +163,31 @@ TestIndexLife = IndexLife.TestCase
 TestIndexLife.settings = settings(stateful_step_count=12)
 
 
+class LargeIndexLife(IndexLife):
+    """The same where a handful of chunks is a large index: runs, merges and files piece by piece."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        for module, name, value in (
+            (index_module, "RUN_ROWS", 9),
+            (index_module, "MEMORY_ROWS", 3),
+            (generations, "PIECE_ROWS", 5),
+            (g, "PIECE_ROWS", 5),
+            (generations, "BUCKET_ROWS", 2),
+        ):
+            self.patch.setattr(module, name, value)
+        IndexLife.begin(self)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.patch.undo()
+
+
+TestLargeIndexLife = LargeIndexLife.TestCase
+TestLargeIndexLife.settings = settings(stateful_step_count=12)
+
+
 def test_a_hit_is_the_whole_id_and_not_its_beginning() -> None:
     with bench() as b:
         name, rows = b.write([0, 3, 6, 9])
@@ -219,17 +247,23 @@ def test_loading_any_bytes_as_a_generation(data: bytes) -> None:
     with TemporaryDirectory() as path:
         file = Path(path) / "x.idx"
         file.write_bytes(data)
-        assert Generation.load(str(file)) is None
+        assert Generation.open_at(str(file)) is None
 
 
-@pytest.mark.parametrize("count", [0, 1, 100])
+def generation_of(rows: np.ndarray, name: str = "p" * 64) -> Generation:
+    made = generations.small({name: bytes(8)}, g.rows_of(rows, 0))
+    made.ordinals = np.array([0, NOWHERE], np.uint32)
+    return made
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 5000])
 def test_a_generation_comes_back_from_its_file(tmp_path: Path, count: int) -> None:
     rows = np.zeros(count, f.ROW)
     rows["id"] = [chunk(n) for n in range(count)]
-    made = Generation.of({"p" * 64: packs.sort_rows(rows)})
-    (tmp_path / "x.idx").write_bytes(made.dump())
-    loaded = Generation.load(str(tmp_path / "x.idx"))
+    made = generation_of(rows)
+    (tmp_path / "x.idx").write_bytes(made.content)
+    loaded = Generation.open_at(str(tmp_path / "x.idx"))
     assert loaded is not None
     assert loaded.packs == made.packs
     assert loaded.rows.tobytes() == made.rows.tobytes()
-    assert loaded.keys.tobytes() == made.keys.tobytes()
+    assert loaded.holds()
