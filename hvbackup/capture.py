@@ -87,6 +87,7 @@ class Options:
     full: bool = False  # read and compare everything, whatever the tracker says
     sample_blocks: int = SAMPLE_BLOCKS
     seq: int | None = None  # of the machine's journal: every fact up to this one is in the point, and none after it
+    tags: tuple[str, ...] = ()  # what a user calls the point
     clock: Clock = system_clock
     progress: Callable[[Progress], None] = lambda _: None
     rng: random.Random = field(default_factory=random.Random)
@@ -204,6 +205,7 @@ def point_of(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcom
         {k: v for k, v in asdict(outcome.figures).items() if k not in ("stored_bytes", "seconds", "cpu_seconds")},
         tuple(outcome.notes),
         options.seq,
+        options.tags,
     )
 
 

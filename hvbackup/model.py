@@ -107,6 +107,7 @@ class RecoveryPoint:
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seq: int | None = None  # of the journal: the point holds every fact up to this one and none after it
+    tags: tuple[str, ...] = ()  # what a user calls it
 
     def disk(self, disk_id: str) -> DiskRoot | None:
         """The disk with this id, or None."""

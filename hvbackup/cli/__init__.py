@@ -10,6 +10,7 @@ machines     backup, points
 continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
 doctor       doctor
+retention    prune, forget, hold, holds, release, approve, settings
 papers       completion, man
 
 Modules here import nothing heavy: `--help` answers at once, and a verb pays only for what it needs.

@@ -38,6 +38,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
     verb.add_argument("--machine", metavar="FILE", help="the machine's configuration, where it can't be asked")
     verb.add_argument("--changed", metavar="FILE", help="a list of what changed since the newest point")
+    verb.add_argument("--tag", action="append", default=[], metavar="NAME", help="name the point; may be repeated")
     verb.add_argument("--full", action="store_true", help="read and compare everything, whatever the tracker says")
     verb.add_argument(
         "--consistency",
@@ -89,6 +90,7 @@ def backup(args: argparse.Namespace, out: Out) -> int:
         changed=Path(args.changed) if args.changed else None,
         consistency=args.consistency,
         full=args.full,
+        tags=args.tag,
         agent=Path(args.agent) if args.agent else None,
         exclude_mountpoints=args.exclude_mountpoint,
         freeze_limit_seconds=args.freeze_limit,

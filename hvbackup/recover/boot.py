@@ -111,9 +111,16 @@ class Boots:
     def __init__(self, state: Path, run: Path, clock: Callable[[], Instant]) -> None:
         self._root, self._run, self._clock = state / "boots", run / "boots", clock
 
-    def boot(self, point: RecoveryPoint, spawn_export: SpawnExport, options: Options | None = None) -> Boot:
+    def boot(
+        self,
+        point: RecoveryPoint,
+        spawn_export: SpawnExport,
+        options: Options | None = None,
+        pin: Callable[[str], None] = lambda _name: None,
+    ) -> Boot:
         """The machine runs when this returns; nothing of it is left when this raises.
 
+        `pin` keeps what is read, for the boot of the name it is given; it is called before anything is read.
         Raises UsageError (a name that is taken, a program or file that is missing), NotFound, HvbackupError.
         """
         options = options or Options()
@@ -122,6 +129,7 @@ class Boots:
         _require("qemu-img")
         boot = self._claim(point, options)
         try:
+            pin(boot.name)
             boot = self._start(boot, point, disks, spawn_export, options)
             boot = replace(boot, seconds=round(time.monotonic() - begun, 3))
             self._record(boot)

@@ -7,6 +7,7 @@ protection   protect, tag: workers of continuous protection
 timeline     timeline: what a journal offers
 look         points, status, sql: what is there
 recovery     map, restore, boot, discard
+retention    prune, forget, hold, holds, release, approve, settings
 upkeep       check
 benchmark    this machine's ceilings, and what the pipeline reaches
 shapes       what results look like as JSON: the same names everywhere

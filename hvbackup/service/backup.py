@@ -36,6 +36,7 @@ class Request:
     changed: Path | None = None
     consistency: str = AUTO
     full: bool = False
+    tags: Sequence[str] = ()
     agent: Path | None = None  # where the guest agent listens
     exclude_mountpoints: Sequence[str] = ()
     freeze_limit_seconds: float | None = None
@@ -107,6 +108,8 @@ def _check(request: Request) -> None:
         raise UsageError("--freeze-limit is a number of seconds, more than 0 and at most 3600")
     if request.exclude_mountpoints and request.consistency == Consistency.CRASH:
         raise UsageError("--exclude-mountpoint leaves file systems out of a freeze, and crash consistency freezes none")
+    if not all(tag.strip() for tag in request.tags):
+        raise UsageError("A tag needs a name")
     find(request.hooks)
     if request.consistency != AUTO and request.consistency not in list(Consistency):
         raise UsageError(f"There is no consistency {request.consistency}; there are auto, {', '.join(Consistency)}")
@@ -156,6 +159,7 @@ def _options(request: Request, source: str, machine: Machine, name: str) -> Opti
         consistency=None if request.consistency == AUTO else Consistency(request.consistency),
         name=name,
         full=request.full,
+        tags=tuple(dict.fromkeys(request.tags)),
         progress=lambda progress: request.progress(machine, progress),
     )
 

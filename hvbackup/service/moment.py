@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from hvbackup import moments
@@ -16,7 +16,7 @@ from hvbackup.errors import JournalGap, NotFound
 from hvbackup.model import DiskRoot, Instant, PointId, RecoveryPoint
 from hvbackup.moments import local
 from hvbackup.service.inventory import inventory
-from hvbackup.store import window
+from hvbackup.store import pins, window
 from hvbackup.store.history import Gap, History, Moment
 from hvbackup.store.layered import LayeredView
 from hvbackup.store.store import Store
@@ -42,14 +42,19 @@ class Chosen:
             return self.store.view(root)
         return self.history.view(self.moment, root.disk.id, self.base)
 
+    @property
+    def read(self) -> RecoveryPoint:
+        """The point that is read: itself, or what the moment builds upon."""
+        return self.base or self.point
+
     @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """What the views read stays for as long as the context lasts, and we live."""
-        if self.moment is None or self.base is None:
-            yield
-            return
-        with window.pinned(self.store, self.point.machine.id, self.base.seq or 0, os.getpid()):
-            yield
+    def pinned(self, what: str) -> Iterator[list[str]]:
+        """What the views read stays for as long as the context lasts, and we live; `what` we do with it.  Yields notes."""
+        with pins.pinned(self.store, [self.read], what) as notes, ExitStack() as stack:
+            if self.moment is not None:
+                seq = self.read.seq or 0
+                stack.enter_context(window.pinned(self.store, self.point.machine.id, seq, os.getpid()))
+            yield notes
 
 
 def choose(store: Store, machine: str, at: str, now: Instant) -> Chosen:
@@ -67,6 +72,9 @@ def choose(store: Store, machine: str, at: str, now: Instant) -> Chosen:
     if wanted.seq is not None:
         found: Moment | None = _by_seq(history, points, wanted.seq, name)
     elif wanted.tag:
+        tagged = next((p for p in reversed(points) if wanted.tag in p.tags), None)
+        if tagged:
+            return Chosen(tagged, store, notes)
         found = _by_tag(history, wanted.tag, name)
     else:
         found = _by_time(history, points, wanted.t, name)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from hvbackup.recover.export import exports
 from hvbackup.recover.processes import start_detached
 from hvbackup.recover.qcow2 import to_qcow2
 from hvbackup.recover.restore import Mode, Restored
-from hvbackup.service import lonefile
+from hvbackup.service import bootpin, lonefile
+from hvbackup.service.bootpin import BootPin
 from hvbackup.service.inventory import roots
 from hvbackup.service.moment import choose
 from hvbackup.service.session import Session
@@ -85,7 +86,9 @@ def mapped(session: Session, which: Which, address: Address, on_error: OnError) 
         found = choose(store, which.machine, which.at, which.now)
         point, notes = found.point, found.notes
         chosen = roots(point, which.disks)
-        with found.pinned(), NbdServer(exports(point, chosen, found.view), on_error=on_error) as server:
+        with ExitStack() as stack:
+            notes = [*notes, *stack.enter_context(found.pinned("map"))]
+            server = stack.enter_context(NbdServer(exports(point, chosen, found.view), on_error=on_error))
             uri = _listen(session, server, address)
             where = {str(d.disk.id): str(replace(uri, export=d.disk.id)) for d in chosen}
             sizes = {str(d.disk.id): d.disk.size for d in chosen}
@@ -145,7 +148,8 @@ def restore(session: Session, which: Which, goal: Goal, progress: OnProgress) ->
         machine_file = None if which.disks else goal.to / MACHINE_FILE
         plan = [_single(chosen[0], goal)] if single else _folder(chosen, goal, machine_file)
         _refuse_overwriting(plan, machine_file, goal)
-        with found.pinned():
+        with found.pinned("restore") as more:
+            notes = [*notes, *more]
             done = [_one(found.view(d.root), d, store.ring.block_key, progress) for d in plan]
         if machine_file:
             lonefile.write(machine_file, _machine_json(point, done))
@@ -253,8 +257,9 @@ def boot(session: Session, which: Which, options: BootOptions) -> tuple[Boot, li
         found = choose(store, which.machine, which.at, which.now)
         point, notes = found.point, found.notes
         roots(point, which.disks)
-    booted = _boots(session, which.now).boot(point, _spawner(session), options)
-    return booted, [*notes, *booted.notes]
+        with BootPin(session.places, store, found.read, which.now) as pin:
+            booted = _boots(session, which.now).boot(point, _spawner(session), options, pin.take)
+    return booted, [*notes, *pin.notes, *booted.notes]
 
 
 def boots(session: Session, now: Instant) -> list[Boot]:
@@ -265,7 +270,9 @@ def boots(session: Session, now: Instant) -> list[Boot]:
 def discard(session: Session, name: str, now: Instant) -> None:
     """Machine, export and overlays are gone when this returns.  Raises NotFound."""
     known = _boots(session, now)
-    if not known.discard(name):
+    gone = known.discard(name)
+    bootpin.drop(session.places, name)
+    if not gone:
         names = [b.name for b in known.all()]
         near = difflib.get_close_matches(name, names, 1, 0.5)
         hint = f"; did you mean {near[0]}?" if near else ";"

@@ -56,6 +56,7 @@ def point(p: RecoveryPoint) -> Json:
         "disks": [root(d) for d in p.disks],
         "figures": dict(p.figures),
         "notes": list(p.notes),
+        "tags": list(p.tags),
     }
 
 

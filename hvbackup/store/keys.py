@@ -254,6 +254,12 @@ def unlock(backend: Backend, store: bytes, secrets: list[Secret], *, encrypted: 
     )
 
 
+def opened_with(backend: Backend, secrets: list[Secret]) -> str:
+    """The id of the wrapped key that these secrets open; empty in a store that is open to all.  For who asks who is there."""
+    wrappings = [w for w in list_wrappings(backend) if w["kind"] != "open"]
+    return next((str(w["id"]) for w in wrappings if _open(w, secrets) is not None), "")
+
+
 def _open(record: dict[str, Any], secrets: list[Secret]) -> bytes | None:
     from cryptography.exceptions import InvalidTag
 

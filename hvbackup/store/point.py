@@ -83,6 +83,7 @@ def _point(value: dict[str, Any]) -> RecoveryPoint:
         figures=value["figures"],
         notes=tuple(value["notes"]),
         seq=value["seq"],
+        tags=tuple(map(str, value.get("tags", ()))),
     )
 
 

@@ -21,6 +21,7 @@ from hvbackup.store import format as f
 from hvbackup.store import keys
 from hvbackup.store import pack as packs
 from hvbackup.store import point as points
+from hvbackup.store.runs import Told
 from hvbackup.store.store import Store
 
 
@@ -73,11 +74,10 @@ def _loads(store: Store, path: str) -> bool:
 
 def _vanished(store: Store) -> set[str]:
     """Points that a run record tells of, that no record calls forgotten, and that are not there."""
-    told: set[str] = set()
+    told = Told()
     for record in store.runs:
-        told.add(str(record.value.get("point", "")))
-        told.difference_update(record.value.get("forgotten", ()))
-    return {path for path in told if path and not store.files.exists(path)}
+        told.tell(record)
+    return {path for path in told.expected() if not store.files.exists(path)}
 
 
 def _copies(store: Store) -> Iterator[tuple[str, bytes]]:

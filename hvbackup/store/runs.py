@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,15 @@ class Record:
     path: str
     digest: str
     value: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest record of one chain at some time."""
+
+    writer: str
+    seq: int
+    digest: str
 
 
 class Runs:
@@ -133,41 +142,81 @@ class Runs:
         except HvbackupError as e:
             return str(e)
 
-    def problems(self) -> list[str]:
+    def problems(self, heads: Sequence[Head] = ()) -> list[str]:
         """What is wrong with the chains, and with what they tell of.
 
-        Damaged or missing records, points that vanished (those that were pruned are `forgotten` by a later record), and a store
-        that was put back from an old copy.
+        Damaged or missing records, files that vanished, and a store that was put back from an old copy: one in which the newest
+        record that this machine wrote is missing, or any of `heads`, which were kept elsewhere.
         """
         found: list[str] = []
-        previous: dict[str, tuple[int, str]] = {}
-        digests = set()
-        told: dict[str, str] = {}  # point -> the record that tells of it
+        previous: dict[str, Head] = {}
+        told, digests = Told(), set()
         for record in self._read():
             if isinstance(record, str):
                 found.append(record)
                 continue
             writer, seq = record.path.split("/")[1], int(record.path.split("/")[2])
-            last_seq, last = previous.get(writer, (-1, ""))
-            if seq != last_seq + 1 or record.value.get("previous") != last:
-                found.append(f"{FOLDER}/{writer} is broken between records {last_seq} and {seq}")
-            previous[writer] = (seq, record.digest)
+            last = previous.get(writer, Head(writer, -1, ""))
+            if seq != last.seq + 1 or record.value.get("previous") != last.digest:
+                found.append(f"{FOLDER}/{writer} is broken between records {last.seq} and {seq}")
+            previous[writer] = Head(writer, seq, record.digest)
             digests.add(record.digest)
-            if "point" in record.value:
-                told[str(record.value["point"])] = record.path
-            for path in record.value.get("forgotten", ()):
-                told.pop(path, None)
+            told.tell(record)
         found += [
-            f"{point}, of which {path} tells, is gone, and no record says that it was meant to be"
-            for point, path in told.items()
-            if not self._backend.exists(point)
+            f"{file}, of which {path} tells, is gone, and no record says that it was meant to be"
+            for file, path in told.expected().items()
+            if not self._backend.exists(file)
         ]
-        if self._head["seq"] >= 0 and self._head["digest"] not in digests:
-            found.append(
-                f"Record {self._head['seq']} of {FOLDER}/{self._head['writer']}, which this machine wrote, is gone: "
-                "the store was put back from an older copy, or its newest files were removed"
-            )
+        own = Head(self.writer, int(self._head["seq"]), str(self._head["digest"]))
+        return found + [_rolled_back(h, h == own) for h in dict.fromkeys([own, *heads]) if _is_missing(h, digests)]
+
+    def heads(self) -> list[Head]:
+        """The newest record of every chain: what to keep elsewhere."""
+        found = []
+        for writer in self._backend.names(FOLDER):
+            names = [n for n in self._backend.names(f"{FOLDER}/{writer}") if n.isdecimal()]
+            if names:
+                data = self._backend.read(f"{FOLDER}/{writer}/{names[-1]}")
+                found.append(Head(writer, int(names[-1]), blake3.blake3(data).hexdigest()))
         return found
+
+
+class Told:
+    """What should be in the store, by its records.  They may come in any order: each writer has a chain of its own.
+
+    `point` and `added` name files that were put there, `forgotten` and `removed` files that went on purpose.  A point that came
+    back out of the trash is `restored`, with the `tombstone` that had named it, and may be forgotten again by another.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[str, str] = {}  # file -> the record that tells of it
+        self._gone: set[tuple[str, str]] = set()
+        self._back: set[tuple[str, str]] = set()
+
+    def tell(self, record: Record) -> None:
+        """One more record."""
+        value, tombstone = record.value, str(record.value.get("tombstone", ""))
+        for file in [*([value["point"]] if "point" in value else []), *value.get("added", ())]:
+            self._told.setdefault(str(file), record.path)
+        self._gone.update((str(f), tombstone) for f in [*value.get("forgotten", ()), *value.get("removed", ())])
+        self._back.update((str(f), tombstone) for f in value.get("restored", ()))
+
+    def expected(self) -> dict[str, str]:
+        """Every file that should be there, with the record that tells of it."""
+        gone = {file for file, _ in self._gone - self._back}
+        return {file: path for file, path in self._told.items() if file not in gone}
+
+
+def _is_missing(head: Head, digests: set[str]) -> bool:
+    return head.seq >= 0 and head.digest not in digests
+
+
+def _rolled_back(head: Head, own: bool) -> str:
+    whose = "which this machine wrote" if own else "which was there when the heads were kept"
+    return (
+        f"Record {head.seq} of {FOLDER}/{head.writer}, {whose}, is gone: "
+        "the store was put back from an older copy, or its newest files were removed"
+    )
 
 
 def _check(head: dict[str, Any]) -> str:

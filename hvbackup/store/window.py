@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvbackup.errors import SpaceExhausted
+from hvbackup.errors import NotFound, SpaceExhausted
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
-from hvbackup.store import journal
+from hvbackup.store import journal, pins
 from hvbackup.store.journal import FOLDER, Name
 from hvbackup.store.store import Store
 
@@ -124,10 +124,20 @@ def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> i
     pinned = pinned_from(store, machine)
     if pinned is not None and any(piece.last_seq > pinned for piece in gone):
         gone = removable(pieces, {seq for seq in _covered(store, machine) if seq <= pinned}, limits)
-    for piece in gone:
-        store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
-    if gone:
-        History(store, machine, whole=True).forget_removed()
+    if not gone:
+        return 0
+    base = [
+        p
+        for p in store.points(machine)
+        if p.seq is not None and gone[-1].last_seq <= p.seq < pieces[len(gone)].name.first
+    ]
+    try:
+        with pins.pinned(store, base, f"the journal of {machine}"):  # what stays builds upon it
+            for piece in gone:
+                store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
+    except NotFound:
+        return 0  # it was forgotten just now: the next trim knows
+    History(store, machine, whole=True).forget_removed()
     return sum(piece.size for piece in gone)
 
 
@@ -143,3 +153,17 @@ def needed(store: Store, machine: MachineId) -> RecoveryPoint | None:
     runs = History(store, machine).runs
     before = [p for p in store.points(machine) if p.seq is not None and runs and p.seq <= runs[0].summary.first_moment]
     return max(before, key=lambda p: p.seq or 0) if before else None
+
+
+def all_needed(store: Store, machine: MachineId) -> list[RecoveryPoint]:
+    """Every point without which some moment of the journal could not be offered any more.
+
+    That is the one the oldest moments build upon, and the one with which each life began: nothing older may be laid under what
+    follows it.  Raises StoreDamage.
+    """
+    from hvbackup.store.history import History
+
+    runs = History(store, machine, whole=True).runs
+    bases = {int(value["base"]) for run in runs for _, _, value in run.summary.metas if "base" in value}
+    oldest = needed(store, machine)
+    return [p for p in store.points(machine) if p.seq is not None and (p.seq in bases or p == oldest)]

@@ -39,9 +39,10 @@ from numpy.typing import NDArray
 
 from hvbackup.errors import Busy, StoreDamage
 from hvbackup.files import Files
-from hvbackup.store import condemned, pack
 from hvbackup.store import format as f
+from hvbackup.store import pack
 from hvbackup.store.backend import Backend
+from hvbackup.store.condemned import CONDEMNED
 from hvbackup.store.index import Index
 from hvbackup.store.keys import Keyring
 from hvbackup.store.sealed import seal, unseal
@@ -86,7 +87,7 @@ class WriterLease:
 
     def _look(self, index: Index) -> None:
         try:
-            lists = list(condemned.read(self._backend, self._ring))
+            lists = list(CONDEMNED.all(self._backend, self._ring))
         except StoreDamage:
             self._everything = True  # what it listed is unknown, so everything is stored again
             return

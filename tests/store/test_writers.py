@@ -10,6 +10,7 @@ import pytest
 from hvbackup.errors import Busy
 from hvbackup.model import Instant, PointId
 from hvbackup.store import condemned, writers
+from hvbackup.store.condemned import CONDEMNED
 from hvbackup.store.pack import list_packs, path_of
 from hvbackup.store.store import Store
 from hvbackup.store.writers import LEASE_SECONDS, RENEW_SECONDS, Wait, leases
@@ -28,7 +29,7 @@ class Hours:
 
 def condemn_all(store: Store) -> condemned.Condemned:
     found = condemned.new(frozenset(list_packs(store.files)), Instant(1))
-    condemned.write(store.files, store.ring, found)
+    CONDEMNED.put(store.files, store.ring, found.id, found)
     return found
 
 

@@ -1,0 +1,295 @@
+"""prune, forget, hold, holds, release, approve, settings: which points stay, which go, and who says so."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from hvbackup.cli.invocation import now, session_of
+from hvbackup.cli.output import Out, count, table
+from hvbackup.cli.parser import Verbs, add_verb
+from hvbackup.errors import UsageError
+from hvbackup.model import Instant
+
+if TYPE_CHECKING:
+    from hvbackup.service.retention import Done, Judged, MachinePlan
+    from hvbackup.store.requests import Request
+    from hvbackup.store.retention import Policy
+
+COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+SECOND_NS = 1_000_000_000
+RULES = """\
+rules:
+  A number, or "all".  A rule keeps the newest point of each of the last N hours (days, ...) that have one.
+  Days and weeks are those of --zone; weeks begin on Monday.
+  --count restic    every rule looks at all points (the default)
+  --count proxmox   every rule looks only at what the rules before it did not keep
+  The newest good point of a machine, points that are held or read, those younger than the store's minimum age, and those
+  that a journal's moments build upon always stay.
+"""
+
+
+def add(verbs: Verbs) -> None:
+    """The verbs of this module."""
+    _add_prune(verbs)
+    _add_forget(verbs)
+    verb = add_verb(verbs, "hold", "let nobody forget a point")
+    verb.add_argument("point", nargs="+", metavar="POINT", help="its id, or its beginning")
+    verb.add_argument(
+        "--until", default="", metavar="DAY", help="2027-01-01, or a moment (default: until it is released)"
+    )
+    verb.add_argument("--why", default="", metavar="TEXT", help="for whoever wonders later")
+    verb.set_defaults(run=hold)
+    add_verb(verbs, "holds", "list holds, pins, and what waits for a second operator").set_defaults(run=holds)
+    verb = add_verb(verbs, "release", "end a hold, or a pin that a dead reader left")
+    verb.add_argument("name", metavar="HOLD", help="as `holds` has it")
+    verb.set_defaults(run=release)
+    verb = add_verb(verbs, "approve", "let what another operator asked for be done")
+    verb.add_argument("name", metavar="REQUEST", help="as `holds` has it")
+    verb.set_defaults(run=approve)
+    _add_settings(verbs)
+
+
+# -- prune -----------------------------------------------------------------------------------------------------------------
+
+
+def _add_prune(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "prune",
+        "forget points that no rule keeps",
+        "Forget the points of machines that no rule keeps.  They go to the trash; `reclaim` frees their space later.",
+        RULES,
+    )
+    verb.add_argument("machine", nargs="*", metavar="MACHINE", help="only these (default: all)")
+    for name in COUNTED:
+        verb.add_argument(f"--keep-{name}", type=_number, default=0, metavar="N", help=f"{name} points to keep")
+    verb.add_argument("--keep-within", default="", metavar="TIME", help="all within 30d (2w, 1y6mo) of the newest")
+    verb.add_argument("--keep-tag", action="append", default=[], metavar="NAME", help="all that have this tag")
+    verb.add_argument("--zone", default="", metavar="ZONE", help="such as Europe/Berlin (default: this machine's)")
+    verb.add_argument("--count", default="restic", choices=("restic", "proxmox"), help="how rules count")
+    verb.add_argument(
+        "--group-by",
+        default="machine",
+        choices=("machine", "consistency", "disks"),
+        help="apply the rules to each group",
+    )
+    verb.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="before holds are looked at again")
+    verb.add_argument("--dry-run", action="store_true", help="say what would go and why, and do nothing")
+    verb.set_defaults(run=prune)
+
+
+def _number(text: str) -> int:
+    if text in ("all", "unlimited"):
+        return -1
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of points; write 7, or all")
+    return int(text)
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    from hvbackup.service.retention import zone
+    from hvbackup.store.retention import Count, Policy, Span
+
+    counts = {name: getattr(args, f"keep_{name}") for name in COUNTED}
+    within = Span.parse(args.keep_within) if args.keep_within else None
+    return Policy(**counts, within=within, tags=frozenset(args.keep_tag), zone=zone(args.zone), count=Count(args.count))
+
+
+def prune(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup prune [MACHINE…]`."""
+    from hvbackup.service import retention, shapes_retention
+
+    policy, moment = _policy(args), now()
+    if args.dry_run:
+        found = retention.dry_run(session_of(args), args.machine, policy, args.group_by, moment)
+        out.answer({"dry_run": True, "plans": [shapes_retention.plan(p) for p in found]}, _plan_lines(found))
+        return 0
+    done = retention.prune(
+        session_of(args), args.machine, policy, args.group_by, moment, wait_seconds=_seconds(args.wait)
+    )
+    out.answer(shapes_retention.done(done), [*_plan_lines(done.plans), *_done_lines(done)])
+    return 0
+
+
+def _seconds(value: float) -> float:
+    if not 0 <= value <= 3600:
+        raise UsageError("--wait is a number of seconds, from 0 to 3600")
+    return value
+
+
+def _plan_lines(found: Iterable[MachinePlan]) -> Iterator[str]:
+    for p in found:
+        yield f"{p.name}{f' ({p.group})' if p.group else ''}:"
+        yield from table(("TIME", "POINT", "", "WHY"), [_judged_row(j) for j in p.points])
+
+
+def _judged_row(j: Judged) -> tuple[str, str, str, str]:
+    from hvbackup.moments import local
+
+    name = j.path.rsplit("/", 1)[1]
+    t = Instant(int(name.split("-")[0]))
+    return (local(t), name.split("-")[1], "keep" if j.decision.keep else "forget", ", ".join(j.decision.reasons))
+
+
+def _done_lines(done: Done) -> Iterator[str]:
+    from hvbackup.moments import local
+
+    if done.request:
+        yield from _waiting(done.request)
+        return
+    found = done.forgotten
+    if not found or not found.points:
+        yield "Nothing was forgotten"
+    elif found.until is not None:
+        yield (
+            f"{count(len(found.points), 'point')} forgotten; `hvbackup forget --undo POINT` has one back until "
+            f"{local(found.until)}, and `hvbackup reclaim` frees the space after that"
+        )
+    for path, reasons in found.kept.items() if found else ():
+        yield f"Point {path.rsplit('-', 1)[1]} stays after all: {'; '.join(reasons)}"
+
+
+def _waiting(request: Request) -> Iterator[str]:
+    yield f"This waits for a second operator: `hvbackup approve {request.id}`"
+
+
+# -- forget ----------------------------------------------------------------------------------------------------------------
+
+
+def _add_forget(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "forget",
+        "forget points by their ids, or have them back",
+        "Forget points by their ids.  Any point may go, in any order: no other needs it.  It stays in the trash for a while.",
+    )
+    verb.add_argument("point", nargs="*", metavar="POINT", help="its id, or its beginning")
+    verb.add_argument("--undo", action="store_true", help="have these back out of the trash")
+    verb.add_argument("--list", action="store_true", help="list what is in the trash")
+    verb.add_argument("--even-newest", action="store_true", help="also a machine's newest good point")
+    verb.add_argument("--why", default="", metavar="TEXT", help="for whoever wonders later")
+    verb.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="before holds are looked at again")
+    verb.set_defaults(run=forget)
+
+
+def forget(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup forget POINT…`, `forget --undo POINT…`, `forget --list`."""
+    from hvbackup.moments import local
+    from hvbackup.service import retention, shapes_retention
+
+    if args.list == bool(args.point) or (args.list and args.undo):
+        raise UsageError("Say which points, or --list; see hvbackup forget --help")
+    session = session_of(args)
+    if args.list:
+        there = retention.trash(session)
+        rows = [(t.id, local(t.tombstone.t), local(t.tombstone.until), t.tombstone.by, t.tombstone.why) for t in there]
+        lines = table(("POINT", "FORGOTTEN", "KEPT UNTIL", "BY", "WHY"), rows) if rows else ["The trash is empty"]
+        out.answer({"trash": [shapes_retention.trashed(t) for t in there]}, lines)
+        return 0
+    if args.undo:
+        back = retention.undo(session, args.point, now())
+        out.answer({"restored": [t.id for t in back]}, [f"Point {t.id} is back" for t in back])
+        return 0
+    done = retention.forget(
+        session, args.point, now(), why=args.why, even_newest=args.even_newest, wait_seconds=_seconds(args.wait)
+    )
+    out.answer(shapes_retention.done(done), _done_lines(done))
+    return 0
+
+
+# -- holds -----------------------------------------------------------------------------------------------------------------
+
+
+def hold(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup hold POINT…`."""
+    from hvbackup import moments
+    from hvbackup.service import retention, shapes_retention
+
+    moment = now()
+    until = moments.parse(args.until, moment).t if args.until else None
+    if args.until and until is None:
+        raise UsageError(f"{args.until} is no day; write 2027-01-01")
+    made = retention.hold(session_of(args), args.point, moment, until=until, why=args.why)
+    lines = [f"Hold {h.id}: point {h.point.rsplit('-', 1)[1]} is {h.reason()}" for h in made]
+    out.answer({"holds": [shapes_retention.hold(h) for h in made]}, lines)
+    return 0
+
+
+def holds(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup holds`."""
+    from hvbackup.service import retention, shapes_retention
+
+    found = retention.claims(session_of(args), now())
+    rows = [(h.id, "hold", h.point.rsplit("-", 1)[1], h.reason(), h.by) for h in found.holds]
+    rows += [(p.id, "pin", ", ".join(x.rsplit("-", 1)[1] for x in p.points), p.reason(), "") for p in found.pins]
+    rows += [(r.id, "request", r.action, r.why, str(r.by)) for r in found.requests]
+    lines = table(("ID", "KIND", "WHAT", "WHY", "BY"), rows) if rows else ["Nothing is held or read, and nothing waits"]
+    out.answer(shapes_retention.claims(found), lines)
+    return 0
+
+
+def release(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup release HOLD`."""
+    from hvbackup.service import retention, shapes_retention
+
+    found, request = retention.release(session_of(args), args.name, now())
+    shown = {"released": args.name if found else None, "request": shapes_retention.request(request)}
+    out.answer(shown, _waiting(request) if request else [f"{args.name} is released"])
+    return 0
+
+
+def approve(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup approve REQUEST`."""
+    from hvbackup.service import retention, shapes_retention
+
+    request, forgotten = retention.approve(session_of(args), args.name, now())
+    shown = {"approved": shapes_retention.request(request), "forgotten": shapes_retention.forgotten(forgotten)}
+    lines = [f"Approved and done: {request.action}, asked for by {request.by}"]
+    if forgotten:
+        lines.append(f"{count(len(forgotten.points), 'point')} forgotten")
+    out.answer(shown, lines)
+    return 0
+
+
+# -- settings --------------------------------------------------------------------------------------------------------------
+
+
+def _add_settings(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "settings",
+        "what the store demands of who forgets",
+        "Show or change what the store demands of whoever wants to forget something.",
+    )
+    verb.add_argument("--min-age", default="", metavar="TIME", help="no point is forgotten before it is so old")
+    verb.add_argument("--trash", default="", metavar="TIME", help="how long forgotten points can be had back (24h)")
+    verb.add_argument("--two-person", choices=("on", "off"), help="forgetting waits for a second operator")
+    verb.set_defaults(run=settings)
+
+
+def span_ns(text: str) -> int:
+    """A stretch of time in nanoseconds; its calendar parts as 365 and 30 days.  Raises UsageError."""
+    from hvbackup.store.retention import Span
+
+    span = Span.parse(text)
+    years, months = divmod(span.months, 12)
+    return ((365 * years + 30 * months + span.days) * 86400 + span.seconds) * SECOND_NS
+
+
+def settings(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup settings`."""
+    from hvbackup.service import retention, shapes_retention
+
+    changes: dict[str, Any] = {}
+    if args.min_age:
+        changes["min_age_ns"] = span_ns(args.min_age)
+    if args.trash:
+        changes["trash_ns"] = span_ns(args.trash)
+    if args.two_person:
+        changes["two_person"] = args.two_person == "on"
+    found, request = retention.change_settings(session_of(args), changes, now())
+    shown = {"settings": shapes_retention.settings(found), "request": shapes_retention.request(request)}
+    out.answer(shown, _waiting(request) if request else shapes_retention.settings_lines(found))
+    return 0
