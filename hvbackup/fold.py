@@ -83,7 +83,7 @@ def frozen_at(history: History, moment: Moment) -> FoldedMachine:
         token = Token(**tokens[disk_id]) if disk_id in tokens else None
         disks.append(FoldedDisk(view.disk, token, view))
     machine = replace(base.machine, disks=tuple(d.disk for d in disks))
-    return FoldedMachine(machine, moment.t, base.config, disks)
+    return FoldedMachine(machine, moment.t, base.config, disks, told.consistency(moment.seq))
 
 
 def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> Outcome:

@@ -6,6 +6,7 @@
     -10m, -1h30m, -2d           ago: s, m, h, d, w
     4f1c…                       a point's id, or its beginning (four digits at least)
     seq:4711, tag:NAME          a moment of the machine's journal, by its number or by what it was called
+    common:GROUP, common:ID     a moment that several machines have in common, the newest of a group or by its id
 
 The newest point at or before the moment is taken.  A time given to the second means the end of that second, because that is
 how `points` prints them; given to the minute, or with a fraction, it means exactly what it says.
@@ -22,7 +23,7 @@ from hvbackup.errors import NotFound, UsageError
 from hvbackup.model import SECOND, Instant, RecoveryPoint
 
 LATEST = "latest"
-FORMS = "latest, 2026-11-22 14:03[:07], 2026-11-22T14:03:07Z, -10m, a point's id, tag:NAME, or seq:N"
+FORMS = "latest, 2026-11-22 14:03[:07], 2026-11-22T14:03:07Z, -10m, a point's id, tag:NAME, common:GROUP, or seq:N"
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _AGO = re.compile(r"-((?:\d+[smhdw])+)")
@@ -30,6 +31,7 @@ _ID = re.compile(r"[0-9a-f]{4,16}")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?\s*(\S+)?", re.IGNORECASE)
 _SEQ = re.compile(r"seq:(\d{1,18})")
 _TAG = re.compile(r"tag:(.*\S.*)")
+_COMMON = re.compile(r"common:(.*\S.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Moment:
     point: str = ""  # the beginning of an id
     seq: int | None = None
     tag: str = ""
+    common: str = ""  # a group, or an id
 
 
 def parse(text: str, now: Instant) -> Moment:
@@ -52,6 +55,8 @@ def parse(text: str, now: Instant) -> Moment:
         return Moment(text, seq=int(seq[1]))
     if tag := _TAG.fullmatch(text):
         return Moment(text, tag=tag[1].strip())
+    if common := _COMMON.fullmatch(text):
+        return Moment(text, common=common[1].strip())
     ago = _AGO.fullmatch(text)
     if ago:
         seconds = sum(int(n) * _UNITS[unit] for n, unit in re.findall(r"(\d+)([smhdw])", ago[1]))

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,6 +19,7 @@ from hvbackup.protect.protection import Protection
 from hvbackup.store.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
+from tests.protecting import Worker
 from tests.scribe import Scribe
 
 pytestmark = pytest.mark.real
@@ -86,45 +82,6 @@ def test_every_moment_of_two_disks_is_a_prefix(daemon: Daemon, tmp_path: Path) -
             store.view(root).read_into(0, memoryview(folded[root.disk.id]))
         assert scribe.verify(folded) == reached[-1]
     assert not daemon.leftovers()
-
-
-class Worker:
-    """`hvbackup protect` as a process, and what it says."""
-
-    def __init__(self, folder: Path, source: str, *more: str) -> None:
-        places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
-        self.environment = {**os.environ, **{f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}}
-        words = ["protect", source, "--every", "500ms", "--fold", "3s", "--name", "m1", "--json", *more]
-        self.log = (folder / "worker.log").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hvbackup", *words], env=self.environment, stdout=subprocess.PIPE, stderr=self.log
-        )
-        self.events: list[dict[str, Any]] = []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.events.append(json.loads(line))
-
-    def wait_for(self, event: str, count: int = 1, seconds: float = 40) -> None:
-        end = time.monotonic() + seconds
-        while sum(e["event"] == event for e in self.events) < count:
-            assert self.process.poll() is None, "the worker ended"
-            assert time.monotonic() < end, f"no {event} in time, only {self.events[-3:]}"
-            time.sleep(0.02)
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(40)
-        self._thread.join(10)
-        self.log.close()
-        return code
-
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "hvbackup", *words]
-        return subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.timeout(280)

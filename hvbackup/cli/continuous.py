@@ -64,12 +64,26 @@ def add(verbs: Verbs) -> None:
     verb.add_argument(
         "--sample", type=int, default=8, metavar="N", help="pieces to read again at each moment, per disk (default: 8)"
     )
+    verb.add_argument(
+        "--freeze-every",
+        default="0",
+        metavar="TIME",
+        help="between two moments with frozen file systems (default: none)",
+    )
+    verb.add_argument("--group", default="", metavar="NAME", help="these machines have moments in common, common:NAME")
+    verb.add_argument("--common-every", default="1m", metavar="TIME", help="between two common moments (default: 1m)")
     verb.add_argument("--name", default="", metavar="NAME", help="what people call the machine")
     verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
     verb.set_defaults(run=protect)
     verb = add_verb(verbs, "tag", "give the present moment of a protected machine a name")
     verb.add_argument("machine", metavar="MACHINE", help="its name or id")
     verb.add_argument("label", metavar="NAME", help='such as "before upgrade"; later: --at "tag:before upgrade"')
+    verb.add_argument(
+        "--consistency",
+        choices=["crash", "filesystem", "application"],
+        default="crash",
+        help="how much the guest knows of it",
+    )
     verb.set_defaults(run=tag)
     verb = add_verb(verbs, "timeline", "show which moments of a machine can be recovered")
     verb.add_argument("machine", metavar="MACHINE", help="its name or id")
@@ -95,9 +109,12 @@ def _rhythm(args: argparse.Namespace) -> Rhythm:
     every, fold = stretch(args.every), stretch(args.fold)
     if every < _SECOND // 2 or fold < every:
         raise UsageError("--every is at least 500ms, and --fold is not shorter")
+    freeze = stretch(args.freeze_every)
+    if freeze and freeze < every:
+        raise UsageError("--freeze-every is not shorter than --every")
     if args.sample < 0:
         raise UsageError("--sample is a number of pieces, or 0 for none")
-    return Rhythm(every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)), args.sample)
+    return Rhythm(every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)), freeze, args.sample)
 
 
 # -- protect -----------------------------------------------------------------------------------------------------------------
@@ -111,7 +128,10 @@ def protect(args: argparse.Namespace, out: Out) -> int:
         return _leave(args, out)
     if stretch(args.for_) or args.why:
         raise UsageError("--for and --why are for `hvbackup protect pause MACHINE`")
-    request = service.Request(args.source, args.name, args.disk, _rhythm(args))
+    common = stretch(args.common_every)
+    if common < _SECOND:
+        raise UsageError("--common-every is at least 1s: all machines of the group stand still for it")
+    request = service.Request(args.source, args.name, args.disk, _rhythm(args), args.group, common)
     teller = _Teller(out)
     workers: list[service.Worker] = []
     try:
@@ -165,6 +185,8 @@ class _Teller:
             if self._out.json:
                 print(json.dumps(shapes.event(machine, event), ensure_ascii=False), flush=True)
                 return
+            if isinstance(event, Cycle):
+                self._out.warn_all([f"{machine.name}: no moment is tagged, for {note}" for note in event.notes])
             if isinstance(event, Cycle) and not event.marks:
                 heap = self._heaps.setdefault(machine.id, _Heap())
                 if line := heap.add(event):
@@ -222,11 +244,11 @@ def _event_lines(event: Any) -> Iterator[str]:
 
 def tag(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup tag MACHINE NAME`."""
-    from hvbackup.model import Instant
+    from hvbackup.model import Consistency, Instant
     from hvbackup.moments import local, rfc3339
     from hvbackup.service import protection
 
-    made = protection.tag(session_of(args), args.machine, args.label)
+    made = protection.tag(session_of(args), args.machine, args.label, Consistency(args.consistency))
     when = Instant(made.t)
     shown = {"machine": {"id": made.machine.id, "name": made.machine.name}, "tag": made.label, "seq": made.seq}
     out.answer({**shown, "time": rfc3339(when)}, [f"seq:{made.seq} of {local(when)} is {made.label}"])

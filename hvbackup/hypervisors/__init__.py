@@ -115,14 +115,37 @@ class Frozen(Protocol):
         """
 
 
+class Seat(Protocol):
+    """A machine's place among several that stand still at one moment.  Each call waits for the others, for a bounded time;
+    False means that they go on without this machine."""
+
+    def ready(self) -> bool:
+        """This machine is about to stop."""
+
+    def standing(self) -> bool:
+        """It has stopped: nothing of it is in flight to any disk."""
+
+    def switched(self, t: Instant) -> bool:
+        """Its moment is taken; it may go on when this returns."""
+
+    def leave(self, why: str) -> None:
+        """It takes no part; the others need not wait.  Nothing happens after `switched`."""
+
+
 class Cycles(Protocol):
     """Snapshots of one machine, one after the other, under one lease; what all of them need is made once.
 
     Thread safety: one thread.
     """
 
-    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[Frozen]:
-        """Freeze all disks of the machine at one moment, as `Hypervisor.snapshot` does."""
+    def snapshot(
+        self, since: Mapping[DiskId, Token], *, freeze: bool = False, seat: Seat | None = None
+    ) -> AbstractContextManager[Frozen]:
+        """Freeze all disks of the machine at one moment, as `Hypervisor.snapshot` does.
+
+        `freeze`: with the guest's file systems standing still, where that works; the moment says whether it did.  `seat`: at
+        the same moment as other machines, where the machine can be stopped for it.
+        """
 
     def keep(self, tokens: Collection[Token]) -> None:
         """Every other checkpoint of our store may go: a durable barrier or point names these."""

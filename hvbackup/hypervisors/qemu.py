@@ -23,7 +23,7 @@ from typing import Any
 
 from hvbackup import extents
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
-from hvbackup.hypervisors import Can, Changes, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server
+from hvbackup.hypervisors import Can, Changes, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
 from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting, seats_of
 from hvbackup.hypervisors.qemu_freeze import Freezing
@@ -144,9 +144,14 @@ class QemuHypervisor:
                 qemu_fleece.sweep(qmp, names.prefix, s.settle_seconds)
                 qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, lambda name: name == names.merged)
 
+        def plan() -> qemu_freeze.Plan:
+            with self._connect() as qmp:
+                return qemu_freeze.plan(qmp, seen.line.cwd, machine.name, None, self._freezing)
+
         setting = Setting(
             self.path, seen.machine, seen.config, names, folder, s.reply_seconds, s.settle_seconds,
             s.scratch_reserve_bytes, self._clock, ask, seats, _doubt, sweep, lambda keep: self.release(machine, lease, keep),
+            plan,
         )  # fmt: skip
         return QemuCycles(setting, qmp.peer, seen.drives, server)
 
@@ -258,6 +263,8 @@ class QemuHypervisor:
 
     def _thaw(self, qmp: Qmp, folders: Sequence[Path]) -> None:
         """No run of ours that is dead, and whose guard is dead too, holds the guest still."""
+        for folder in filter(qemu_stop.left_over, folders):
+            qemu_stop.go_on(qmp, folder)
         for folder in filter(qemu_freeze.left_over, folders):
             qemu_freeze.thaw(qmp, self._look(qmp).line.cwd, folder, self._freezing)
 

@@ -15,8 +15,6 @@ Bitmaps of cycles have 4 KiB grain: at 64 KiB, scattered small writes would be r
 from __future__ import annotations
 
 import contextlib
-import os
-import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +23,10 @@ from typing import Any
 
 from hvbackup import extents
 from hvbackup.errors import HostUnreachable, HvbackupError, ReadFailed
-from hvbackup.hypervisors import LEFT_ALONE, Changes, Standstill, qemu_fleece, qemu_server
+from hvbackup.hypervisors import LEFT_ALONE, Changes, Seat, Standstill, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames
+from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
 from hvbackup.hypervisors.qemu_watch import Watch
 from hvbackup.hypervisors.qemu_wire import Command, Wire, dashed, until
 from hvbackup.hypervisors.qmp import CommandRefused, Peer
@@ -46,7 +45,6 @@ from hvbackup.nbd.client import NbdClient
 from hvbackup.nbd.uri import NbdUri
 
 GRAIN_BYTES = 4 * KiB
-_CLUSTER = 64 * KiB
 _DIRTY = 1
 
 
@@ -68,6 +66,7 @@ class Setting:
     doubt: Callable[[Drive, Token | None], str]
     sweep: Callable[[], None]
     release: Callable[[Collection[Token]], None]
+    plan: Callable[[], qemu_freeze.Plan]  # how the guest can be frozen now
 
 
 @dataclass(slots=True)
@@ -135,9 +134,11 @@ class QemuCycles:
         self._keeping: set[str] | None = None  # names of checkpoints; None: not told yet, so nothing goes
         self._wire: Wire | None = None
 
-    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[CycleFrozen]:
+    def snapshot(
+        self, since: Mapping[DiskId, Token], *, freeze: bool = False, seat: Seat | None = None
+    ) -> AbstractContextManager[CycleFrozen]:
         """Freeze all disks at one moment."""
-        return self._frozen(since)
+        return self._frozen(since, freeze, seat)
 
     def keep(self, tokens: Collection[Token]) -> None:
         """What the next cycle, and `close`, do not remove."""
@@ -150,16 +151,18 @@ class QemuCycles:
             if self._keeping is not None:
                 self._set.release([Token(TOKEN_KIND, name) for name in self._keeping])
         finally:
-            if self._watch:
+            if self._watch and qemu_stop.left_over(self._set.folder):
+                self._watch.abandon()
+            elif self._watch:
                 self._watch.stop()
 
     # --- one cycle ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _frozen(self, since: Mapping[DiskId, Token]) -> Iterator[CycleFrozen]:
+    def _frozen(self, since: Mapping[DiskId, Token], freeze: bool, seat: Seat | None) -> Iterator[CycleFrozen]:
         self._guard()
         try:
-            frozen = self._begin(since)
+            frozen = self._begin(since, self._set.plan() if freeze else qemu_freeze.Plan(), seat)
             try:
                 yield frozen
             finally:
@@ -184,21 +187,25 @@ class QemuCycles:
         qemu_fleece.refuse_full(s.folder, s.reserve_bytes)
         self._watch = Watch(s.path, s.names.prefix, s.folder, s.reserve_bytes)
 
-    def _begin(self, since: Mapping[DiskId, Token]) -> CycleFrozen:
+    def _begin(self, since: Mapping[DiskId, Token], plan: qemu_freeze.Plan, seat: Seat | None) -> CycleFrozen:
         s = self._set
         with Wire(s.path, s.reply_seconds) as wire:
             drives = self._present(wire)
             doubts = {d.disk.id: s.doubt(d, since.get(d.disk.id)) for d in drives}
             old = {d.disk.id: d.bitmaps[since[d.disk.id].value] for d in drives if not doubts[d.disk.id]}
             checkpoint = s.names.store.new_checkpoint()
-            t = self._freeze(wire, drives, old, checkpoint)
+            switch = _Switch(self, wire, drives, old, checkpoint)
+            moment = self._moment(switch, plan, seat)
         disks = []
         for drive in drives:
             disk = drive.disk
             uri = self._server.export(f"{s.names.prefix}{disk.id}")
             token = Token(TOKEN_KIND, checkpoint, f"size={disk.size}")
             disks.append(CycleDisk(disk, token, uri, s.names.merged, doubts[disk.id]))
-        return CycleFrozen(s.machine, t, s.config, disks, self._prove)
+        t = Instant(switch.t)
+        return CycleFrozen(
+            s.machine, t, s.config, disks, self._prove, moment.consistency, moment.standstill, moment.notes
+        )
 
     def _present(self, wire: Wire) -> Sequence[Drive]:
         """The disks as they are now.  Raises HostUnreachable when a snapshot, a job or a resize has moved one.
@@ -223,35 +230,50 @@ class QemuCycles:
             found.append(Drive(drive.disk, drive.node, drive.driver, drive.read_only, drive.keeps_bitmaps, bitmaps))
         return found
 
-    def _freeze(self, wire: Wire, drives: Sequence[Drive], old: Mapping[DiskId, Bitmap], checkpoint: str) -> Instant:
-        """The moment.  Nodes, transaction and exports go out together; what depends on what failed is refused too."""
-        names, times = self._set.names, [0]
-        adds = [self._scratch(index, drive) for index, drive in enumerate(drives)]
+    def _moment(self, switch: _Switch, plan: qemu_freeze.Plan, seat: Seat | None) -> qemu_freeze.Moment:
+        """The moment itself: alone, with the guest's file systems frozen, or together with other machines."""
+        if seat and (why := qemu_stop.can_stop(switch.wire)):
+            seat.leave(why)
+            seat = None
+        if not plan.freezes and seat is None:
+            switch.all_at_once()
+            return qemu_freeze.Moment(plan.notes, Consistency.CRASH, Standstill(remark=plan.remark))
+        switch.prepare()
+        taken = qemu_freeze.moment(plan, self._set.folder, lambda: self._switched(switch, seat))
+        switch.export()
+        return taken
 
-        def seen(number: int) -> None:
-            if number == len(adds):  # labelled when it is certain to be over: nothing the guest wrote after it is in it
-                times[0] = self._set.clock()
+    def _switched(self, switch: _Switch, seat: Seat | None) -> Sequence[str]:
+        """The transaction, with the machine stopped around it where others stop as well."""
+        if seat is None or not seat.ready():
+            switch.transact()
+            return []
+        assert self._watch is not None  # `_guard` has seen to it
+        with qemu_stop.stopped(switch.wire, self._watch, self._set.folder):
+            together = seat.standing()
+            if together:
+                switch.transact()
+                seat.switched(Instant(switch.t))
+        if not together:
+            switch.transact()
+        return []
 
-        actions = self._actions(drives, old, checkpoint, persistent=True)
-        exports = [_export(names, index, drive, drive.disk.id in old) for index, drive in enumerate(drives)]
-        try:
-            wire.all([*adds, ("transaction", {"actions": actions}), *exports], seen)
-        except CommandRefused as refused:
-            if "persistent" not in refused.reason:
-                raise
-            actions = self._actions(drives, old, checkpoint, persistent=False)
-            adds = []
-            wire.all([("transaction", {"actions": actions}), *exports], seen)
-        finally:
-            for index in range(len(drives)):
-                self._scratch_path(index).unlink(missing_ok=True)
-        return Instant(times[0])
+    @property
+    def names(self) -> LeaseNames:
+        """What all that is made is called."""
+        return self._set.names
 
-    def _scratch_path(self, index: int) -> Path:
+    def now(self) -> int:
+        """By the clock of moments."""
+        return self._set.clock()
+
+    def scratch_path(self, index: int) -> Path:
+        """Where the scratch of a disk is made."""
         return self._set.folder / f"scratch{index}.qcow2"
 
-    def _scratch(self, index: int, drive: Drive) -> Command:
-        names, path = self._set.names, self._scratch_path(index)
+    def scratch(self, index: int, drive: Drive) -> Command:
+        """An empty scratch image, and the command that opens it."""
+        names, path = self._set.names, self.scratch_path(index)
         path.unlink(missing_ok=True)
         write_empty_qcow2(path, drive.disk.size, self._peer)
         cache = {"no-flush": True}  # losing the scratch with the host loses nothing
@@ -260,9 +282,10 @@ class QemuCycles:
             driver="qcow2", node_name=names.fleece(index), file=file, backing=drive.node, cache=cache, discard="unmap"
         )
 
-    def _actions(
+    def actions(
         self, drives: Sequence[Drive], old: Mapping[DiskId, Bitmap], checkpoint: str, *, persistent: bool
     ) -> list[dict[str, Any]]:
+        """What happens at the moment, all or nothing."""
         names, actions = self._set.names, []
         for index, drive in enumerate(drives):
             node = drive.node
@@ -331,6 +354,68 @@ class QemuCycles:
             self._wire = None
 
 
+class _Switch:
+    """From the running disks to their frozen view: scratch nodes, the transaction, exports."""
+
+    def __init__(
+        self,
+        cycles: QemuCycles,
+        wire: Wire,
+        drives: Sequence[Drive],
+        old: Mapping[DiskId, Bitmap],
+        checkpoint: str,
+    ) -> None:
+        self._cycles, self.wire, self._drives, self._old, self._checkpoint = cycles, wire, drives, old, checkpoint
+        self.t = 0  # labelled when it is certain to be over: nothing the guest wrote after it is in it
+
+    def prepare(self) -> None:
+        """Nothing but the transaction and the exports is missing."""
+        self.wire.all(self._adds())
+        self._unlink()
+
+    def transact(self) -> None:
+        """The moment."""
+        self._all([], [])
+
+    def export(self) -> None:
+        """The frozen view can be read."""
+        self.wire.all(self._exports())
+
+    def all_at_once(self) -> None:
+        """Nodes, transaction and exports go out together; what depends on what failed is refused too."""
+        self._all(self._adds(), self._exports())
+
+    def _all(self, before: Sequence[Command], after: Sequence[Command]) -> None:
+        try:
+            self._send(before, after, persistent=True)
+        except CommandRefused as refused:
+            if "persistent" not in refused.reason:
+                raise
+            self._send([], after, persistent=False)
+        finally:
+            self._unlink()
+
+    def _send(self, before: Sequence[Command], after: Sequence[Command], *, persistent: bool) -> None:
+        def seen(number: int) -> None:
+            if number == len(before):
+                self.t = self._cycles.now()
+
+        actions = self._cycles.actions(self._drives, self._old, self._checkpoint, persistent=persistent)
+        self.wire.all([*before, ("transaction", {"actions": actions}), *after], seen)
+
+    def _adds(self) -> list[Command]:
+        return [self._cycles.scratch(index, drive) for index, drive in enumerate(self._drives)]
+
+    def _exports(self) -> list[Command]:
+        names = self._cycles.names
+        return [_export(names, index, drive, drive.disk.id in self._old) for index, drive in enumerate(self._drives)]
+
+    def _unlink(self) -> None:
+        """QEMU has the scratch open; it goes with the node."""
+        for index in range(len(self._drives)):
+            self._cycles.scratch_path(index).unlink(missing_ok=True)
+
+
 def seats_of(answer: Sequence[Mapping[str, Any]], ours: str) -> dict[str, str]:
     """Device or export -> node, without what begins with `ours`."""
     if answer and "inserted" not in answer[0] and "node-name" in answer[0]:
@@ -357,41 +442,3 @@ def _export(names: LeaseNames, index: int, drive: Drive, has_bitmap: bool) -> Co
 
 def _action(what: str, node: str, **data: Any) -> dict[str, Any]:
     return {"type": f"block-dirty-bitmap-{what}", "data": {"node": node, **data}}
-
-
-def write_empty_qcow2(path: Path, size: int, peer: Peer) -> None:
-    """A qcow2 image (version 3) in which nothing is allocated, as `qemu-img create` would make it."""
-    l1_entries = -(-size // (_CLUSTER * (_CLUSTER // 8)))
-    l1_clusters = -(-l1_entries * 8 // _CLUSTER)
-    used = 3 + l1_clusters  # header, refcount table, refcount block, L1 table
-    header = struct.pack(
-        ">4sIQIIQIIQQIIQQQQII",
-        b"QFI\xfb",
-        3,
-        0,
-        0,
-        16,
-        size,
-        0,
-        l1_entries,
-        3 * _CLUSTER,
-        _CLUSTER,
-        1,
-        0,
-        0,
-        0,
-        0,
-        0,
-        4,
-        104,
-    )
-    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, used * _CLUSTER)
-        os.pwrite(fd, header, 0)
-        os.pwrite(fd, struct.pack(">Q", 2 * _CLUSTER), _CLUSTER)
-        os.pwrite(fd, b"\0\1" * used, 2 * _CLUSTER)
-        if os.geteuid() == 0:
-            os.fchown(fd, peer.uid, peer.gid)
-    finally:
-        os.close(fd)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hvbackup.errors import ReadFailed
+
 _PROGRAM = Path(__file__).with_name("qemu_watchdog.py")
 _END_SECONDS = 5.0
 
@@ -38,6 +40,15 @@ class Watch:
         if said is not None and not said.closed and select.select([said], [], [], 0)[0]:
             self._said += os.read(said.fileno(), 4096)
         return self._said.decode(errors="replace")
+
+    def tell(self, order: bytes) -> None:
+        """`s`: the machine is about to be stopped by us, `c`: it goes on.  Raises ReadFailed when nobody would see to that."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(order)
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise ReadFailed(f"The watchdog of this snapshot is gone: {self.reason or 'it was killed'}") from error
 
     def abandon(self) -> None:
         """Nobody needs the snapshot any more and we can't end it: the watchdog tries until QEMU answers or is gone."""

@@ -6,7 +6,9 @@ nobody is left to read the snapshot, its jobs are cancelled: the guest goes on, 
 
     python -I -S qemu_watchdog.py SOCKET PREFIX FOLDER RESERVE_BYTES
 
-A byte on standard input ends it, the end of input means that its parent died.  What it did is said on standard output.
+A byte `q` on standard input ends it, the end of input means that its parent died.  `s`: the parent is about to stop the machine
+for a moment; `c`: it goes on.  A machine that its parent left stopped goes on; a parent that takes too long over it is woken, for
+it may have been stopped itself.  What was done is said on standard output.
 It is run as a file, needs nothing but the standard library, and so starts in a few milliseconds: it can't import us.
 """
 
@@ -21,6 +23,7 @@ import time
 LOOK_SECONDS = 0.1  # a guest that overwrites 2 GB/s uses 200 MB of the reserve meanwhile
 REPLY_SECONDS = 20.0
 RETRY_SECONDS = 0.5
+STOPPED_SECONDS = 2.0  # a common moment of several machines takes a fraction of it
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what is imported at all times is paid for by every snapshot
@@ -38,16 +41,22 @@ def main(argv: Sequence[str]) -> int:
     socket_path, prefix, folder, reserve_bytes = argv
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # who ends a whole service wants us to let go of the guest first
+    stopped: float | None = None
     while True:
         readable = select.select([0], [], [], LOOK_SECONDS)[0]
-        if readable and os.read(0, 1):
+        order = os.read(0, 1) if readable else b"-"
+        if order == b"q":
             return 0
-        if readable:
+        if not order:
             break
+        if order != b"-":
+            stopped = time.monotonic() if order == b"s" else None
+        if stopped is not None and time.monotonic() - stopped > STOPPED_SECONDS:
+            os.kill(os.getppid(), signal.SIGCONT)
         if free_bytes(folder) <= int(reserve_bytes):
             say(f"scratch directory {os.path.dirname(folder)} ran full")
             break
-    let_go(socket_path, prefix)
+    let_go(socket_path, prefix, stopped is not None)
     return 0
 
 
@@ -68,19 +77,19 @@ def say(text: str) -> None:
         return
 
 
-def let_go(socket_path: str, prefix: str) -> None:
+def let_go(socket_path: str, prefix: str, stopped: bool) -> None:
     """The jobs are cancelled when this returns, or QEMU is gone.  A busy monitor is tried again and again."""
     while True:
         try:
-            return cancel(socket_path, prefix)
+            return cancel(socket_path, prefix, stopped)
         except Gone:
             return None
         except (OSError, ValueError):
             time.sleep(RETRY_SECONDS)
 
 
-def cancel(socket_path: str, prefix: str) -> None:
-    """Cancel every job that begins with `prefix`, and let a machine go on that stopped for want of room."""
+def cancel(socket_path: str, prefix: str, stopped: bool) -> None:
+    """Cancel every job that begins with `prefix`, and let a machine go on that stopped for want of room, or for us."""
     import socket
 
     with socket.socket(socket.AF_UNIX) as sock:
@@ -95,7 +104,10 @@ def cancel(socket_path: str, prefix: str) -> None:
             for job in command(lines, "query-jobs").get("return", []):
                 if job["id"].startswith(prefix) and job["status"] not in ("concluded", "aborting", "pending"):
                     command(lines, "job-cancel", {"id": job["id"]})
-            if command(lines, "query-status").get("return", {}).get("status") == "io-error":
+            if command(lines, "query-status").get("return", {}).get("status") in (
+                "io-error",
+                "paused" if stopped else "",
+            ):
                 command(lines, "cont")
 
 

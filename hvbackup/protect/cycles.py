@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import cast
 
 from hvbackup import extents
 from hvbackup.copying import copy
-from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor
+from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Seat
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
 from hvbackup.protect import marks
 from hvbackup.protect.events import ContinuityLost, Cycle, TrackerLied
+from hvbackup.protect.meeting import MachineSeat
 from hvbackup.protect.points import Points
 from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
@@ -47,9 +48,14 @@ class OneByOne:
     def __init__(self, hypervisor: Hypervisor, machine: Machine, lease: LeaseId) -> None:
         self._hypervisor, self._machine, self._lease = hypervisor, machine, lease
 
-    def snapshot(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[Frozen]:
+    def snapshot(
+        self, since: Mapping[DiskId, Token], *, freeze: bool = False, seat: Seat | None = None
+    ) -> AbstractContextManager[Frozen]:
         """Freeze all disks."""
-        return self._hypervisor.snapshot(self._machine, self._lease, since, Consistency.CRASH)
+        if seat:
+            seat.leave("its platform can't hold it still")
+        wanted = None if freeze else Consistency.CRASH
+        return self._hypervisor.snapshot(self._machine, self._lease, since, wanted)
 
     def keep(self, tokens: Collection[Token]) -> None:
         """Release everything else."""
@@ -82,14 +88,25 @@ class CycleLife:
     samples: Samples
     gap: dict[str, object] | None = None  # to be told with the next barrier
     told_gap: Mapping[str, object] | None = None
+    frozen: int = field(
+        default_factory=time.monotonic_ns
+    )  # when the guest took part in a moment last, by the monotonic clock
 
     def step(self) -> float:
         """One more moment; it is reported, and a point is made when one is due."""
+        self._mark_frozen()
         done = self.cycle()
         self.setting.report(done)
         self.points.keep_up(self)
         every = self.setting.rhythm.every_ns / SECOND
         return max(every - done.seconds, min(STRETCH_SECONDS, done.seconds * (1 / BUSY_SHARE - 1)))
+
+    def _mark_frozen(self) -> None:
+        """Now and then the guest takes part in a moment."""
+        every = self.setting.rhythm.freeze_every_ns
+        if every and time.monotonic_ns() - self.frozen >= every:
+            self.setting.marks.add(marks.Mark(marks.FROZEN, Consistency.FILESYSTEM))
+            self.frozen = time.monotonic_ns()
 
     def close(self) -> None:
         """The host is clean, and then, however long a point takes that is being made, the journal is sealed."""
@@ -114,8 +131,9 @@ class CycleLife:
     def _cycle(self) -> Cycle:
         began = time.monotonic()
         self.lease = self.setting.leases.renew(self.lease)
-        with self.setting.marks.taken() as taken:
-            with self.cycles.snapshot(self.tokens) as frozen:
+        with self.setting.marks.taken() as taken, self._seat() as seat:
+            freeze = marks.wants_freeze(taken)
+            with self.cycles.snapshot(self.tokens, freeze=freeze, seat=seat) as frozen:
                 caught = time.monotonic()
                 found = self._found(frozen)
                 read = self._append(frozen, found)
@@ -124,15 +142,34 @@ class CycleLife:
                 tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
                 t = frozen.t
             gap = {"to": int(t), **self.gap} if self.gap else None
-            told = {**sampled, **marks.told(taken), **({"gap": gap} if gap else {})}
+            fitting = marks.fitting(taken, frozen.consistency, [*frozen.notes, frozen.standstill.remark])
+            common = seat.common() if seat else {}
+            told = {
+                **sampled,
+                **marks.told(fitting, frozen.consistency),
+                **({"common": common} if common else {}),
+                **({"gap": gap} if gap else {}),
+            }
             moment = Moment(self.recorder.barrier(t, tokens, **told), t)
         lag = time.monotonic() - caught
         self.told_gap, self.gap = gap or self.told_gap, None
         self.tokens, self.newest = tokens, moment
-        for mark in taken:
+        for mark in fitting:
             mark.put_on(moment)
         self.cycles.keep(self._kept())
-        return Cycle(moment, read, time.monotonic() - began, lag, [m.label for m in taken])
+        labels, notes = [m.label for m in fitting], [m.refused for m in taken if m.refused]
+        return Cycle(moment, read, time.monotonic() - began, lag, labels, common, notes)
+
+    @contextmanager
+    def _seat(self) -> Iterator[MachineSeat | None]:
+        """The place at a common moment; nobody waits for a cycle that failed."""
+        seat = self.setting.take_seat()
+        try:
+            yield seat
+        except BaseException as e:
+            if seat:
+                seat.leave(str(e) or type(e).__name__)
+            raise
 
     def _kept(self) -> list[Token]:
         """What barrier and point name: no clean-up may remove it."""

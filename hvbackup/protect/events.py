@@ -19,6 +19,7 @@ class Rhythm:
     every_ns: int = 5 * SECOND
     fold_every_ns: int = 3600 * SECOND
     limits: Limits = field(default_factory=Limits)
+    freeze_every_ns: int = 0  # between two marks with the guest's file systems frozen; 0: none
     sample_blocks: int = 8  # of each disk and cycle: read again although the tracker says that nothing changed
 
 
@@ -31,6 +32,8 @@ class Cycle:
     seconds: float
     lag_seconds: float  # from the moment to its durability: what would have been lost
     marks: Sequence[str] = ()
+    common: Mapping[str, object] = field(default_factory=dict)  # of a moment that several machines have in common
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Marks: names that wait for the next moment."""
+"""Marks: names that wait for the next moment, and how much the guest should know of it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,34 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hvbackup.model import Consistency
 from hvbackup.store.history import Moment
+
+LEVELS = list(Consistency)
+FROZEN = "frozen"  # the tag of marks that are made at intervals
 
 
 class Mark:
     """A name for the next moment, and whether it has got one."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, consistency: Consistency = Consistency.CRASH) -> None:
+        self.label, self.consistency = label, consistency
         self._done = threading.Event()
         self._moment: Moment | None = None
+        self.refused = ""  # why no moment has the name
 
     def put_on(self, moment: Moment) -> None:
         """The moment is durable and has the name."""
         self._moment = moment
         self._done.set()
 
+    def refuse(self, why: str) -> None:
+        """The moment that was made is not as good as was asked for."""
+        self.refused = why
+        self._done.set()
+
     def wait(self, seconds: float) -> Moment | None:
-        """The moment, or None when there is none in time."""
+        """The moment, or None when there is none in time, or none that is good enough."""
         self._done.wait(seconds)
         return self._moment
 
@@ -53,6 +63,22 @@ class Marks:
             raise
 
 
-def told(marks: Sequence[Mark]) -> dict[str, object]:
+def wants_freeze(marks: Sequence[Mark]) -> bool:
+    """Whether the guest should take part in the moment."""
+    return any(m.consistency is not Consistency.CRASH for m in marks)
+
+
+def fitting(marks: Sequence[Mark], reached: Consistency, why: Sequence[str]) -> list[Mark]:
+    """The marks that a moment may have; the others are refused."""
+    good = [m for m in marks if LEVELS.index(m.consistency) <= LEVELS.index(reached)]
+    for mark in marks:
+        if mark not in good:
+            mark.refuse(f"the moment is only {reached}-consistent: {'; '.join(why) or 'nobody says why'}")
+    return good
+
+
+def told(marks: Sequence[Mark], reached: Consistency) -> dict[str, object]:
     """What a barrier says of its marks."""
-    return {"mark": {"label": "; ".join(m.label for m in marks)}} if marks else {}
+    if not marks:
+        return {}
+    return {"mark": {"label": "; ".join(m.label for m in marks), "consistency": str(reached)}}

@@ -12,12 +12,13 @@ from hvbackup.capture import Options, Progress
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, Interrupted, SpaceExhausted
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
-from hvbackup.model import SECOND, Machine
+from hvbackup.model import SECOND, Consistency, Machine
 from hvbackup.protect import beginning
 from hvbackup.protect.cycles import CycleLife
 from hvbackup.protect.events import ContinuityLost, Event, Paused, Rhythm, Trouble
 from hvbackup.protect.life import Life
 from hvbackup.protect.marks import Mark
+from hvbackup.protect.meeting import Meeting
 from hvbackup.protect.setting import Setting
 from hvbackup.store import pauses
 from hvbackup.store.pauses import Pause
@@ -50,9 +51,14 @@ class Protection:
         self._failures = 0
         self._living = self._begun = False
 
-    def mark(self, label: str) -> Mark:
+    def meet(self, meeting: Meeting) -> None:
+        """The next moment, which comes at once, is to be one with other machines."""
+        self.setting.seat = meeting.seat(self.setting.machine.id)
+        self._wake.set()
+
+    def mark(self, label: str, consistency: Consistency = Consistency.CRASH) -> Mark:
         """Name the moment of the next cycle, which begins at once."""
-        mark = Mark(label)
+        mark = Mark(label, consistency)
         self.setting.marks.add(mark)
         self._wake.set()
         return mark

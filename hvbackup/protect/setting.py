@@ -12,6 +12,7 @@ from hvbackup.leases import Leases
 from hvbackup.model import DiskId, Machine
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.marks import Marks
+from hvbackup.protect.meeting import MachineSeat
 from hvbackup.store.store import Store
 from hvbackup.store.window import journal_bytes
 
@@ -29,7 +30,13 @@ class Setting:
     writing: AbstractContextManager[object]
     leases: Leases
     marks: Marks = field(default_factory=Marks)
+    seat: MachineSeat | None = None  # the next moment is to be one with other machines
     clock_stepped: bool = False  # since we run: ages mean nothing until somebody starts us again
+
+    def take_seat(self) -> MachineSeat | None:
+        """The place at a common moment, for the moment that is made now."""
+        seat, self.seat = self.seat, None
+        return seat
 
     def sizes(self) -> dict[DiskId, int]:
         """The machine's disks."""

@@ -1,9 +1,10 @@
 """A worker of continuous protection can be told things, through a unix socket in the run directory: a line of JSON each way.
 
-{"do": "ping"}                 who it is
-{"do": "tag", "label": ...}    name the next moment, which comes at once
-{"do": "pause"}                a pause has begun: the answer comes when nothing of ours is in the machine's way any more
-{"do": "resume"}               a pause has ended: the answer comes when a moment has been recorded
+do          with                    the answer comes
+ping                                at once: who it is
+tag         label, consistency      when the next moment, which is made at once, has the name and is durable
+pause                               when nothing of ours is in the machine's way: a pause has begun
+resume                              when a moment has been recorded: a pause has ended
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 from hvbackup.config import Places
 from hvbackup.errors import HostUnreachable
-from hvbackup.model import MachineId
+from hvbackup.model import Consistency, MachineId
 from hvbackup.protect.protection import Protection
 from hvbackup.store.store import Store
 
@@ -90,7 +91,7 @@ def _answer(protection: Protection, asked: dict[str, Any]) -> dict[str, Any]:
         case "ping":
             return {"pid": os.getpid()}
         case "tag":
-            return _tag(protection, str(asked["label"]))
+            return _tag(protection, str(asked["label"]), Consistency(asked.get("consistency", "crash")))
         case "pause":
             protection.look()
             return {"done": _until(lambda: not protection.living)}
@@ -100,8 +101,11 @@ def _answer(protection: Protection, asked: dict[str, Any]) -> dict[str, Any]:
     return {"error": f"Unknown: {asked['do']}"}
 
 
-def _tag(protection: Protection, label: str) -> dict[str, Any]:
-    moment = protection.mark(label).wait(TAG_SECONDS)
+def _tag(protection: Protection, label: str, consistency: Consistency) -> dict[str, Any]:
+    mark = protection.mark(label, consistency)
+    moment = mark.wait(TAG_SECONDS)
+    if mark.refused:
+        return {"error": f"No moment is tagged, for {mark.refused}"}
     if moment is None:
         return {"error": "No moment could be made yet; the tag goes to the next one"}
     return {"seq": moment.seq, "t": int(moment.t)}

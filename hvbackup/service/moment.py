@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from hvbackup import moments
 from hvbackup.errors import JournalGap, NotFound
-from hvbackup.model import DiskRoot, Instant, PointId, RecoveryPoint
+from hvbackup.model import DiskRoot, Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.moments import local
 from hvbackup.service.inventory import inventory
 from hvbackup.store import pins, window
@@ -76,6 +76,8 @@ def choose(store: Store, machine: str, at: str, now: Instant) -> Chosen:
         if tagged:
             return Chosen(tagged, store, notes)
         found = _by_tag(history, wanted.tag, name)
+    elif wanted.common:
+        found = _by_common(store, history, wanted.common, name)
     else:
         found = _by_time(history, points, wanted.t, name)
     # A point that is the moment itself is complete by reference, and so quicker to read.
@@ -101,6 +103,32 @@ def _by_tag(history: History, tag: str, name: str) -> Moment:
     near = difflib.get_close_matches(tag, list(marks), 1, 0.5)
     hint = f"; did you mean tag:{near[0]}?" if near else ";"
     raise NotFound(f"Machine {name} has no moment that is tagged {tag}{hint} `hvbackup timeline {name}` lists all tags")
+
+
+def _by_common(store: Store, history: History, wanted: str, name: str) -> Moment:
+    """A common moment by its id, or the newest one of a group that all its machines have."""
+    known = {c.id: c for c in history.told.commons}
+    others: dict[MachineId, set[str]] = {}
+    for common in reversed(known.values()):
+        if common.id != wanted and common.group != wanted:
+            continue
+        for machine in common.machines:
+            if machine not in others:
+                others[machine] = {c.id for c in History(store, machine).told.commons}
+        lacking = [machine for machine in common.machines if common.id not in others[machine]]
+        if not lacking:
+            return Moment(common.seq, common.t)
+        if common.id == wanted:
+            raise NotFound(f"Common moment {wanted} was not recorded by {', '.join(lacking)}; take another one")
+    groups = sorted({c.group for c in known.values()})
+    hint = (
+        f"it has been in groups {', '.join(groups)}"
+        if groups
+        else "it has none; `hvbackup protect --group NAME` makes them"
+    )
+    raise NotFound(
+        f"Machine {name} has no common moment {wanted}; {hint}, and `hvbackup timeline {name}` lists the newest"
+    )
 
 
 def _by_time(history: History, points: Sequence[RecoveryPoint], t: Instant | None, name: str) -> Moment | None:
@@ -139,6 +167,7 @@ def _of_journal(store: Store, history: History, found: Moment, notes: Sequence[s
         disks.append(DiskRoot(disk, root.root if root else b"", None, JOURNAL))  # type: ignore[arg-type]
     machine = replace(base.machine, disks=tuple(d.disk for d in disks))
     point = replace(
-        base, id=PointId(f"seq:{found.seq}"), machine=machine, t=found.t, disks=tuple(disks), seq=found.seq, figures={}, notes=()
+        base, id=PointId(f"seq:{found.seq}"), machine=machine, t=found.t, disks=tuple(disks), seq=found.seq, figures={}, notes=(),
+        consistency=told.consistency(found.seq),
     )  # fmt: skip
     return Chosen(point, store, notes, history, found, base)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from hvbackup.capture import Options, system_clock
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
-from hvbackup.model import Instant, Machine
+from hvbackup.model import SECOND, Consistency, Instant, Machine
 from hvbackup.protect.events import Event, Rhythm
+from hvbackup.protect.group import Group
 from hvbackup.protect.protection import Protection
 from hvbackup.service import backup
 from hvbackup.service.control import REPLY_SECONDS, TAG_SECONDS, ask, listening, socket_of
@@ -37,6 +38,8 @@ class Request:
     name: str = ""
     disks: Sequence[str] = ()
     rhythm: Rhythm = field(default_factory=Rhythm)
+    group: str = ""  # of all these machines; empty: none
+    common_every_ns: int = 60 * SECOND  # between two moments that they have in common
 
 
 @dataclass(slots=True)
@@ -75,12 +78,18 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
             for hypervisor, machine in _found(session, store, source, request)
         ]
         _refuse_doubles(workers)
+        if request.group and len(workers) < 2:
+            raise UsageError(f"Group {request.group} needs two machines at least: name the source of each")
         for worker in workers:
             stack.enter_context(store.holding(worker.machine.id))
             stack.callback(_end, worker)
             stack.enter_context(listening(session.places, store, worker.machine.id, worker.protection))
             worker.start()
         stack.callback(_tell_to_end, workers)
+        if request.group:
+            group = Group(request.group, [w.protection for w in workers], request.common_every_ns)
+            group.start()
+            stack.callback(group.end)
         yield workers
 
 
@@ -141,14 +150,14 @@ class Tagged:
     t: int
 
 
-def tag(session: Session, machine: str, label: str) -> Tagged:
+def tag(session: Session, machine: str, label: str, consistency: Consistency = Consistency.CRASH) -> Tagged:
     """A moment with this name is durable when this returns.  Raises NotFound, UsageError, HostUnreachable."""
     if not label.strip():
         raise UsageError("A tag needs a name")
     with session.open() as store:
         found = inventory(store).machine(machine).machine
         path = socket_of(session.places, store.id, found.id)
-    answer = ask(path, {"do": "tag", "label": label.strip()}, TAG_SECONDS + REPLY_SECONDS)
+    answer = ask(path, {"do": "tag", "label": label.strip(), "consistency": consistency}, TAG_SECONDS + REPLY_SECONDS)
     if answer is None:
         raise NotFound(
             f"Machine {found.name} is not under protection here, so this moment of it is not kept; "

@@ -25,7 +25,8 @@ def event(machine: Machine, e: Event) -> Json:
     base: Json = {"machine": {"id": machine.id, "name": machine.name}}
     if isinstance(e, Cycle):
         figures = {"read_bytes": e.read_bytes, "seconds": round(e.seconds, 4), "lag_seconds": round(e.lag_seconds, 4)}
-        return {"event": "moment", **base, **moment(e.moment), **figures, "marks": list(e.marks)}
+        return {"event": "moment", **base, **moment(e.moment), **figures, "marks": list(e.marks),
+                "common": dict(e.common) or None, "notes": list(e.notes)}  # fmt: skip
     if isinstance(e, Begun):
         gap = _gap(dict(e.gap)) if e.gap else None
         return {"event": "begun", **base, **moment(e.moment), "how": e.how, "point": e.point.id, "gap": gap,
@@ -71,6 +72,18 @@ def timeline(t: Timeline) -> Json:
         ],
         "points": [{"id": p.id, "time": rfc3339(p.t), "seq": p.seq} for p in t.points],
         "marks": [{"tag": m.label, "seq": m.seq, "time": rfc3339(m.t), "consistency": m.consistency} for m in t.marks],
+        "common_moments": [
+            {
+                "id": c.id,
+                "group": c.group,
+                "seq": c.seq,
+                "time": rfc3339(c.t),
+                "machines": list(c.machines),
+                "spread_ms": c.spread_ms,
+                "left_out": c.left_out,
+            }
+            for c in t.commons
+        ],
         "gaps": [{"from": rfc3339(g.start), "to": rfc3339(g.end), "why": g.why} for g in t.gaps],
         "clock_steps": [{"seq": c.seq, "time": rfc3339(c.t), "step_seconds": c.step_ns / 1e9} for c in t.clocks],
     }

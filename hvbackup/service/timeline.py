@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hvbackup.model import SECOND, Instant, Machine, RecoveryPoint
+from hvbackup.model import SECOND, Consistency, Instant, Machine, RecoveryPoint
 from hvbackup.moments import local
 from hvbackup.service.control import worker_pid
 from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session
 from hvbackup.store import pauses
-from hvbackup.store.history import ClockStep, Gap, History, Mark, Moment
+from hvbackup.store.history import ClockStep, Common, Gap, History, Mark, Moment
 from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
 
@@ -50,6 +50,7 @@ class Timeline:
     newest: Moment | None
     worker: int  # process that protects it on this host; 0: none
     pause: Pause | None = None  # it is left alone
+    commons: Sequence[Common] = ()
     notes: Sequence[str] = ()
 
     @property
@@ -80,7 +81,7 @@ class Timeline:
 
     def events(self) -> Iterator[str]:
         """Marks and gaps in their order."""
-        rows = [(m.t, f"{local(m.t)}  * {m.label}  (tag:{m.label}, seq:{m.seq})") for m in self.marks]
+        rows = [(m.t, _mark_line(m)) for m in self.marks]
         for g in self.gaps:
             rows.append(
                 (g.start, f"{local(g.start)}  ! nothing recorded for {(g.end - g.start) / SECOND:.1f} s: {g.why}")
@@ -88,6 +89,22 @@ class Timeline:
         for c in self.clocks:
             rows.append((c.t, f"{local(c.t)}  ! the clock jumped by {c.step_ns / SECOND:+.0f} s"))
         yield from (line for _, line in sorted(rows))
+        yield from _common_lines(self.commons)
+
+
+def _mark_line(m: Mark) -> str:
+    how = "" if m.consistency == Consistency.CRASH else f", {m.consistency}-consistent"
+    return f"{local(m.t)}  * {m.label}  (tag:{m.label}, seq:{m.seq}{how})"
+
+
+def _common_lines(commons: Sequence[Common]) -> Iterator[str]:
+    """Each group's newest common moment, and how many there are."""
+    newest = {c.group: c for c in commons}
+    for c in newest.values():
+        number = sum(other.group == c.group for other in commons)
+        others = f"{len(c.machines)} machines within {c.spread_ms:g} ms"
+        without = f", without {', '.join(c.left_out)}" if c.left_out else ""
+        yield f"{local(c.t)}  = common:{c.id} of group {c.group}: {others}{without}; the newest of {number}"
 
 
 def timeline(session: Session, machine: str, now: Instant, since_ns: int = 0) -> Timeline:
@@ -109,6 +126,7 @@ def timeline(session: Session, machine: str, now: Instant, since_ns: int = 0) ->
             history.last,
             worker_pid(session.places, store.id, known.machine.id),
             pauses.current(store, known.machine.id, now),
+            [c for c in told.commons if c.t >= start],
             list(known.damaged),
         )
 

@@ -27,9 +27,21 @@ from hvbackup.store.overlay import Pieces, Table
 from hvbackup.store.segment import PieceCache, Segment, path_of
 from hvbackup.store.store import Store
 from hvbackup.store.tables import Summary, pieces_of, summary_of
-from hvbackup.store.told import ClockStep, Doubt, Gap, Mark, Moment, Told
+from hvbackup.store.told import ClockStep, Common, Doubt, Gap, Mark, Moment, Told
 
-__all__ = ["ClockStep", "Doubt", "Gap", "History", "Mark", "Moment", "OpenRun", "SealedRun", "Told", "newest_tokens"]
+__all__ = [
+    "ClockStep",
+    "Common",
+    "Doubt",
+    "Gap",
+    "History",
+    "Mark",
+    "Moment",
+    "OpenRun",
+    "SealedRun",
+    "Told",
+    "newest_tokens",
+]
 
 FANOUT = 16  # tables merged into one; a view has at most 15 of each size
 LEVELS = (FANOUT**2, FANOUT)  # segments in a merged table, largest first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hvbackup.model import Disk, DiskId, Instant
+from hvbackup.model import Consistency, Disk, DiskId, Instant, MachineId
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,19 @@ class ClockStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Common:
+    """A moment that several machines have in common."""
+
+    seq: int
+    t: Instant
+    id: str
+    group: str
+    machines: tuple[MachineId, ...]
+    spread_ms: float
+    left_out: dict[MachineId, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Doubt:
     """Moments after `after`, up to `until`, that may lack changes: none of them is offered."""
 
@@ -67,6 +80,7 @@ class Told:
     gaps: list[Gap] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     clocks: list[ClockStep] = field(default_factory=list)
+    commons: list[Common] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
     good: Moment | None = None  # the newest moment at which the tracker's word was tested
     tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
@@ -89,6 +103,13 @@ class Told:
             self._gap(Gap(Instant(gap["from"]), Instant(gap.get("to", t)), gap["why"]))
         if mark := value.get("mark"):
             self.marks.append(Mark(seq, Instant(t), mark["label"], mark.get("consistency", "crash")))
+        if common := value.get("common"):
+            machines = tuple(MachineId(m) for m in common["machines"])
+            self.commons.append(
+                Common(
+                    seq, Instant(t), common["id"], common["group"], machines, common["spread_ms"], common["left_out"]
+                )
+            )
         if clock := value.get("clock"):
             self.clocks.append(ClockStep(seq, Instant(t), int(clock["step_ns"])))
         if "tokens" in value:
@@ -98,6 +119,7 @@ class Told:
     def _doubt(self, doubt: Doubt) -> None:
         self.doubts.append(doubt)
         self.marks = [m for m in self.marks if not doubt.holds(m.seq)]
+        self.commons = [c for c in self.commons if not doubt.holds(c.seq)]
         self._gap(Gap(doubt.start, Instant(doubt.end + 1), doubt.why))
 
     def _gap(self, gap: Gap) -> None:
@@ -105,6 +127,10 @@ class Told:
         if self.gaps and self.gaps[-1].start == gap.start:
             self.gaps.pop()
         self.gaps.append(gap)
+
+    def consistency(self, seq: int) -> Consistency:
+        """How much the guest knew of a moment."""
+        return next((Consistency(m.consistency) for m in self.marks if m.seq == seq), Consistency.CRASH)
 
     @property
     def distrusted(self) -> bool:

@@ -1,0 +1,63 @@
+"""Stopping a machine for a moment, so that several have one moment in common; it always goes on.
+
+    killed after            left behind                  cleaned by
+    1 watchdog told         nothing                      the watchdog lets the machine go on
+    2 marker, `stop`        a machine that stands still  the same; both dead: `go_on`, by `release`
+    3 `cont`                the marker                   the same
+
+A machine that somebody else has stopped stands still already, and stays so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hvbackup.errors import HvbackupError
+from hvbackup.hypervisors.qemu_watch import Watch
+from hvbackup.hypervisors.qemu_wire import Wire
+from hvbackup.hypervisors.qmp import CommandRefused, Qmp
+
+MARKER = "stopped"  # in the folder of a lease
+
+
+def can_stop(wire: Wire) -> str:
+    """Why the machine can't be stopped; empty when it can."""
+    try:
+        wire.one("query-status")
+    except CommandRefused:
+        return "a storage daemon can't hold its guests still"
+    return ""
+
+
+@contextmanager
+def stopped(wire: Wire, watch: Watch, folder: Path) -> Iterator[None]:
+    """No instruction of the guest runs and nothing is in flight to its disks while the context lasts."""
+    if not wire.one("query-status")["running"]:
+        yield
+        return
+    marker = folder / MARKER
+    watch.tell(b"s")
+    marker.touch(0o600)
+    try:
+        wire.one("stop")
+        yield
+    finally:
+        wire.one("cont")
+        marker.unlink(missing_ok=True)
+        with contextlib.suppress(HvbackupError):
+            watch.tell(b"c")
+
+
+def left_over(folder: Path) -> bool:
+    """Whether a run that is dead, and whose watchdog is dead too, may have left the machine stopped."""
+    return (folder / MARKER).exists()
+
+
+def go_on(qmp: Qmp, folder: Path) -> None:
+    """What was left over runs again when this returns.  Raises HostUnreachable."""
+    if qmp.command("query-status")["status"] == "paused":
+        qmp.command("cont")
+    (folder / MARKER).unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""`hvbackup protect` as a process of its own, as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Worker:
+    """`hvbackup protect` as a process, and what it says."""
+
+    def __init__(self, folder: Path, source: str | Sequence[str], *more: str, name: str = "m1") -> None:
+        places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
+        self.environment = {**os.environ, **{f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}}
+        words = [
+            "protect",
+            *([source] if isinstance(source, str) else source),
+            "--every",
+            "500ms",
+            "--fold",
+            "3s",
+            "--json",
+        ]
+        words += [*(["--name", name] if name else []), *more]
+        self._path = folder / "worker.log"
+        self.log = self._path.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hvbackup", *words], env=self.environment, stdout=subprocess.PIPE, stderr=self.log
+        )
+        self.events: list[dict[str, Any]] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.append(json.loads(line))
+
+    def wait_for(self, event: str, count: int = 1, seconds: float = 40) -> None:
+        end = time.monotonic() + seconds
+        while sum(e["event"] == event for e in self.events) < count:
+            assert self.process.poll() is None, f"the worker ended: {self._path.read_text()[-2000:]}"
+            assert time.monotonic() < end, f"no {event} in time, only {self.events[-3:]}"
+            time.sleep(0.02)
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(40)
+        self._thread.join(10)
+        self.log.close()
+        return code
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "hvbackup", *words]
+        return subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+
+    def wait_for_common(self, count: int, seconds: float) -> None:
+        """So many moments are common to several machines."""
+        end = time.monotonic() + seconds
+        while len({e["common"]["id"] for e in self.events if e.get("common")}) < count:
+            assert self.process.poll() is None, f"the worker ended: {self._path.read_text()[-2000:]}"
+            assert time.monotonic() < end, f"not enough common moments, only {self.events[-3:]}"
+            time.sleep(0.1)

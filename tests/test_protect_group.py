@@ -1,0 +1,195 @@
+"""Several machines at one moment: nobody has what another one, on whom it depended, lacks; and every machine goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import pytest
+
+from hvbackup.model import Instant, MachineId, MiB
+from hvbackup.protect.meeting import LATE, Meeting
+from hvbackup.store.history import History
+from hvbackup.store.store import Store, init
+from labs.guest import Guest, make_disk
+from tests.protecting import Worker
+
+A, B, C = MachineId("a"), MachineId("b"), MachineId("c")
+
+
+# -- meeting ---------------------------------------------------------------------------------------------------------------
+
+
+def take_part(meeting: Meeting, machine: MachineId, delays: Sequence[float], said: dict[str, list[bool]]) -> None:
+    """One machine's thread, which is that late at each step."""
+    seat = meeting.seat(machine)
+    steps = [seat.ready, seat.standing, lambda: seat.switched(Instant(time.time_ns()))]
+    said[machine] = []
+    for delay, step in zip(delays, steps, strict=True):
+        time.sleep(delay)
+        said[machine].append(step())
+        if not said[machine][-1]:
+            return
+
+
+def meet(delays: dict[MachineId, Sequence[float]]) -> tuple[Meeting, dict[str, list[bool]]]:
+    meeting, said = Meeting("1", "shop", list(delays)), dict[str, list[bool]]()
+    threads = [threading.Thread(target=take_part, args=(meeting, m, d, said)) for m, d in delays.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return meeting, said
+
+
+def test_all_meet() -> None:
+    meeting, said = meet({A: (0, 0, 0), B: (0.1, 0, 0.1), C: (0, 0.1, 0)})
+    assert all(v == [True] * 3 for v in said.values())
+    met = meeting.result()
+    assert set(met.times) == {A, B, C}
+    assert met.left_out == {}
+    assert 50 < met.spread_ms < 1000
+    assert met.common(A) == met.common(C)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["stops too late", "switches too late"])
+def test_who_is_late_is_left_out_and_named(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvbackup.protect.meeting.STOPPED_SECONDS", 0.2)
+    began = time.monotonic()
+    meeting, said = meet({A: (0, 0, 0), B: (0, *(1.0 if i == step else 0 for i in (1, 2))), C: (0, 0, 0)})
+    assert time.monotonic() - began < 2.5
+    assert said[A] == said[C] == [True] * 3
+    assert said[B][-1] is False
+    met = meeting.result()
+    assert set(met.times) == {A, C}
+    assert met.left_out == {B: LATE}
+    assert met.common(A)
+    assert not met.common(B)
+
+
+def test_who_leaves_is_not_waited_for() -> None:
+    meeting = Meeting("1", "shop", [A, B])
+    meeting.leave(B, "it is gone")
+    began = time.monotonic()
+    said: dict[str, list[bool]] = {}
+    take_part(meeting, A, (0, 0, 0), said)
+    assert time.monotonic() - began < 1
+    assert said[A] == [True] * 3
+    assert meeting.result().common(A) == {}, "one machine has nothing in common with nobody"
+
+
+# -- real guests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder() -> Generator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hvg-") as name:
+        yield Path(name)
+
+
+class Application(threading.Thread):
+    """Writes a number to the disk of the first machine, and when that is answered for, to the second one's; and so on."""
+
+    def __init__(self, guests: Sequence[Guest]) -> None:
+        super().__init__(daemon=True)
+        self._guests, self._stop_it = guests, threading.Event()
+        self.number = 0
+
+    def run(self) -> None:
+        while not self._stop_it.is_set():
+            for guest in self._guests:
+                guest.sh(f"printf %08d {self.number + 1} | dd of=/dev/vda bs=512 conv=fsync,notrunc 2>/dev/null")
+            self.number += 1
+
+    def stop(self) -> None:
+        self._stop_it.set()
+        self.join(30)
+
+
+def number_at(history: History, seq: int) -> int:
+    data = bytearray(8)
+    [disk] = history.told_until(seq).disks
+    history.view(history.by_seq(seq), disk).read_into(0, memoryview(data))
+    return int(data.strip(b"\0") or b"0")
+
+
+@pytest.mark.real
+@pytest.mark.guest
+@pytest.mark.timeout(280)
+def test_at_no_common_moment_has_the_second_machine_what_the_first_one_lacks(folder: Path) -> None:
+    init(folder / "store", None)
+    guests = [Guest(folder / n, [make_disk(folder / f"{n}.raw", 4 * MiB, "raw", ext4=False)], name=n) for n in "ab"]
+    with guests[0], guests[1]:
+        application = Application(guests)
+        application.start()
+        sources = [f"qemu:{g.qmp_path}" for g in guests]
+        worker = Worker(folder, sources, "--group", "shop", "--common-every", "1s", "--every", "700ms", name="")
+        worker.wait_for_common(24, 120)
+        third = subprocess.run(
+            [sys.executable, "-c", LEFT_STOPPED, str(guests[0].qmp_path), str(folder)], check=False, timeout=60
+        )
+        assert third.returncode == -9
+        end = time.monotonic() + 20
+        while not guests[0].qmp("query-status")["running"]:
+            assert time.monotonic() < end, "a machine that we had stopped stands still"
+            time.sleep(0.1)
+        assert worker.end(2) == 0
+        application.stop()
+        assert application.number > 30
+        shown = json.loads(worker.run("timeline", "a", "--json").stdout)["common_moments"]
+        assert worker.run("restore", "b", "--at", "common:shop", "--to", str(folder / "out")).returncode == 0
+        assert (
+            worker.run("restore", "b", "--at", f"common:{shown[0]['id']}", "--to", str(folder / "out0")).returncode == 0
+        )
+        assert worker.run("restore", "b", "--at", "common:other", "--to", str(folder / "no")).returncode == 2
+    with Store.open(folder / "store", folder / "state2", []) as store:
+        first, second = (History(store, MachineId(g.uuid)) for g in guests)
+        pairs = {c.id: c.seq for c in second.told.commons}
+        both = [(number_at(first, c.seq), number_at(second, pairs[c.id])) for c in first.told.commons if c.id in pairs]
+        assert len(both) >= 20
+        assert all(a - 1 <= b <= a for a, b in both), both
+        assert len(set(both)) > 10, "the application wrote all the time"
+        assert all(c.spread_ms < 1000 for c in first.told.commons)
+        assert (folder / "out" / "vda.raw").read_bytes()[:8] == b"%08d" % both[-1][1]
+
+
+LEFT_STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from hvbackup.hypervisors.qemu_stop import stopped
+from hvbackup.hypervisors.qemu_watch import Watch
+from hvbackup.hypervisors.qemu_wire import Wire
+path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+wire, watch = Wire(path, 30), Watch(path, "hvb-none-", folder, 0)
+with stopped(wire, watch, folder):
+    assert not wire.one("query-status")["running"]
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+HUNG = (
+    LEFT_STOPPED.replace("SIGKILL)", "SIGSTOP)")
+    + """
+assert wire.one("query-status")["running"]
+watch.stop()
+"""
+)
+
+
+@pytest.mark.real
+@pytest.mark.guest
+@pytest.mark.timeout(120)
+def test_a_machine_that_we_stopped_goes_on_when_we_are_stopped_ourselves(folder: Path) -> None:
+    with Guest(folder / "a", []) as guest:
+        done = subprocess.run([sys.executable, "-c", HUNG, str(guest.qmp_path), str(folder)], check=False, timeout=60)
+        assert done.returncode == 0
+        assert guest.qmp("query-status")["running"]
+        guest.qmp("stop")  # one that an administrator has stopped stays so
+        held = LEFT_STOPPED.replace("os.kill(os.getpid(), signal.SIGKILL)", "watch.stop()")
+        subprocess.run([sys.executable, "-c", held, str(guest.qmp_path), str(folder)], check=True, timeout=60)
+        assert not guest.qmp("query-status")["running"]
