@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 UNIT := not real and not guest and not soak
 
-.PHONY: help demo test quick lint bench soak setup format clean
+.PHONY: help demo test quick lint bench soak deb setup format clean
 
 help:             ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ soak: setup       ## the long tests, the property tests with many more examples,
 	HYPOTHESIS_PROFILE=soak $(PYTEST) -n 2 --dist worksteal -m "soak or hypothesis" --timeout=7200 || failed=1; \
 	$(BIN)/python labs/fuzz.py || failed=1; \
 	exit $$failed
+
+deb: venv         ## build the Debian package in dist/
+	@$(BIN)/python labs/deb.py
 
 lint: venv        ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

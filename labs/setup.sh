@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu-storage-daemon
           nbdkit libnbd-bin                              # the NBD programs the tests compare ours with
           e2fsprogs gcc libc6-dev                        # the lab guest's file systems and its one C program
+          debootstrap                                    # a bare system, for the test of the package
           ca-certificates)
 BENCH_PACKAGES=(restic gdisk e2fsprogs python3-libnbd nbdkit qemu-utils
                 gcc pkg-config libacl1-dev liblz4-dev libzstd-dev libxxhash-dev libssl-dev)   # borg is built from source
