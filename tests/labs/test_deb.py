@@ -74,7 +74,7 @@ def test_installed_used_and_removed(tmp_path: Path) -> None:
         inside("hvbackup", "init")
         inside("sh", "-c", "head -c 3000000 /dev/urandom >/srv/disk.raw")
         inside("hvbackup", "backup", "image:/srv/disk.raw", "--name", "web1")
-        assert "web1" in inside("hvbackup", "sql", "select machine from points")
+        assert "/srv/disk.raw" in inside("hvbackup", "sql", "select machine from points")
         inside("hvbackup", "check", "--deep")
         inside("hvbackup", "restore", "web1", "--to", "/srv/back")
         inside("cmp", "/srv/disk.raw", "/srv/back/disk.raw")
