@@ -121,6 +121,15 @@ def parse_size(text: str) -> int:
     return int(found[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[found[2].upper()]
 
 
+def parse_part(text: str) -> float:
+    """A part of everything, written 1% or 0.5%.  Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    part = float(found[1]) / 100 if found else 0.0
+    if not 0 < part <= 1:
+        raise UsageError(f"{text} is no part; write 1% or 0.5%")
+    return part
+
+
 def duration(seconds: float) -> str:
     """A stretch of time for people, in its two largest units."""
     if seconds < 60:

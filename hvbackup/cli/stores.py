@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvbackup.cli.invocation import now, session_of
-from hvbackup.cli.output import Out, count, duration, parse_size, size, table
+from hvbackup.cli.invocation import now, other_session, session_of
+from hvbackup.cli.output import Out, count, duration, parse_part, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_shared, add_verb
 from hvbackup.cli.progress import Progress
 from hvbackup.cli.recovery import boot_row, boot_table
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hvbackup.service.inventory import History
     from hvbackup.service.look import Leftover, Overview
     from hvbackup.service.stores import Made
+    from hvbackup.service.upkeep import Checked, CheckOrder
 
 BLOCKS = {"64K": 64 * 1024, "256K": 256 * 1024}
 
@@ -190,6 +191,8 @@ def _overview_lines(found: Overview, moment: Instant) -> Iterator[str]:
     sealed = "not encrypted" if s.cipher == "none" else s.cipher
     yield f"Store {s.path} ({s.id}), {sealed}, blocks of {size(s.block)}"
     yield f"  {size(s.used_bytes)} in {count(s.packs, 'pack')}; {size(s.free_bytes)} free"
+    if s.debt_bytes:
+        yield f"  {size(s.debt_bytes)} not verified in the last 30 days; `hvbackup check --sample 1%` each day keeps up"
     if not found.machines:
         yield "  No machine is protected yet; `hvbackup backup SOURCE` begins"
         return
@@ -242,10 +245,23 @@ def _add_check(verbs: Verbs) -> None:
         verbs,
         "check",
         "look for damage, and name what needs it",
-        "Look for damage in the store and name every point that needs what is damaged.",
+        "Look for damage in the store and name every point that needs what is damaged.  Without options: whether everything\n"
+        "is there.  What was verified when is remembered, so that a check that was interrupted can go on, and a sample takes\n"
+        "what was not verified for the longest time.",
     )
-    verb.add_argument("--deep", action="store_true", help="read, decrypt and hash everything that is stored")
-    verb.add_argument("--repair", action="store_true", help="put back keys and points of which there is a good copy")
+    level = verb.add_mutually_exclusive_group()
+    level.add_argument("--authenticate", action="store_true", help="read everything that is stored, and test its tags")
+    level.add_argument("--deep", action="store_true", help="read, decrypt and hash everything that is stored")
+    verb.add_argument(
+        "--sample", metavar="PART", default="", help="only a part, such as 1%%: for every day (implies --deep)"
+    )
+    verb.add_argument("--machine", metavar="MACHINE", default="", help="only what this machine's points need")
+    verb.add_argument("--point", metavar="POINT", default="", help="only what this point needs")
+    verb.add_argument("--bandwidth", metavar="SIZE", default="", help="read at most so much a second, such as 50M")
+    verb.add_argument("--resume", action="store_true", help="go on with the check that was interrupted")
+    verb.add_argument("--repair", action="store_true", help="put back what there is another good copy of")
+    verb.add_argument("--from", dest="source", metavar="STORE", default="", help="take lost blocks from this store")
+    verb.add_argument("--from-key-file", metavar="FILE", help="what opens that store")
     verb.set_defaults(run=check)
 
 
@@ -254,12 +270,7 @@ def check(args: argparse.Namespace, out: Out) -> int:
     from hvbackup.service import upkeep
 
     with Progress(out) as progress:
-        found = upkeep.check(
-            session_of(args),
-            deep=args.deep,
-            repair=args.repair,
-            progress=lambda done, total: progress("check", done, total),
-        )
+        found = upkeep.check(session_of(args), _check_order(args), lambda done, total: progress("check", done, total))
     out.answer(upkeep.shape(found), _report_lines(found))
     out.warn_all(found.notes)
     if found.report.problems:
@@ -267,14 +278,30 @@ def check(args: argparse.Namespace, out: Out) -> int:
     return 0
 
 
-def _report_lines(found: Any) -> Iterator[str]:
+def _check_order(args: argparse.Namespace) -> CheckOrder:
+    from hvbackup.service.upkeep import CheckOrder, Level
+
+    deep = args.deep or (args.sample and not args.authenticate)
+    level = Level.DEEP if deep else Level.AUTHENTICATE if args.authenticate else Level.QUICK
+    rate = parse_size(args.bandwidth)
+    sample = parse_part(args.sample) if args.sample else 1.0
+    source = other_session(args, args.source, args.from_key_file) if args.source else None
+    return CheckOrder(
+        level, now(), sample, rate, args.resume, args.machine, args.point, repair=args.repair, source=source
+    )
+
+
+def _report_lines(found: Checked) -> Iterator[str]:
     r = found.report
     yield from (f"repaired: {line}" for line in found.repaired)
     for problem in r.problems:
         yield f"{'LOST' if problem.lost else 'damaged'}: {problem.what}"
     how = f"{size(r.read_bytes)} read and verified" if r.read_bytes else "contents not read, `--deep` does that"
-    counts = ((r.points, "point"), (r.disks, "disk"), (r.packs, "pack"), (r.chunks, "chunk"))
+    counts = [(r.points, "point"), (r.disks, "disk"), (r.packs, "pack"), (r.chunks, "chunk")]
+    counts += [(r.segments, "segment")] if r.segments else []
     yield f"Checked {', '.join(count(n, noun) for n, noun in counts)}; {how}"
+    if r.debt_bytes:
+        yield f"{size(r.debt_bytes)} of {size(r.total_bytes)} were not verified in the last 30 days"
 
 
 # -- sql -------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from hvbackup.recover.boot import Boot, Boots
 from hvbackup.service.inventory import History, Inventory, inventory
 from hvbackup.service.session import Session
 from hvbackup.store.catalog import Catalog
+from hvbackup.store.ledger import Ledger, debt
+from hvbackup.store.ledger import sizes as lengths
 from hvbackup.store.store import Store
 
 if TYPE_CHECKING:  # only `status` pays for what protects machines
@@ -41,6 +43,7 @@ class StoreFigures:
     used_bytes: int
     packs: int
     free_bytes: int
+    debt_bytes: int = 0  # of packs, not verified within 30 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ def status(session: Session, now: Instant) -> Overview:
             h.machine.id: standing_ for h in found.machines if (standing_ := standing(session, store, h.machine, now))
         }
         notes = [*found.notes, *notes]
-        return Overview(_figures(store, session), found.machines, leftovers, boots, notes, protected)
+        return Overview(_figures(store, session, now), found.machines, leftovers, boots, notes, protected)
 
 
 def sql(session: Session, query: str) -> Answer:
@@ -104,12 +107,13 @@ def sql(session: Session, query: str) -> Answer:
         return Answer(*catalog.query(query), notes)
 
 
-def _figures(store: Store, session: Session) -> StoreFigures:
+def _figures(store: Store, session: Session, now: Instant) -> StoreFigures:
     sizes = list(_sizes(session.places.store))
     packs = list(_sizes(session.places.store / "packs"))
     free = shutil.disk_usage(session.places.store).free
+    owed = debt(Ledger(store.state), lengths(store.files, store.index.known()).items(), now)
     d = store.descriptor
-    return StoreFigures(session.places.store, d.id.hex(), d.block, d.cipher, sum(sizes), len(packs), free)
+    return StoreFigures(session.places.store, d.id.hex(), d.block, d.cipher, sum(sizes), len(packs), free, owed)
 
 
 def _sizes(folder: Path) -> Iterator[int]:

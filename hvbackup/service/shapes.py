@@ -116,6 +116,7 @@ def store(s: StoreFigures) -> Json:
         "used_bytes": s.used_bytes,
         "free_bytes": s.free_bytes,
         "packs": s.packs,
+        "debt_bytes": s.debt_bytes,
     }
 
 

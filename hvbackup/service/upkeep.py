@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hvbackup.errors import Busy
+from hvbackup.errors import Busy, NotFound, UsageError
+from hvbackup.model import Instant, MachineId, PointId
 from hvbackup.service.session import Session
 from hvbackup.store import check as store_check
 from hvbackup.store import repair as store_repair
+from hvbackup.store.check import Wanted
+from hvbackup.store.ledger import Level
+from hvbackup.store.refill import refill
+from hvbackup.store.store import Store
+
+__all__ = ["CheckOrder", "Checked", "Level", "check", "sentence", "shape"]
+
+Progress = Callable[[int, int], None]
+LOCK = "check.lock"  # in STATE: who holds it remembers what was found
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOrder:
+    """What somebody wants to be checked."""
+
+    level: Level = Level.QUICK
+    t: Instant = store_check.NEVER
+    sample: float = 1.0
+    bytes_per_second: int = 0
+    resume: bool = False
+    machine: str = ""
+    point: str = ""
+    repair: bool = False
+    source: Session | None = None  # another store, from which lost blocks are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,28 +43,68 @@ class Checked:
     """What a check found, and how it was made."""
 
     report: store_check.Report
-    deep: bool
+    level: Level
     notes: Sequence[str] = ()
-    repaired: Sequence[str] = ()  # before it was checked
+    repaired: Sequence[str] = ()
 
 
-def check(session: Session, *, deep: bool, repair: bool, progress: Callable[[int, int], None]) -> Checked:
-    """Everything that is wrong with the store, after what is there twice was put back if `repair` says so.
+def check(session: Session, order: CheckOrder, progress: Progress) -> Checked:
+    """Everything that is wrong with what was asked for, after what has another copy was put back, if it is to be repaired.
 
-    As the owner where possible, so that what is damaged is remembered and healed.  Raises Busy when it is to be repaired and
-    somebody else owns it.
+    Captures go on beside it.  Raises Busy when the store is to be repaired and somebody else is writing, NotFound, UsageError.
     """
-    if repair:
-        with session.open(owner=True) as store:
-            done = store_repair.repair(store)
-            return Checked(store_check.check(store, deep=deep, progress=progress), deep, repaired=done)
-    try:
-        opened, notes = session.open(owner=True), []
-    except Busy as e:
-        opened = session.open()
-        notes = [f"{e}; checked beside it, so what is damaged is named, but not marked for healing"]
-    with opened as store:
-        return Checked(store_check.check(store, deep=deep, progress=progress), deep, notes)
+    if order.source and not order.repair:
+        raise UsageError("--from says where to take lost blocks from: it goes with --repair")
+    if order.resume and (order.sample < 1 or order.machine or order.point):
+        raise UsageError("--resume goes on with a check of the whole store; leave --sample, --machine and --point away")
+    return _repaired(session, order, progress) if order.repair else _checked(session, order, progress)
+
+
+def _checked(session: Session, order: CheckOrder, progress: Progress) -> Checked:
+    with ExitStack() as stack:
+        store = stack.enter_context(session.open())
+        wanted, notes = _wanted(store, order), []
+        try:
+            stack.enter_context(store.state.owner(LOCK, "The check of this store"))
+        except Busy as e:
+            wanted = replace(wanted, record=False, t=store_check.NEVER)
+            notes.append(f"{e}; checked beside it, so what is damaged is named, but not marked for healing")
+        return Checked(store_check.check(store, wanted, progress=progress), order.level, notes)
+
+
+def _repaired(session: Session, order: CheckOrder, progress: Progress) -> Checked:
+    with ExitStack() as stack:
+        store = stack.enter_context(session.open(owner=True))
+        stack.enter_context(store.state.owner(LOCK, "The check of this store"))
+        wanted = _wanted(store, order)
+        done = store_repair.repair(store)
+        report = store_check.check(store, wanted, progress=progress)
+        if report.problems:
+            other = stack.enter_context(order.source.open()) if order.source else None
+            more = refill(store, other)
+            done += more
+            if more:
+                again = store_check.check(store, replace(wanted, level=Level.QUICK))
+                report = replace(again, read_bytes=report.read_bytes)
+        return Checked(report, order.level, repaired=done)
+
+
+def _wanted(store: Store, order: CheckOrder) -> Wanted:
+    machine = store.find_machine(order.machine) if order.machine else None
+    point = _point(store, machine, order.point) if order.point else None
+    return Wanted(order.level, order.t, order.sample, order.bytes_per_second, order.resume, machine, point, record=True)
+
+
+def _point(store: Store, machine: MachineId | None, text: str) -> PointId:
+    """The point whose id begins with `text`.  Raises NotFound, UsageError when there are several."""
+    folders = [store.ring.machine_name(machine)] if machine else store.machine_folders()
+    ids = {path.rsplit("-", 1)[1] for folder in folders for path in store.point_paths(folder)}
+    found = [i for i in ids if i.startswith(text)]
+    if not found:
+        raise NotFound(f"No point {text} in this store; `hvbackup points` lists them")
+    if len(found) > 1:
+        raise UsageError(f"{len(found)} points begin with {text}; write more of it")
+    return PointId(found[0])
 
 
 def sentence(found: Checked) -> str:
@@ -52,12 +118,13 @@ def sentence(found: Checked) -> str:
 def shape(found: Checked) -> dict[str, Any]:
     """A check as JSON."""
     r = found.report
-    figures = {"points": r.points, "disks": r.disks, "packs": r.packs, "chunks": r.chunks, "read_bytes": r.read_bytes}
+    names = ("points", "disks", "packs", "chunks", "segments", "read_bytes", "total_bytes", "debt_bytes")
     return {
         "ok": not r.problems,
-        "deep": found.deep,
+        "level": found.level.name.lower(),
+        "deep": found.level == Level.DEEP,
         "problems": [asdict(p) for p in r.problems],
-        **figures,
+        **{name: getattr(r, name) for name in names},
         "repaired": list(found.repaired),
         "notes": list(found.notes),
     }

@@ -251,7 +251,7 @@ def decode(data: bytes, cipher: AESGCM | None, bind: bytes, zstd: zstandard.Zstd
     return inflate(data, unlock(data, cipher, bind, where), zstd, where)
 
 
-def unlock(data: bytes, cipher: AESGCM | None, bind: bytes, where: str) -> bytes | memoryview[int]:
+def unlock(data: bytes | memoryview[int], cipher: AESGCM | None, bind: bytes, where: str) -> bytes | memoryview[int]:
     """The frame of one record, decrypted: its tag is right when this returns.  Raises ChunkDamaged naming `where`."""
     if len(data) < f.RECORD_BYTES or data[:4] != f.RECORD_MAGIC:
         raise ChunkDamaged(f"{where} is missing or overwritten")
@@ -263,12 +263,14 @@ def unlock(data: bytes, cipher: AESGCM | None, bind: bytes, where: str) -> bytes
     if cipher is None:
         return frame
     try:
-        return cipher.decrypt(nonce(ordinal), frame, bind + data[:begin])
+        return cipher.decrypt(nonce(ordinal), frame, bind + bytes(data[:begin]))
     except _invalid_tag() as e:
         raise ChunkDamaged(f"{where} does not decode: it was changed after it was written") from e
 
 
-def inflate(data: bytes, body: bytes | memoryview[int], zstd: zstandard.ZstdDecompressor, where: str) -> bytes:
+def inflate(
+    data: bytes | memoryview[int], body: bytes | memoryview[int], zstd: zstandard.ZstdDecompressor, where: str
+) -> bytes:
     """The plain chunks in the decrypted frame of one record.  Raises ChunkDamaged naming `where`."""
     _magic, _ordinal, codec, _what, _count, _stored, plain = f.RECORD.unpack_from(data)
     try:

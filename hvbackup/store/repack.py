@@ -177,7 +177,7 @@ class _Copy:
         return Frame(f.CODEC_ZSTD, data, ids, lengths)
 
 
-def _part(data: bytes, body: bytes, plain: bytes, rows: NDArray[np.void]) -> _Part:
+def _part(data: memoryview, body: bytes, plain: bytes, rows: NDArray[np.void]) -> _Part:
     ids, lengths, codec = [r.tobytes() for r in rows["id"]], rows["plain"].tolist(), data[8]
     what = int(rows["kind"][0])
     if sum(lengths) == len(plain):

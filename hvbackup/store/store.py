@@ -314,11 +314,12 @@ class Store:
 
     def is_damaged(self, point: RecoveryPoint, disk: DiskId) -> bool:
         """Whether the last `check` found chunks lost that this disk of this point needs."""
-        return [self.path_of(point), disk] in self._damaged_disks()
+        return (self.path_of(point), disk) in self.damaged_disks()
 
-    def _damaged_disks(self) -> list[list[str]]:
+    def damaged_disks(self) -> list[tuple[str, DiskId]]:
+        """(path of a point, disk) of everything that the last `check` found to need something lost."""
         try:
-            return [[str(path), str(disk)] for path, disk in f.parse_json(self.state.read(DAMAGED_DISKS))]
+            return [(str(path), DiskId(str(disk))) for path, disk in f.parse_json(self.state.read(DAMAGED_DISKS))]
         except (FileNotFoundError, ValueError, TypeError):
             return []
 
