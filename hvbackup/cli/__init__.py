@@ -11,6 +11,8 @@ continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
 doctor       doctor
 retention    prune, forget, hold, holds, release, approve, settings
+serving      serve, config
+job, worker  processes of the service
 papers       completion, man
 
 Modules here import nothing heavy: `--help` answers at once, and a verb pays only for what it needs.

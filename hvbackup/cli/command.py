@@ -6,13 +6,13 @@ import io
 import sys
 from collections.abc import Sequence
 
-from hvbackup.cli import continuous, doctor, machines, papers, recovery, retention, stores
+from hvbackup.cli import continuous, doctor, machines, papers, recovery, retention, serving, stores
 from hvbackup.cli.interrupt import MESSAGE
 from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (stores, machines, continuous, recovery, retention, doctor, papers)
+GROUPS = (stores, machines, continuous, recovery, retention, doctor, serving, papers)
 
 
 def build() -> Parser:

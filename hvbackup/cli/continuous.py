@@ -74,6 +74,13 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--common-every", default="1m", metavar="TIME", help="between two common moments (default: 1m)")
     verb.add_argument("--name", default="", metavar="NAME", help="what people call the machine")
     verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
+    verb.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="MACHINE",
+        help="only this machine of the source; may be repeated",
+    )
     verb.set_defaults(run=protect)
     verb = add_verb(verbs, "tag", "give the present moment of a protected machine a name")
     verb.add_argument("machine", metavar="MACHINE", help="its name or id")
@@ -131,7 +138,7 @@ def protect(args: argparse.Namespace, out: Out) -> int:
     common = stretch(args.common_every)
     if common < _SECOND:
         raise UsageError("--common-every is at least 1s: all machines of the group stand still for it")
-    request = service.Request(args.source, args.name, args.disk, _rhythm(args), args.group, common)
+    request = service.Request(args.source, args.name, args.disk, args.only, _rhythm(args), args.group, common)
     teller = _Teller(out)
     workers: list[service.Worker] = []
     try:

@@ -36,6 +36,13 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("source", nargs="+", metavar="SOURCE", help="where the machine is; several are done one by one")
     verb.add_argument("--name", default="", metavar="NAME", help="what people call the machine")
     verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
+    verb.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="MACHINE",
+        help="only this machine of the source; may be repeated",
+    )
     verb.add_argument("--machine", metavar="FILE", help="the machine's configuration, where it can't be asked")
     verb.add_argument("--changed", metavar="FILE", help="a list of what changed since the newest point")
     verb.add_argument("--tag", action="append", default=[], metavar="NAME", help="name the point; may be repeated")
@@ -86,6 +93,7 @@ def backup(args: argparse.Namespace, out: Out) -> int:
         sources=args.source,
         name=args.name,
         disks=args.disk,
+        only=args.only,
         machine_file=Path(args.machine) if args.machine else None,
         changed=Path(args.changed) if args.changed else None,
         consistency=args.consistency,

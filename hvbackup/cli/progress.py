@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
 import sys
 import time
@@ -12,11 +15,15 @@ from hvbackup.cli.output import PROGRAM, Out, duration, size
 
 BAR_SECONDS = 0.1  # between two drawings of the bar
 LINE_SECONDS = 10.0  # between two lines: a job that ends sooner writes none, so cron mails nothing
+FILE_SECONDS = 0.5
 MIN_SECONDS = 1.0  # before anything is said of rates
 
 
 class Progress:
-    """How far one thing after the other is.  Thread safety: one thread."""
+    """How far one thing after the other is.  Thread safety: one thread.
+
+    Where HVBACKUP_PROGRESS names a file, it holds the newest figures: that is how the service follows its jobs.
+    """
 
     def __init__(self, out: Out, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream or sys.stderr
@@ -26,12 +33,17 @@ class Progress:
         self._what = ""
         self._began = self._shown = clock()
         self._drawn = False
+        self._file = os.environ.get("HVBACKUP_PROGRESS", "")
+        self._written = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` bytes of `what`."""
         now = self._clock()
         if what != self._what:
             self._what, self._began = what, now
+        if self._file and (now - self._written >= FILE_SECONDS or done >= total):
+            self._written = now
+            self._write_down(what, done, total, now - self._began)
         if not self._on or now - self._shown < (BAR_SECONDS if self._bar else LINE_SECONDS):
             return
         self._shown = now
@@ -43,6 +55,14 @@ class Progress:
         else:
             self._stream.write(f"{PROGRAM}: {text}\n")
         self._stream.flush()
+
+    def _write_down(self, what: str, done: int, total: int, seconds: float) -> None:
+        shown = {"what": what, "done_bytes": done, "total_bytes": total, "seconds": round(seconds, 1)}
+        with (
+            contextlib.suppress(OSError),
+            open(self._file, "w", encoding="utf-8") as file,
+        ):  # a reader passes over half of it
+            file.write(json.dumps(shown) + "\n")
 
     def __enter__(self) -> Progress:
         return self

@@ -34,8 +34,8 @@ from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.files import TMP, Files
 from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import DiskRoot, Instant, RecoveryPoint
+from hvbackup.processes import Process, listener, start_detached, started_with
 from hvbackup.recover import kvm, qemu_argv
-from hvbackup.recover.processes import Process, listener, start_detached, started_with
 from hvbackup.recover.qemu_argv import CommandLine, Place, Plain
 from hvbackup.recover.qemu_disks import Overlay
 

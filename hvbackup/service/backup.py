@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hvbackup.capture import Options, Progress, capture
-from hvbackup.errors import HvbackupError, PartlyFailed, UsageError
+from hvbackup.errors import HvbackupError, NotFound, PartlyFailed, UsageError
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.hypervisors.source import SourceOptions, open_source
 from hvbackup.model import Consistency, Machine, Outcome, RecoveryPoint
@@ -32,6 +32,7 @@ class Request:
     sources: Sequence[str]
     name: str = ""
     disks: Sequence[str] = ()  # only these; empty: all
+    only: Sequence[str] = ()  # machines of the source, by name or id; empty: all
     machine_file: Path | None = None
     changed: Path | None = None
     consistency: str = AUTO
@@ -80,7 +81,7 @@ def dry_run(session: Session, request: Request) -> list[Planned]:
         found = []
         for source in request.sources:
             hypervisor = open_hypervisor(session, store, source, request)
-            found += [_planned(store, source, machine, request) for machine in hypervisor.machines()]
+            found += [_planned(store, source, machine, request) for machine in machines_of(hypervisor, source, request)]
         return found
 
 
@@ -119,9 +120,7 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
     """One run for each machine of a source."""
     try:
         hypervisor = open_hypervisor(session, store, source, request)
-        machines = hypervisor.machines()
-        if request.name and len(machines) > 1:
-            raise UsageError(f"{source} has {len(machines)} machines; --name is for one")
+        machines = machines_of(hypervisor, source, request)
     except HvbackupError as e:
         yield Run(source, error=e)
         return
@@ -130,6 +129,19 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
     for machine in machines:
         options = _options(request, source, machine, name_of(store, machine, request.name))
         yield _run(store, hooked, machine, options, hooks)
+
+
+def machines_of(hypervisor: Hypervisor, source: str, request: Request) -> list[Machine]:
+    """The machines of a source that were asked for.  Raises NotFound, UsageError, HostUnreachable."""
+    machines = hypervisor.machines()
+    for wanted in request.only:
+        if not any(wanted in (m.id, m.name) for m in machines):
+            known = ", ".join(sorted(m.name for m in machines)) or "none"
+            raise NotFound(f"{source} has no machine {wanted}; it has: {known}")
+    chosen = [m for m in machines if not request.only or m.id in request.only or m.name in request.only]
+    if request.name and len(chosen) > 1:
+        raise UsageError(f"{source} has {len(chosen)} machines; --name is for one")
+    return chosen
 
 
 def _run(store: Store, hypervisor: Hypervisor, machine: Machine, options: Options, hooks: Hooks) -> Run:

@@ -21,6 +21,7 @@ from hvbackup.service import backup
 from hvbackup.service.control import REPLY_SECONDS, TAG_SECONDS, ask, listening, socket_of
 from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session
+from hvbackup.service.standing import noting
 from hvbackup.store import pauses
 from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
@@ -37,6 +38,7 @@ class Request:
     sources: Sequence[str]
     name: str = ""
     disks: Sequence[str] = ()
+    only: Sequence[str] = ()
     rhythm: Rhythm = field(default_factory=Rhythm)
     group: str = ""  # of all these machines; empty: none
     common_every_ns: int = 60 * SECOND  # between two moments that they have in common
@@ -72,8 +74,14 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
     with ExitStack() as stack:
         store = stack.enter_context(session.open())
         store.writing.wait_seconds = WRITING_SECONDS
+        note = noting(session.places, lambda machine: store.ring.machine_name(machine.id))
+
+        def told(machine: Machine, event: Event) -> None:
+            note(machine, event)
+            report(machine, event)
+
         workers = [
-            _worker(store, source, hypervisor, machine, request, report)
+            _worker(store, source, hypervisor, machine, request, told)
             for source in request.sources
             for hypervisor, machine in _found(session, store, source, request)
         ]
@@ -97,10 +105,8 @@ def _found(session: Session, store: Store, source: str, request: Request) -> Ite
     hypervisor = backup.open_hypervisor(session, store, source, backup.Request([source], request.name, request.disks))
     if not hypervisor.can.changed_extents:
         raise UsageError(f"{source} does not know what changed while it runs, so it can't be protected continuously")
-    machines = hypervisor.machines()
-    if request.name and len(machines) > 1:
-        raise UsageError(f"{source} has {len(machines)} machines; --name is for one")
-    yield from ((hypervisor, machine) for machine in machines)
+    wanted = backup.Request([source], request.name, only=request.only)
+    yield from ((hypervisor, machine) for machine in backup.machines_of(hypervisor, source, wanted))
 
 
 def _worker(

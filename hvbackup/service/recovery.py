@@ -20,11 +20,11 @@ from hvbackup.model import DiskRoot, Instant, RecoveryPoint
 from hvbackup.moments import rfc3339
 from hvbackup.nbd.server import NbdServer
 from hvbackup.nbd.uri import NbdUri
+from hvbackup.processes import start_detached
 from hvbackup.recover import restore as restoring
 from hvbackup.recover.boot import Boot, Boots
 from hvbackup.recover.boot import Options as BootOptions
 from hvbackup.recover.export import exports
-from hvbackup.recover.processes import start_detached
 from hvbackup.recover.qcow2 import to_qcow2
 from hvbackup.recover.restore import Mode, Restored
 from hvbackup.service import bootpin, lonefile

@@ -27,8 +27,8 @@ from hvbackup.model import (
     PointId,
     RecoveryPoint,
 )
+from hvbackup.processes import Process, listener, start_detached
 from hvbackup.recover.boot import Boot, Boots, Options
-from hvbackup.recover.processes import Process, listener, start_detached
 
 SIZE = 16 << 20
 

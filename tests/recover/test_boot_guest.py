@@ -25,8 +25,8 @@ from hvbackup.model import (
     PointId,
     RecoveryPoint,
 )
+from hvbackup.processes import Process
 from hvbackup.recover.boot import Boots, Options
-from hvbackup.recover.processes import Process
 from labs.guest import Console, Guest, make_disk
 from tests.recover.test_boot import Exports
 

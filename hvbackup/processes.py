@@ -12,9 +12,10 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hvbackup.errors import HvbackupError
 
@@ -60,14 +61,15 @@ class Process:
         """It has ended when this returns: asked first, then killed.  Raises HvbackupError when it does not die."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self.is_running():
-                self._signal(number)
+                self.signal(number)
             if self.wait(timeout_seconds):
                 return
         raise HvbackupError(
             f"Process {self.pid} does not end although it was killed; see what it waits for in /proc/{self.pid}/stack"
         )
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal; nothing happens when it has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -77,16 +79,21 @@ class Process:
             os.waitpid(self.pid, os.WNOHANG)
 
 
-def start_detached(argv: Sequence[str], log: Path) -> Process:
-    """A process of its own session, which writes to `log` and lives on when we end.  Raises HvbackupError."""
+def start_detached(
+    argv: Sequence[str], log: Path, errors: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Process:
+    """A process of its own session, which writes to `log` (and its errors elsewhere) and lives on when we end.
+
+    Raises HvbackupError.
+    """
     to_log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    streams = [
+    streams: list[tuple[Any, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log), to_log, 0o600),
-        (os.POSIX_SPAWN_DUP2, 1, 2),
+        (os.POSIX_SPAWN_OPEN, 2, str(errors), to_log, 0o600) if errors else (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     try:
-        pid = os.posix_spawnp(argv[0], list(argv), os.environ, file_actions=streams, setsid=True)
+        pid = os.posix_spawnp(argv[0], list(argv), environment, file_actions=streams, setsid=True)
     except OSError as error:
         raise HvbackupError(f"{argv[0]} cannot be started: {error.strerror}") from error
     return Process.of(pid) or Process(pid, 0, "")
@@ -111,6 +118,14 @@ def started_with(word: str) -> list[Process]:
         if entry.name.isdecimal() and int(entry.name) != os.getpid() and word in _command_line(entry):
             found.append(Process.of(int(entry.name)))
     return [process for process in found if process is not None]
+
+
+def started_with_folder(*folders: Path) -> list[Process]:
+    """The processes that have something directly in one of these folders on their command line."""
+    others = [e for e in Path("/proc").iterdir() if e.name.isdecimal() and int(e.name) != os.getpid()]
+    inside = {str(folder) for folder in folders}
+    found = [e for e in others if any(word.rpartition("/")[0] in inside for word in _command_line(e))]
+    return [process for e in found if (process := Process.of(int(e.name)))]
 
 
 def _command_line(entry: Path) -> list[str]:

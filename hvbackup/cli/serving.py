@@ -1,0 +1,88 @@
+"""serve, config, jobs: the service of this host."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from hvbackup import config
+from hvbackup.cli.output import Out, count
+from hvbackup.cli.parser import Verbs, add_shared, add_verb
+
+SERVE = """\
+Keep machines protected by itself, as the configuration says: find machines, keep their workers, make points when they are due,
+check stores, and say what is wrong.  SIGHUP reloads the configuration.  Workers and jobs go on when the service ends.
+"""
+
+
+def add(verbs: Verbs) -> None:
+    """The verbs of this module."""
+    verb = add_verb(verbs, "serve", "keep machines protected, as the configuration says", SERVE)
+    verb.add_argument("--end-workers", action="store_true", help="end the workers and jobs of a service that has ended")
+    verb.set_defaults(run=serve)
+    verb = add_verb(verbs, "config", "check or show the configuration of the service", epilog="See docs/service.md.")
+    actions = verb.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=type(verb))
+    for name, help_, run in (("check", "every mistake in the configuration", check), ("show", "what it says", show)):
+        action = actions.add_parser(name, help=help_, description=f"{help_.capitalize()}.")
+        add_shared(action)
+        action.set_defaults(run=run)
+    action.add_argument("--all", action="store_true", help="with every default, and what it means")
+
+
+def serve(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup serve`."""
+    places, keys = config.places(args.store), config.key_options(args.key_file, args.passphrase_file)
+    if args.end_workers:
+        return _end_workers(places, out)
+    from hvbackup.daemon.serve import serve as run
+
+    run(places, keys)
+    return 0
+
+
+def _end_workers(places: config.Places, out: Out) -> int:
+    from hvbackup.files import Files
+    from hvbackup.processes import Process, started_with_folder
+
+    with Files(config.private(places.run)).owner("service.lock", "The service of this host"):
+        found: list[Process] = started_with_folder(places.state / "workers", places.state / "jobs")
+        for process in found:
+            process.stop(60.0)
+    shown = {"ended": [p.pid for p in found]}
+    out.answer(shown, [f"{count(len(found), 'process')} ended" if found else "Nothing of the service was running"])
+    return 0
+
+
+def check(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup config check`."""
+    from hvbackup import configuration
+
+    folder = config.places(args.store).configuration
+    try:
+        found = configuration.load(folder)
+    except configuration.Problems as e:
+        out.answer({"ok": False, "problems": e.found}, e.found)
+        return out.fail(e)
+    names = [str(f) for f in configuration.files(folder)]
+    figures = f"{count(len(found.sources), 'source')}, {len(found.policies)} policies"
+    out.answer(
+        {"ok": True, "problems": [], "files": names}, [f"{', '.join(names) or 'No file'}: {figures}, no mistakes"]
+    )
+    if not names:
+        out.warn(f"There is no {folder / configuration.FILE}, so nothing is protected")
+    return 0
+
+
+def show(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup config show`."""
+    from hvbackup import configuration
+
+    found = configuration.load(config.places(args.store).configuration)
+    out.answer(configuration.shape(found), _shown(configuration.lines(found, every=args.all)))
+    return 0
+
+
+def _shown(lines: list[str]) -> Iterator[str]:
+    while lines and not lines[-1]:
+        lines.pop()
+    yield from lines

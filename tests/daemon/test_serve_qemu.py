@@ -1,0 +1,191 @@
+"""The service with real machines: it protects, survives every death, obeys its configuration, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvbackup.model import MiB
+from tests.cli.rig import World
+from tests.hypervisors.daemon import Daemon, make_image, node
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+
+BOTH = """
+[source.a]
+uri = "qemu:{folder}/a/qmp.sock"
+name = "web1"
+[source.b]
+uri = "qemu:{folder}/b/qmp.sock"
+name = "db1"
+[service]
+discover = "3s"
+prune = "5s"
+[policy.continuous]
+machines = ["web*"]
+protect = true
+every = "1s"
+fold = "4s"
+rpo = "60s"
+[policy.often]
+machines = ["db*"]
+schedule = "5s"
+rpo = "60s"
+keep = {{last = 2}}
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    made.done("init")
+    yield made
+    made.run("serve", "--end-workers")
+
+
+@contextmanager
+def machine(folder: Path) -> Iterator[Daemon]:
+    folder.mkdir()
+    made = Daemon(folder, [node("vda", make_image(folder / "vda.raw", 4 * MiB, "raw"), "raw")]).start()
+    try:
+        yield made
+    finally:
+        made.kill()
+
+
+def configure(world: World, text: str) -> None:
+    (world.configuration / "config.toml").write_text(text.format(folder=world.folder))
+
+
+class Served:
+    """`hvbackup serve` as a process."""
+
+    def __init__(self, world: World, **environment: str) -> None:
+        self.world = world
+        self.log = (world.folder / "serve.log").open("ab")
+        self.process = subprocess.Popen(
+            world.command("serve"), env={**world.environment, **environment}, stdout=self.log, stderr=self.log
+        )
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        self.process.send_signal(number)
+        self.log.close()
+        return self.process.wait(30)
+
+    def said(self, text: str) -> bool:
+        return text in (self.world.folder / "serve.log").read_text()
+
+
+def until(done: Callable[[], Any], seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
+
+
+def notes(world: World) -> list[dict[str, Any]]:
+    found = []
+    for path in (world.folder / "run/workers").glob("*.json"):
+        try:
+            note = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if Path(f"/proc/{note['process']['pid']}").exists():
+            found.append(note)
+    return found
+
+
+def points(world: World) -> dict[str, int]:
+    return {m["name"]: m["points"] for m in world.run("status", "--json").json["machines"]}
+
+
+def test_the_service_protects_and_its_deaths_cost_nothing(world: World, tmp_path: Path) -> None:
+    """Killed at random moments: the worker lives on, jobs are made once, everything verifies, and nothing is left."""
+    configure(world, BOTH)
+    rng = random.Random(5)
+    with machine(tmp_path / "a") as a, machine(tmp_path / "b") as b:
+        served = Served(world)
+        [first] = until(lambda: notes(world))
+        until(lambda: points(world).get("db1", 0) >= 1)
+        for _ in range(6):
+            time.sleep(rng.random() * 3)
+            served.kill()
+            served = Served(world)
+        seen = points(world)
+        until(lambda: points(world)["web1"] > seen["web1"] and points(world)["db1"] == 2, 90)
+        [note] = until(lambda: notes(world))
+        assert note["process"]["pid"] == first["process"]["pid"], "the worker outlived every death of the service"
+        assert note["seq"] > first["seq"]
+        assert served.kill(signal.SIGTERM) == 0
+        assert notes(world), "and its end"
+        time.sleep(1.5)
+        jobs = [json.loads(p.read_text()) for p in (world.state / "jobs").glob("*/job.json")]
+        assert {"done"} == {j["state"] for j in jobs if j["task"]["kind"] == "prune"}
+        assert all("in use" not in str(j["error"]) for j in jobs), "no job was started twice"
+        ended = world.done("serve", "--end-workers", "--json").json["ended"]
+        assert note["process"]["pid"] in ended
+        assert world.run("check", "--deep").code == 0
+        assert world.run("status", "--json").json["leases"] == []
+        assert not a.leftovers()
+        assert not b.leftovers()
+
+
+def test_reload_new_machines_and_a_broken_configuration(world: World, tmp_path: Path) -> None:
+    configure(world, BOTH.replace("db*", "nosuch*"))
+    with machine(tmp_path / "a"):
+        served = Served(world)
+        until(lambda: notes(world))
+        assert "db1" not in points(world)
+        (world.configuration / "conf.d").mkdir()
+        (world.configuration / "conf.d/new.toml").write_text("[polcy.x]\n")
+        served.process.send_signal(signal.SIGHUP)
+        until(lambda: served.said("the old one stays"))
+        assert notes(world), "the old configuration still protects"
+        with machine(tmp_path / "b"):
+            (world.configuration / "conf.d/new.toml").write_text('[policy.rest]\nmachines = ["*"]\nschedule = "5s"\n')
+            served.process.send_signal(signal.SIGHUP)
+            until(lambda: points(world).get("db1"))
+            configure(world, BOTH.replace("protect = true", "protect = false"))
+            served.process.send_signal(signal.SIGHUP)
+            until(lambda: not notes(world))
+        assert served.kill(signal.SIGTERM) == 0
+
+
+def test_one_service_on_a_host_and_a_broken_start_is_refused(world: World) -> None:
+    configure(world, BOTH)
+    served = Served(world)
+    until(lambda: served.said("Ready"))
+    assert f"process {served.process.pid}" in world.refused(5, "serve")
+    assert served.kill(signal.SIGINT) == 0
+    configure(world, "[service]\nlisen = 'x'\n")
+    assert "did you mean listen?" in world.refused(2, "serve")
+
+
+def test_systemd_is_told(world: World, tmp_path: Path) -> None:
+    configure(world, "")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        served = Served(world, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="2000000")
+        assert systemd.recv(1000) == b"READY=1"
+        assert systemd.recv(1000).startswith(b"WATCHDOG=1\nSTATUS=")
+        served.process.send_signal(signal.SIGHUP)
+        heard = [systemd.recv(1000) for _ in range(3)]
+        reloading = next(h for h in heard if h.startswith(b"RELOADING=1\nMONOTONIC_USEC="))
+        assert b"READY=1" in heard[heard.index(reloading) :]
+        os.kill(served.process.pid, signal.SIGTERM)
+        until(lambda: systemd.recv(1000) == b"STOPPING=1")
+        assert served.process.wait(30) == 0
+        served.log.close()
