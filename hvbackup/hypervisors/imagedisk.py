@@ -103,7 +103,7 @@ class ServedDisk:
         size, allocated = self.disk.size, self.served.allocated()
         if self.listed:
             return changedlist.changes(changedlist.read(self.listed, size), since, allocated, size, "")
-        if since is not None and since == self.since and not self.doubt and since.kind == TOKEN_KIND:
+        if since is not None and since == self.since and not self.doubt and since.kind != MARK:
             return changedlist.changes(self.served.dirty(since.value), since, allocated, size, "")
         doubt = self.doubt if since == self.since else f"Bitmap {since.value} was not asked for" if since else ""
         return changedlist.changes(None, since, allocated, size, doubt)

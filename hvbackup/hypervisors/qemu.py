@@ -21,11 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hvbackup import extents
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
-from hvbackup.hypervisors import Can, Changes, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
+from hvbackup.hypervisors import Can, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
 from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting, seats_of
+from hvbackup.hypervisors.qemu_fleeced import FleecedDisk, has_size
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_graph import (
     Bitmap,
@@ -42,8 +42,6 @@ from hvbackup.hypervisors.qemu_watch import Watch
 from hvbackup.hypervisors.qmp import CommandRefused, Qmp
 from hvbackup.model import (
     Consistency,
-    Continuity,
-    Disk,
     DiskId,
     Instant,
     LeaseId,
@@ -53,13 +51,8 @@ from hvbackup.model import (
     MiB,
     Token,
 )
-from hvbackup.nbd.client import NbdClient
-from hvbackup.nbd.uri import NbdUri
 
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
-_ALLOCATION = "base:allocation"
-_ZERO = 2  # base:allocation: reads as zeroes
-_DIRTY = 1  # qemu:dirty-bitmap: changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +203,7 @@ class QemuHypervisor:
             merged = names.merged if name in old else ""
             uri = server.export(qemu_fleece.export(qmp, names, index, drive, merged))
             token = Token(TOKEN_KIND, checkpoint, f"size={drive.disk.size}")
-            disks.append(QemuFrozenDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
+            disks.append(FleecedDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
         return QemuFrozen(
             self,
             seen.machine,
@@ -352,7 +345,7 @@ class QemuFrozen:
     t: Instant
     config: MachineConfig
     notes: Sequence[str]
-    disks: Sequence[QemuFrozenDisk]
+    disks: Sequence[FleecedDisk]
     names: LeaseNames
     folder: Path
     watch: Watch
@@ -364,64 +357,12 @@ class QemuFrozen:
         return self.hypervisor.verify(self)
 
 
-@dataclass(frozen=True, slots=True)
-class QemuFrozenDisk:
-    """One disk at the moment of the snapshot, behind QEMU's NBD server."""
-
-    disk: Disk
-    token: Token | None
-    uri: NbdUri
-    merged: str  # the exported bitmap, when continuity is proved
-    since: Token | None
-    doubt: str  # why it is not
-
-    def changes(self, since: Token | None) -> Changes:
-        if since is not None and since != self.since:
-            doubt = f"Checkpoint {since.value} was not asked for when the snapshot began"
-        else:
-            doubt = self.doubt if since is not None else "No earlier checkpoint was given"
-        context = "" if doubt else f"qemu:dirty-bitmap:{self.merged}"
-        with NbdClient.open(self.uri, contexts=[_ALLOCATION, context] if context else [_ALLOCATION]) as client:
-            zero, dirty = self._statuses(client, context)
-        if since is None or doubt:
-            return Changes(Continuity.UNKNOWN, extents.complement(zero, self.disk.size), zero, doubt)
-        grown = extents.spans([(_size_of(since), max(0, self.disk.size - _size_of(since)))])
-        changed = extents.union(dirty, grown)
-        return Changes(Continuity.INCREMENTAL, extents.subtract(changed, zero), extents.intersect(changed, zero))
-
-    def _statuses(self, client: NbdClient, context: str) -> tuple[extents.Spans, extents.Spans]:
-        """What reads as zeroes, and what the bitmap says has changed."""
-        missing = {_ALLOCATION, context} - {"", *client.contexts}
-        if missing:
-            raise HostUnreachable(
-                f"{self.uri}: QEMU does not offer {', '.join(sorted(missing))} on disk {self.disk.id}"
-            )
-        first = client.statuses()
-        dirty = _where(first[context], _DIRTY) if context else extents.EMPTY
-        # QEMU looks at the scratch first and at the live disk after it.  A discard between the two looks shows a zero that
-        # was none at the moment of the snapshot; by the second time the old bytes are in the scratch and are seen.
-        zero = extents.intersect(_where(first[_ALLOCATION], _ZERO), _where(client.status(_ALLOCATION), _ZERO))
-        return zero, dirty
-
-    def open(self) -> NbdClient:
-        return NbdClient.open(self.uri)
-
-
-def _where(rows: Any, flag: int) -> extents.Spans:
-    return extents.spans(rows[(rows[:, 2] & flag) != 0, :2])
-
-
-def _size_of(token: Token) -> int:
-    """How large the disk was at the token; its bitmap says nothing about what grew since."""
-    return int(token.life.removeprefix("size="))
-
-
 def _doubt(drive: Drive, token: Token | None) -> str:
     """Why changes since the token can't be proved; empty when they can."""
     if token is None:
         return "No earlier checkpoint was given"
     bitmap = drive.bitmaps.get(token.value)
-    if token.kind != TOKEN_KIND or not token.life.removeprefix("size=").isdigit():
+    if token.kind != TOKEN_KIND or not has_size(token):
         return f"{token.kind} {token.value} is not a checkpoint of QEMU"
     if bitmap is None:
         return f"Checkpoint {token.value} is gone from disk {drive.disk.id}: the machine or the disk was restarted or replaced"

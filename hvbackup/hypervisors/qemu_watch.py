@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hvbackup.errors import ReadFailed
@@ -22,15 +23,15 @@ class Watch:
     """
 
     def __init__(self, socket_path: Path, prefix: str, folder: Path, reserve_bytes: int) -> None:
-        self._said = b""
         arguments = [str(socket_path.absolute()), prefix, str(folder), str(reserve_bytes)]
+        self.start([sys.executable, "-I", "-S", str(_PROGRAM), *arguments])
+
+    def start(self, command: Sequence[str]) -> None:
+        """The watchdog runs when this returns."""
+        self._said = b""
         # A session of its own: ctrl-C and the end of a terminal are meant for us, not for the guest's protection.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_PROGRAM), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            cwd="/",
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
         )
 
     @property

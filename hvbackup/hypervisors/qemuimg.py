@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hvbackup.errors import HostUnreachable, ReadFailed, UsageError
-from hvbackup.hypervisors.rawfile import in_use
+from hvbackup.hypervisors import rawfile
 
 BITMAP_GRAIN_BYTES = 64 * 1024  # the store's block: finer would only read more exactly what is stored whole
 
@@ -34,6 +34,7 @@ class ImageInfo:
     can_track: bool  # persistent bitmaps are possible
     corrupt: bool
     files: tuple[Path, ...]  # the image, and what it is based on
+    snapshots: int = 0  # of its own, inside the image
 
     def backing(self) -> str:
         """Changes when the files below the image do; bitmaps know nothing of those."""
@@ -45,9 +46,9 @@ class ImageInfo:
         return tuple(_stamp(path) for path in self.files)
 
 
-def info(path: Path, format_: str) -> ImageInfo:
-    """Describe an image at rest.  Raises Busy, ReadFailed."""
-    asked = ["info", "-f", format_, "--backing-chain", "--output=json", "--", str(path)]
+def info(path: Path, format_: str, *, in_use: bool = False) -> ImageInfo:
+    """Describe an image at rest, or one that a machine is known to run on.  Raises Busy, ReadFailed."""
+    asked = ["info", *(["-U"] if in_use else []), "-f", format_, "--backing-chain", "--output=json", "--", str(path)]
     chain = json.loads(_run(path, asked, _INFO_SECONDS))
     top = chain[0]
     details: dict[str, Any] = top.get("format-specific", {}).get("data", {})
@@ -58,6 +59,7 @@ def info(path: Path, format_: str) -> ImageInfo:
         can_track=top["format"] == "qcow2" and details.get("compat") != "0.10" and top["virtual-size"] > 0,
         corrupt=bool(details.get("corrupt")),
         files=tuple(Path(layer["filename"]) for layer in chain if not layer["filename"].startswith("json:")),
+        snapshots=len(top.get("snapshots", [])),
     )
 
 
@@ -109,7 +111,7 @@ def _run(path: Path, arguments: Sequence[str], timeout_seconds: float) -> str:
     if done.returncode == 0:
         return done.stdout
     if is_locked(done.stderr):
-        raise in_use(path)
+        raise rawfile.in_use(path)
     raise refused(path, "qemu-img", done.stderr)
 
 

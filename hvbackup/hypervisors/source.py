@@ -2,6 +2,7 @@
 
     qemu:/path/qmp.sock                       the machine of a running QEMU; ?agent=PATH where its guest agent listens
     image:/path/disk.raw,/path/other.qcow2    the disks of a machine that is switched off
+    libvirt:qemu:///system                    every machine of a host; ?domain=NAME,NAME only these; qemu+ssh://, qemu+tls://
     nbd://host:port/export                    any NBD export; also nbds://, nbd+unix:///export?socket=/path
 
 An image takes options: `?format=raw` (or qcow2, vmdk, ...), `?changed=FILE` (a list of changed extents), `?track=no` (add
@@ -24,12 +25,13 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from hvbackup.errors import UsageError
 from hvbackup.hypervisors import Hypervisor
+from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.nbd.uri import NbdUri
 
 NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
-SCHEMES = ("qemu", "image", *NBD_SCHEMES)
+SCHEMES = ("qemu", "libvirt", "image", *NBD_SCHEMES)
 
-_EXAMPLES = "qemu:/path/qmp.sock, image:/path/disk.raw, nbd://host/export, nbd+unix:///export?socket=/path"
+_EXAMPLES = "qemu:/path/qmp.sock, libvirt:qemu:///system, image:/path/disk.raw, nbd://host/export, nbd+unix:///export?socket=/path"
 _PLAIN = "".join(chr(n) for n in range(33, 127) if chr(n) not in "%?,") + " "  # what a path may hold as it is
 _PACKAGES = {  # module -> how to get it
     "qemu": "pip install qemu.qmp (Debian 13: apt install python3-qemu-qmp)",
@@ -62,9 +64,10 @@ class SourceOptions:
 def open_source(source: str, options: SourceOptions) -> Hypervisor:
     """The adapter for a source; nothing is connected yet.  Raises UsageError."""
     scheme, _, rest = source.partition(":")
-    if scheme in SCHEMES and scheme != "qemu" and options.freezing:
+    if scheme in SCHEMES and scheme not in ("qemu", "libvirt") and options.freezing:
         raise UsageError(
-            f"{source}: There is no guest to freeze; --agent, --exclude-mountpoint and --freeze-limit go with qemu:"
+            f"{source}: There is no guest to freeze; --agent, --exclude-mountpoint and --freeze-limit go with "
+            "qemu: and libvirt:"
         )
     if scheme in NBD_SCHEMES:
         return _nbd(source, options)
@@ -72,6 +75,8 @@ def open_source(source: str, options: SourceOptions) -> Hypervisor:
         return _image(rest, options)
     if scheme == "qemu" and rest:
         return _qemu(rest, options)
+    if scheme == "libvirt" and rest:
+        return _libvirt(rest, options)
     raise _unknown(source)
 
 
@@ -89,6 +94,21 @@ def _qemu(rest: str, options: SourceOptions) -> Hypervisor:
         scratch_dir=options.scratch,
         machine_file=options.machine_file,
         freezing=adapter.Freezing(agent, options.exclude_mountpoints, **limit),
+    )
+    return found
+
+
+def _libvirt(rest: str, options: SourceOptions) -> Hypervisor:
+    if options.changed or options.machine_file:
+        raise UsageError("--changed and --machine are for sources that know less; libvirt knows both by itself")
+    adapter = _adapter("hvbackup.hypervisors.libvirt", "libvirt:")
+    limit = {"limit_seconds": options.freeze_limit_seconds} if options.freeze_limit_seconds else {}
+    found: Hypervisor = adapter.LibvirtHypervisor(
+        LibvirtUri.parse(rest),
+        options.store_id,
+        scratch_dir=options.scratch,
+        runtime=options.runtime,
+        freezing=adapter.Freezing(options.agent, options.exclude_mountpoints, **limit),
     )
     return found
 

@@ -1,0 +1,214 @@
+"""libvirt: every domain of a host, running or off, persistent or transient.
+
+    hypervisor = LibvirtHypervisor(LibvirtUri.parse("qemu:///system"), "1a2b3c4d", scratch_dir=..., runtime=...)
+    for machine in hypervisor.machines():
+        with hypervisor.snapshot(machine, lease, since, None) as frozen:
+            ...
+
+A domain that runs (or is paused) is read through a backup job of libvirt's in pull mode, with a checkpoint (`libvirt_pull`); one
+that is off is read from its images (`libvirt_rest`).  Both name the same bitmaps, so that a machine may be off one night and run
+the next: what libvirt does not know of a checkpoint, the token in our point does.
+
+    killed after                       left behind                              cleaned by
+    1 folder made                      a folder with the lease's name           release
+    2 backup begun                     job, scratch, checkpoint                 the watchdog ends the job; release
+    3 snapshot left                    old and new checkpoint, both recording   release, told what is committed
+
+Thread safety: calls on one machine must not overlap; the frozen disks may be read from any number of threads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from hvbackup.errors import HvbackupError, NotFound
+from hvbackup.hypervisors import Can, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
+from hvbackup.hypervisors.libvirt_host import Domain, Host, LibvirtRefused
+from hvbackup.hypervisors.libvirt_pull import LibvirtFrozen, Pull, Room
+from hvbackup.hypervisors.libvirt_seen import Seen, look
+from hvbackup.hypervisors.libvirt_uri import LibvirtUri
+from hvbackup.hypervisors.qemu_freeze import Freezing
+from hvbackup.hypervisors.qemu_names import TOKEN_KIND, StoreNames
+from hvbackup.model import Consistency, DiskId, LeaseId, Machine, MachineId, MiB, Token
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_SCRATCH = Path(
+    "/var/lib/libvirt/hvbackup"
+)  # where a QEMU that is not root may go, which it may not below our own folders
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How long to wait, and how much room to leave."""
+
+    reply_seconds: float = 20.0
+    settle_seconds: float = 30.0  # until a job has ended
+    scratch_reserve_bytes: int = 256 * MiB  # below this the guest is set free and the snapshot given up
+    state: Path = libvirt_sidecar.STATE  # the daemon's own
+
+
+class LibvirtHypervisor:
+    """The machines of one libvirt daemon."""
+
+    platform = "libvirt"
+
+    def __init__(
+        self,
+        where: LibvirtUri,
+        store_id: str,
+        *,
+        scratch_dir: Path,
+        runtime: Path | None = None,
+        settings: Settings | None = None,
+        freezing: Freezing | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.where = where
+        self._names = StoreNames(store_id)
+        self._scratch_dir = scratch_dir.absolute()
+        self._runtime = (runtime or qemunbd.default_runtime()).absolute()
+        self._settings = settings or Settings()
+        self._freezing = freezing or Freezing()
+        self._clock = clock
+        self.host = Host(where.uri, self._settings.reply_seconds)
+        self.can = Can(changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2)
+
+    def machines(self) -> Sequence[Machine]:
+        found = [(domain, name) for domain in self.host.domains() if (name := _name(domain))]
+        if self.where.domains:
+            found = [_named(wanted, found, self.where.uri) for wanted in self.where.domains]
+        seen = [self._machine(domain) for domain, _ in sorted(found, key=lambda each: each[1])]
+        return [machine for machine in seen if machine is not None]
+
+    def snapshot(
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+    ) -> AbstractContextManager[LibvirtFrozen]:
+        return _Snapshot(self, machine, lease, since, consistency)
+
+    def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
+        room = self._room()
+        folders = room.folders(machine.id, lease)
+        keeping = {token.value for token in keep if token.kind == TOKEN_KIND}
+        qemunbd.release(room.base, room.names.folder_prefix(machine.id) if lease is None else folders[0].name)
+        try:
+            domain = self.domain(machine)
+            if domain.active():
+                Pull(room, domain, machine).release(room.prefix(lease), folders, keeping)
+            else:
+                libvirt_rest.release(domain, self._names, keeping, look_here=self.where.local)
+        except NotFound:
+            pass  # with the domain all that was made of it is gone, but for files of ours
+        for folder in folders:
+            room.remove(folder)
+
+    # --- what others of this package need ------------------------------------------------------------------------------
+
+    def domain(self, machine: Machine) -> Domain:
+        """The domain behind a machine.  Raises NotFound."""
+        if not _UUID.fullmatch(machine.id):
+            raise NotFound(f"Machine {machine.name} ({machine.id}) is not a domain of libvirt at {self.where.uri}")
+        domain = Domain(self.host, machine.id)
+        try:
+            domain.name()
+        except NotFound as error:
+            raise NotFound(
+                f"Machine {machine.name} ({machine.id}) is not on the host of {self.where.uri} any more"
+            ) from error
+        return domain
+
+    def begin(
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None
+    ) -> LibvirtFrozen:
+        """The moment, for `_Snapshot`."""
+        domain, room = self.domain(machine), self._room()
+        seen = self.look(domain)
+        room.refuse_second(machine)
+        if seen.active:
+            return Pull(room, domain, machine).begin(seen, lease, since, wanted)
+        return libvirt_rest.begin(room, seen, lease, since, wanted)
+
+    def look(self, domain: Domain) -> Seen:
+        """A domain as it is now."""
+        return look(domain, self.where, self._settings.state)
+
+    def _room(self) -> Room:
+        uid, gid = libvirt_xml.owner(self.host.capabilities())
+        return Room(
+            self.where,
+            self._names,
+            self._base(uid),
+            self._runtime,
+            self._settings,
+            self._freezing,
+            self._clock,
+            uid,
+            gid,
+        )
+
+    def _base(self, uid: int) -> Path:
+        """Where folders of leases go on this host."""
+        if self.where.local and self.where.scratch:
+            return Path(self.where.scratch)
+        foreign = self.where.local and os.geteuid() == 0 and uid != 0
+        return _SCRATCH if foreign else self._scratch_dir
+
+    def _machine(self, domain: Domain) -> Machine | None:
+        """None for a domain that is gone again."""
+        try:
+            return self.look(domain).machine
+        except (NotFound, LibvirtRefused):
+            return None
+
+
+class _Snapshot(AbstractContextManager[LibvirtFrozen]):
+    """From the moment on until the view is not needed any more.  One that is dropped without leaving cleans up nothing."""
+
+    def __init__(
+        self,
+        hypervisor: LibvirtHypervisor,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        wanted: Consistency | None,
+    ) -> None:
+        self._begin: Callable[[], LibvirtFrozen] = lambda: hypervisor.begin(machine, lease, since, wanted)
+        self._frozen: LibvirtFrozen | None = None
+
+    def __enter__(self) -> LibvirtFrozen:
+        self._frozen = self._begin()
+        return self._frozen
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        frozen, self._frozen = self._frozen, None
+        if frozen is not None:
+            frozen.end()
+
+
+def _name(domain: Domain) -> str:
+    try:
+        return domain.name()
+    except HvbackupError:
+        return ""  # gone since the list was made
+
+
+def _named(wanted: str, found: Sequence[tuple[Domain, str]], uri: str) -> tuple[Domain, str]:
+    for domain, name in found:
+        if wanted in (name, domain.uuid):
+            return domain, name
+    names = [name for _, name in found]
+    near = difflib.get_close_matches(wanted, names, 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    raise NotFound(f"No domain {wanted} at {uri}{hint} There are: {', '.join(sorted(names)) or 'none'}")
+
+
+def machine_id(uuid: str) -> MachineId:
+    """A domain's UUID, which survives renames and moves to other hosts."""
+    return MachineId(uuid)

@@ -1,0 +1,19 @@
+"""Our side of the watchdog of a libvirt backup: started before the guest's writes depend on the scratch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hvbackup.hypervisors.libvirt_host import Domain
+from hvbackup.hypervisors.libvirt_room import Room
+from hvbackup.hypervisors.qemu_watch import Watch
+
+
+class LibvirtWatch(Watch):
+    """One watchdog process, which speaks to libvirt."""
+
+    def __init__(self, room: Room, domain: Domain, prefix: str, folder: Path) -> None:
+        looked_at = str(folder) if room.where.local else ""
+        arguments = [domain.host.uri, domain.uuid, prefix, looked_at, str(room.limits.scratch_reserve_bytes)]
+        self.start([sys.executable, "-m", "hvbackup.hypervisors.libvirt_watchdog", *arguments])

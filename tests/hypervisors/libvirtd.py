@@ -1,0 +1,328 @@
+"""A libvirtd of the tests' own, and machines of it.
+
+It runs in a mount namespace in which libvirt's directories are folders of ours, so it neither sees nor disturbs one that runs on
+this host, and leaves nothing behind.  QEMU's own block layer plays the guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+import pytest
+
+from hvbackup.hypervisors.libvirt import LibvirtHypervisor, Settings
+from hvbackup.hypervisors.libvirt_uri import LibvirtUri
+from hvbackup.model import MiB
+
+STORE = "00c0ffee"
+SIZE = 4 * MiB
+UUID = "11111111-2222-4333-8444-555555555555"
+
+_START = """\
+set -e
+for d in etc lib run log cache; do mkdir -p "$1/$d"; done
+mkdir -p /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt
+cp /etc/passwd "$1/passwd"; cp /etc/group "$1/group"
+grep -q ^libvirt-qemu: "$1/passwd" || echo "libvirt-qemu:x:64055:64055::/:/bin/false" >>"$1/passwd"
+for group in libvirt-qemu kvm; do grep -q "^$group:" "$1/group" || echo "$group:x:6405$((${#group} % 10)):" >>"$1/group"; done
+mount --bind "$1/passwd" /etc/passwd; mount --bind "$1/group" /etc/group
+mount --bind "$1/etc" /etc/libvirt; mount --bind "$1/lib" /var/lib/libvirt; mount --bind "$1/run" /run/libvirt
+mount --bind "$1/log" /var/log/libvirt; mount --bind "$1/cache" /var/cache/libvirt
+shift
+exec /usr/sbin/libvirtd "$@"
+"""
+
+
+class Libvirtd:
+    """One daemon."""
+
+    def __init__(self, folder: Path, qemu_conf: str = "", libvirtd_conf: str = "", *options: str) -> None:
+        self.folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        (folder / "etc").mkdir(parents=True)
+        (folder / "libvirtd.conf").write_text(
+            f'unix_sock_dir = "{folder}"\nauth_unix_rw = "none"\nlog_outputs = "2:file:{folder}/libvirtd.log"\n'
+            + libvirtd_conf
+        )
+        (folder / "etc/qemu.conf").write_text(
+            'user = "root"\ngroup = "root"\nsecurity_driver = "none"\ndynamic_ownership = 0\nremember_owner = 0\n'
+            'namespaces = []\ncgroup_controllers = []\nstdio_handler = "file"\n'
+            'swtpm_user = "root"\nswtpm_group = "root"\n' + qemu_conf
+        )
+
+    @property
+    def uri(self) -> str:
+        return f"qemu:///system?socket={self.folder}/libvirt-sock"
+
+    def start(self) -> Libvirtd:
+        """It answers when this returns."""
+        command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", _START, "libvirtd", str(self.folder)]
+        options = ["-f", f"{self.folder}/libvirtd.conf", "-p", f"{self.folder}/libvirtd.pid", *self._options]
+        log = (self.folder / "out").open("ab")
+        self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        log.close()
+        end = time.monotonic() + 30
+        while True:
+            try:
+                self.connection().close()
+                return self
+            except libvirt.libvirtError:
+                if time.monotonic() > end or self._process.poll() is not None:
+                    pytest.fail((self.folder / "out").read_text() + (self.folder / "libvirtd.log").read_text())
+                time.sleep(0.05)
+
+    def connection(self) -> libvirt.virConnect:
+        """The tests' own."""
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        return libvirt.open(self.uri)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def stop(self) -> None:
+        """The daemon ends; its machines go on."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(20)
+            self._process = None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(20)
+            self._process = None
+
+    def end(self) -> None:
+        """Daemon, machines and everything else are gone."""
+        for file in (self.folder / "run/qemu").glob("*.pid"):
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def daemon(*arguments: str) -> Iterator[Libvirtd]:
+    """A daemon for as long as the context lasts."""
+    folder = Path(tempfile.mkdtemp(prefix="hvt-lv-"))
+    made = Libvirtd(folder / "d", *arguments)
+    try:
+        yield made.start()
+    finally:
+        made.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def disk_xml(target: str, path: Path, driver: str = "qcow2") -> str:
+    return (
+        f"<disk type='file' device='disk'><driver name='qemu' type='{driver}' discard='unmap'/><source file='{path}'/>"
+        f"<target dev='{target}' bus='virtio'/></disk>"
+    )
+
+
+class LibvirtMachine:
+    """A paused machine whose guest is QEMU's own block layer; what the suite calls a rig."""
+
+    def __init__(
+        self,
+        libvirtd: Libvirtd,
+        folder: Path,
+        *,
+        name: str = "m1",
+        uuid: str = UUID,
+        formats: Sequence[str] = ("qcow2", "qcow2"),
+        extra: str = "",
+        size: int = SIZE,
+    ) -> None:
+        self.libvirtd, self.folder, self.name, self.uuid = libvirtd, folder, name, uuid
+        self.disks: Sequence[str] = tuple(f"vd{chr(97 + i)}" for i in range(len(formats)))
+        self.formats = dict(zip(self.disks, formats, strict=True))
+        self.connection = libvirtd.connection()
+        self.extra = extra
+        folder.mkdir(parents=True, exist_ok=True)
+        for disk, driver in self.formats.items():
+            run("qemu-img", "create", "-q", "-f", driver, self.path(disk), str(size))
+
+    def path(self, disk: str) -> Path:
+        return self.folder / f"{self.name}-{disk}.{self.formats[disk]}"
+
+    def xml(self) -> str:
+        disks = "".join(disk_xml(d, self.path(d), f) for d, f in self.formats.items())
+        return textwrap.dedent(
+            f"""
+            <domain type='qemu'><name>{self.name}</name><uuid>{self.uuid}</uuid>
+            <memory unit='MiB'>64</memory><vcpu>1</vcpu>
+            <os><type arch='x86_64' machine='q35'>hvm</type></os>
+            <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}{self.extra}</devices></domain>
+            """
+        )
+
+    def define(self) -> LibvirtMachine:
+        self.connection.defineXML(self.xml())
+        return self
+
+    def start(self) -> LibvirtMachine:
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        return self
+
+    def create(self) -> LibvirtMachine:
+        """A transient machine runs."""
+        self.connection.createXML(self.xml(), libvirt.VIR_DOMAIN_START_PAUSED)
+        return self
+
+    def stop(self) -> None:
+        """QEMU closes its images in good order."""
+        if self.domain.isActive():
+            self.domain.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
+
+    @property
+    def domain(self) -> libvirt.virDomain:
+        return self.connection.lookupByUUIDString(self.uuid)
+
+    def source(self, **options: str) -> str:
+        """What `hvbackup` is told."""
+        more = "".join(f"&{key}={value}" for key, value in options.items())
+        return f"libvirt:{self.libvirtd.uri}&domain={self.uuid}{more}"
+
+    def hypervisor(self, **options: Any) -> LibvirtHypervisor:
+        where = LibvirtUri.parse(self.source().removeprefix("libvirt:"))
+        settings = Settings(15.0, 15.0, 1 * MiB, self.libvirtd.folder / "lib")
+        given = {"scratch_dir": self.folder / "s", "runtime": self.folder / "r", "settings": settings, **options}
+        return LibvirtHypervisor(where, STORE, **given)
+
+    # the guest
+
+    def io(self, disk: str, command: str) -> None:
+        """qemu-io on the device, inside QEMU."""
+        device = self.qdev(disk)
+        answer = libvirt_qemu.qemuMonitorCommand(
+            self.domain, f'qemu-io -d {device} "{command}"', libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        )
+        assert "rror" not in answer, answer
+
+    def qdev(self, disk: str) -> str:
+        return f"/machine/peripheral/virtio-disk{self.disks.index(disk)}/virtio-backend"
+
+    def write(self, disk: str, offset: int, data: bytes) -> None:
+        pattern = self.folder / "pattern"
+        pattern.write_bytes(data)
+        self.io(disk, f"write -s {pattern} {offset} {len(data)}")
+
+    def zero(self, disk: str, offset: int, length: int) -> None:
+        self.io(disk, f"write -z -u {offset} {length}")
+
+    def content(self, disk: str) -> bytes:
+        if self.domain.isActive():
+            self.io(disk, "flush")
+        raw = self.folder / f"{disk}.content"
+        run("qemu-img", "convert", "-U", "-f", self.formats[disk], "-O", "raw", self.path(disk), raw)
+        return raw.read_bytes()
+
+    def resize(self, disk: str, size: int) -> None:
+        self.domain.blockResize(disk, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+    def new_life(self) -> None:
+        os.kill(self.qemu_pid(), signal.SIGKILL)
+        wait_until(lambda: not self.domain.isActive())
+        self.start()
+
+    def qemu_pid(self) -> int:
+        return int((self.libvirtd.folder / f"run/qemu/{self.name}.pid").read_text())
+
+    def add_foreign(self, disk: str) -> Callable[[], bool]:
+        others = "".join(f"<disk name='{d}' checkpoint='no'/>" for d in self.disks if d != disk)
+        xml = f"<domaincheckpoint><name>virtnbdbackup.0</name><disks><disk name='{disk}' checkpoint='bitmap'/>{others}"
+        self.domain.checkpointCreateXML(f"{xml}</disks></domaincheckpoint>", 0)
+        return lambda: self.bitmaps(disk).get("virtnbdbackup.0", False)
+
+    def bitmaps(self, disk: str) -> dict[str, bool]:
+        """Name -> whether it records, in QEMU."""
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        found = [n for n in nodes if n["drv"] == self.formats[disk] and n["file"] == str(self.path(disk))]
+        return {b["name"]: b["recording"] for n in found for b in n.get("dirty-bitmaps", []) if "name" in b}
+
+    def monitor(self, name: str, **arguments: Any) -> Any:
+        asked = json.dumps({"execute": name, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuMonitorCommand(self.domain, asked, 0))["return"]
+
+    def leftovers(self) -> list[str]:
+        """Jobs, folders, and each checkpoint on each disk."""
+        found = [str(p) for p in (self.folder / "s").glob("*")]
+        if not self.domain.isActive():
+            return found + [f"{d}/{b}" for d in self.disks for b in self.stored(d) if b.startswith("hvb-")]
+        with contextlib.suppress(libvirt.libvirtError):
+            found.append(self.domain.backupGetXMLDesc())
+        known = [c.getName() for c in self.domain.listAllCheckpoints()]
+        seen = {f"{d}/{b}" for d in self.disks for b in self.bitmaps(d) if b.startswith("hvb-")}
+        unseen = [n for n in known if n.startswith("hvb-") and not any(n in s for s in seen)]
+        return [*found, *sorted(seen), *unseen]
+
+    def stored(self, disk: str) -> list[str]:
+        """The bitmaps in an image at rest."""
+        info = json.loads(run("qemu-img", "info", "-U", "--output=json", self.path(disk)))
+        return [b["name"] for b in info.get("format-specific", {}).get("data", {}).get("bitmaps", [])]
+
+    def remove(self) -> None:
+        with contextlib.suppress(libvirt.libvirtError):
+            if self.domain.isActive():
+                self.domain.destroy()
+        with contextlib.suppress(libvirt.libvirtError):
+            for snapshot in self.domain.listAllSnapshots():
+                snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+            self.domain.undefineFlags(
+                libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+            )
+        self.connection.close()
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def machine(libvirtd: Libvirtd, **options: Any) -> Iterator[LibvirtMachine]:
+    """A machine, defined and off, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="hvt-") as folder:
+        made = LibvirtMachine(libvirtd, Path(folder), **options)
+        try:
+            yield made
+        finally:
+            made.remove()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+Fixture = Generator[LibvirtMachine]
