@@ -8,9 +8,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu-storage-daemon
           nbdkit libnbd-bin                              # the NBD programs the tests compare ours with
+          libvirt-daemon libvirt-daemon-driver-qemu swtpm swtpm-tools ovmf    # a libvirtd of the tests' own
           e2fsprogs gcc libc6-dev                        # the lab guest's file systems and its one C program
           debootstrap                                    # a bare system, for the test of the package
           ca-certificates)
+LIBVIRT_PACKAGES=(libvirt-dev pkg-config gcc libc6-dev)   # libvirt-python is built against the libvirt that is here
 BENCH_PACKAGES=(restic gdisk e2fsprogs python3-libnbd nbdkit qemu-utils
                 gcc pkg-config libacl1-dev liblz4-dev libzstd-dev libxxhash-dev libssl-dev)   # borg is built from source
 LAB=.lab
@@ -92,15 +94,23 @@ step_venv() {
         say "Making the virtual environment .venv with $("$PY" --version)"
         "$PY" -m venv --clear .venv
     fi
+    apt_install "${LIBVIRT_PACKAGES[@]}" $(python_headers)
     say "Installing hvbackup and its tools into .venv (the versions in constraints.txt)"
     PIP_CONSTRAINT=$PWD/constraints.txt .venv/bin/python -m pip install -qq --disable-pip-version-check \
-        --no-input -e '.[dev]'
+        --no-input -e '.[dev,libvirt]'
     want=$(venv_fingerprint)
     printf '%s\n' "$want" >"$stamp"
 }
 
+python_headers() {      # the package with the headers of the Python in .venv, where they are missing
+    .venv/bin/python -c 'import os, sys, sysconfig
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    print("python3.%d-dev" % sys.version_info[1])'
+}
+
 venv_fingerprint() {    # what the environment was made from; it is made anew when one of these lines changes
     echo "home $PWD"
+    echo "extras dev,libvirt"
     { sed '/^# --- /,$d' pyproject.toml; cat constraints.txt; } | sha256sum    # not the tools' settings
 }
 

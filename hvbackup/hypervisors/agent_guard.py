@@ -31,7 +31,7 @@ ANSWER_MAX_BYTES = 4 << 20  # a guest may say anything, and must not fill our me
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what is imported at all times is paid for by every snapshot
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 
@@ -142,12 +142,12 @@ def main(argv: Sequence[str]) -> int:
     say(ready=True, frozen=frozen)
     if not frozen and ordered(ORDER_SECONDS):
         mark(marker)
-        hold(path, line, float(limit_seconds), mountpoints)
+        hold(lambda: Line(path), line, float(limit_seconds), mountpoints)
         unmark(marker)
     return 0
 
 
-def hold(path: str, line: Line, limit_seconds: float, mountpoints: Sequence[str]) -> None:
+def hold(connect: Callable[[], Line], line: Line, limit_seconds: float, mountpoints: Sequence[str]) -> None:
     """Freeze, wait for the order to thaw or for what stands for it, and thaw."""
     begun = time.monotonic()
     frozen = freeze(line, limit_seconds, mountpoints)
@@ -155,7 +155,7 @@ def hold(path: str, line: Line, limit_seconds: float, mountpoints: Sequence[str]
     if frozen is not None:
         say(frozen=frozen, seconds=stood - begun)
     late = frozen is not None and not ordered(limit_seconds)
-    count, remark = thaw(path, line)
+    count, remark = thaw(connect, line)
     say(thawed=count, seconds=time.monotonic() - stood, late=late, remark=remark)
 
 
@@ -177,11 +177,11 @@ def freeze(line: Line, limit_seconds: float, mountpoints: Sequence[str]) -> int 
     return None
 
 
-def thaw(path: str, line: Line | None) -> tuple[int | None, str]:
+def thaw(connect: Callable[[], Line], line: Line | None) -> tuple[int | None, str]:
     """Nothing is frozen when this returns: how many were let go (None: not known), and what went wrong on the way."""
     while True:
         try:
-            line = line or Line(path)
+            line = line or connect()
             return thawed(line)
         except (FileNotFoundError, ConnectionRefusedError):
             return None, "QEMU is gone"

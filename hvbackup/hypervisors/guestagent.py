@@ -247,15 +247,22 @@ class Freezer:
     Thread safety: one thread at a time.
     """
 
-    def __init__(self, path: Path, marker: Path, limit_seconds: float, mountpoints: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        marker: Path,
+        limit_seconds: float,
+        mountpoints: Sequence[str] = (),
+        guard: Sequence[str] = (),  # another program than ours for an agent behind a socket
+    ) -> None:
         self.path = path
         self._limit_seconds = limit_seconds
         self._said = b""
         self._frozen: Mapping[str, Any] = {}
-        arguments = [str(path.absolute()), str(limit_seconds), str(marker), *mountpoints]
+        guard = guard or [sys.executable, "-I", "-S", str(_PROGRAM), str(path.absolute())]
         # A session of its own: ctrl-C and the end of a terminal are meant for us, not for the guest's protection.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_PROGRAM), *arguments],
+            [*guard, str(limit_seconds), str(marker), *mountpoints],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

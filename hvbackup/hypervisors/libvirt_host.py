@@ -44,7 +44,7 @@ _ADVICE = {
     libvirt.VIR_ERR_ACCESS_DENIED: "we may not do that; run as root, or as a member of the group libvirt",
     libvirt.VIR_ERR_NO_CONNECT: "there is no such driver on that host; install libvirt-daemon-driver-qemu",
 }
-_LOST = (libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_INVALID_CONN)
+_LOST = (libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INVALID_CONN)  # and, while connecting, whatever the system says
 
 
 class LibvirtRefused(HostUnreachable):
@@ -144,7 +144,8 @@ class Host:
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise NotFound(f"libvirt at {self.uri}: {error.get_error_message()}") from error
-            if error.get_error_code() in _LOST:
+            connecting = error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and self._connection is None
+            if connecting or error.get_error_code() in _LOST:
                 raise HostUnreachable(
                     f"libvirt at {self.uri}: Cannot reach the daemon ({error.get_error_message()}); "
                     "is libvirtd running there, and may we connect?"
@@ -181,11 +182,6 @@ class Domain:
     def capacity(self, disk: str) -> int:
         """The size of a disk as the guest sees it."""
         return self._ask(f"the size of {disk}", lambda d: int(d.blockInfo(disk)[0]))
-
-    def internal_snapshots(self) -> int:
-        """How many snapshots a revert could go back to without a trace."""
-        flags = libvirt.VIR_DOMAIN_SNAPSHOT_LIST_INTERNAL
-        return self._ask("its snapshots", lambda d: len(d.listAllSnapshots(flags)))
 
     # jobs and checkpoints
 
@@ -237,6 +233,19 @@ class Domain:
                 raise
 
     # the guest
+
+    def filesystems(self) -> Sequence[tuple[str, str, str]]:
+        """(mountpoint, type, device) of what is mounted in the guest.  Raises LibvirtRefused, HostUnreachable."""
+        found = self._ask("listing file systems", lambda d: d.fsInfo())
+        return [(str(row[0]), str(row[2]), str(row[1])) for row in found]
+
+    def system(self) -> str:
+        """Which system the guest runs: mswindows, debian, ...; "" when its agent won't say."""
+        try:
+            found = self._ask("the guest's system", lambda d: d.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_OS))
+        except LibvirtRefused:
+            return ""
+        return str(found.get("os.id", ""))
 
     def freeze(self, mountpoints: Sequence[str], seconds: float) -> int:
         """How many file systems stand still.  Raises LibvirtRefused, HostUnreachable."""

@@ -42,8 +42,7 @@ class Seen:
         """What the bitmaps of each disk depend upon, now."""
         if self.where.local:
             return {d.target: libvirt_lineage.here(d, in_use=self.active) for d in self.disks}
-        snapshots = self.domain.internal_snapshots()
-        return {d.target: libvirt_lineage.there(d, snapshots) for d in self.disks}
+        return {d.target: libvirt_lineage.there(d) for d in self.disks}
 
     def read_sidecars(self) -> tuple[list[libvirt_sidecar.SidecarDisk], list[str]]:
         """What is kept beside the disks, and what could not be read of it."""

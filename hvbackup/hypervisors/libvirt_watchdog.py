@@ -23,6 +23,7 @@ from hvbackup.hypervisors.libvirt_host import Domain, Host
 from hvbackup.hypervisors.qemu_watchdog import LOOK_SECONDS, RETRY_SECONDS, free_bytes, say
 
 _REMOTE_LOOK_SECONDS = 2.0
+_GIVE_UP_SECONDS = 3600.0  # a daemon that is away for longer has its machines restarted, or `release` will see to it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         if not folder and _stands(domain):
             say("the machine stopped because there was no room left for its scratch")
             break
-    let_go(domain, prefix)
+    let_go(domain, prefix, folder)
     return 0
 
 
@@ -54,15 +55,21 @@ def _stands(domain: Domain) -> bool:
         return False
 
 
-def let_go(domain: Domain, prefix: str) -> None:
-    """The backup has ended and the machine runs when this returns, or it is gone.  A busy daemon is asked again and again."""
-    while True:
+def let_go(domain: Domain, prefix: str, folder: str) -> None:
+    """The backup has ended and the machine runs when this returns, or it is gone.  A busy daemon is asked again and again.
+
+    When the folder is gone somebody else released the snapshot, or is about to.
+    """
+    end = time.monotonic() + _GIVE_UP_SECONDS
+    while time.monotonic() < end and (not folder or os.path.isdir(folder)):
         try:
-            return _end(domain, prefix)
+            _end(domain, prefix)
         except NotFound:
-            return None
+            return
         except HvbackupError:
             time.sleep(RETRY_SECONDS)
+        else:
+            return
 
 
 def _end(domain: Domain, prefix: str) -> None:

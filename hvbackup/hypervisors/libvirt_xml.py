@@ -61,6 +61,7 @@ class DomainSpec:
     nvram: str = ""  # the file that holds the firmware's variables
     tpm: bool = False  # an emulated one, with state of its own
     agent: bool = False  # a port for a guest agent
+    agent_runs: bool = False  # and somebody in the guest opened it
     networks: Sequence[Mapping[str, str]] = ()
 
 
@@ -71,6 +72,7 @@ def spec(text: str) -> DomainSpec:
     kind = root.find("os/type")
     nvram = root.findtext("os/nvram", "").strip()
     source = root.find("os/nvram/source")
+    port = root.find("devices/channel/target[@name='org.qemu.guest_agent.0']")
     return DomainSpec(
         uuid=root.findtext("uuid", ""),
         name=root.findtext("name", ""),
@@ -82,7 +84,8 @@ def spec(text: str) -> DomainSpec:
         arch=kind.get("arch", "") if kind is not None else "",
         nvram=nvram or (source.get("file", "") if source is not None else ""),
         tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
-        agent=root.find("devices/channel/target[@name='org.qemu.guest_agent.0']") is not None,
+        agent=port is not None,
+        agent_runs=port is not None and port.get("state") == "connected",
         networks=[_interface(e) for e in root.findall("devices/interface")],
     )
 

@@ -51,13 +51,14 @@ class Plan:
     """What to do about the guest at the moment."""
 
     consistency: Consistency = Consistency.CRASH
-    agent: Path = Path()
+    agent: Path = Path()  # its socket, or what stands for it in messages
     mountpoints: Sequence[str] = ()  # only these; none: all there are
     expected: int = 0  # how many of them should stand still
     required: bool = False  # no moment without it
     limit_seconds: float = LIMIT_SECONDS
     notes: Sequence[str] = ()
     remark: str = ""
+    guard: Sequence[str] = ()  # what freezes, where that is not the guard of a socket
 
     @property
     def freezes(self) -> bool:
@@ -89,14 +90,24 @@ def plan(qmp: Qmp, cwd: str, name: str, wanted: Consistency | None, freezing: Fr
             raise
         return Plan(remark=_only_crash(str(busy)))  # how the host is set up, and nothing that failed
     if path is None:
-        return _without(name, wanted, "no guest agent runs in it")
+        return without(name, wanted, "no guest agent runs in it")
+    return plan_by_socket(path, name, wanted, freezing)
+
+
+def plan_by_socket(path: Path, name: str, wanted: Consistency | None, freezing: Freezing) -> Plan:
+    """The same, where the agent's socket is known."""
     try:
         with GuestAgent(path) as agent:
             return _with(agent, name, wanted, freezing)
     except (HostUnreachable, Busy) as trouble:
-        if wanted is not None:
-            raise
-        return Plan(notes=[_only_crash(str(trouble))])
+        return failing(trouble, wanted)
+
+
+def failing(trouble: HostUnreachable | Busy, wanted: Consistency | None) -> Plan:
+    """What to do with an agent that does not do its work.  Raises `trouble` when it must."""
+    if wanted is not None:
+        raise trouble
+    return Plan(notes=[_only_crash(str(trouble))])
 
 
 def find_agent(qmp: Qmp, cwd: str) -> Path | None:
@@ -139,7 +150,8 @@ def _or_nothing(qmp: Qmp, command: str, **arguments: Any) -> Any:
         return None
 
 
-def _without(name: str, wanted: Consistency | None, reason: str) -> Plan:
+def without(name: str, wanted: Consistency | None, reason: str) -> Plan:
+    """What to do about a guest that can't be frozen.  Raises UsageError when it must be."""
     if wanted is not None:
         raise UsageError(
             f"Machine {name} can only be captured crash-consistent: {reason}; start qemu-guest-agent in it "
@@ -159,19 +171,32 @@ def _with(agent: GuestAgent, name: str, wanted: Consistency | None, freezing: Fr
             "(qemu-ga's block-rpcs), or on Windows its VSS provider is not installed"
         )
     mounted = agent.filesystems() if freezing.excluded or "guest-get-fsinfo" in agent.commands else []
+    return planned(agent.path, name, wanted, freezing, mounted, _application_doubt(agent, freezing))
+
+
+def planned(
+    path: Path,
+    name: str,
+    wanted: Consistency | None,
+    freezing: Freezing,
+    mounted: Sequence[FileSystem],
+    doubt: str,
+    guard: Sequence[str] = (),
+) -> Plan:
+    """How to freeze a guest with these file systems; `doubt` is why its applications may not notice.  Raises UsageError."""
     chosen = _chosen(name, mounted, freezing.excluded)
-    doubt = _application_doubt(agent, freezing)
     if doubt and wanted is Consistency.APPLICATION:
         raise UsageError(f"Machine {name} can only be captured filesystem-consistent, or crash-consistent: {doubt}")
     return Plan(
         Consistency.FILESYSTEM if doubt else Consistency.APPLICATION,
-        agent.path,
+        path,
         [fs.mountpoint for fs in chosen] if freezing.excluded else [],
         len({fs.device for fs in chosen if fs.freezable}),
         wanted is not None,
         freezing.limit_seconds,
         [f"Mountpoint {mountpoint} was not frozen, as asked" for mountpoint in freezing.excluded],
         f"Not known to be application-consistent: {doubt}" if doubt else "",
+        guard,
     )
 
 
@@ -200,18 +225,18 @@ def _chosen(name: str, mounted: Sequence[FileSystem], excluded: Sequence[str]) -
 # --- the moment ------------------------------------------------------------------------------------------------------
 
 
-def moment(planned: Plan, folder: Path, transaction: Callable[[], Sequence[str]]) -> Moment:
-    """The transaction, with the guest standing still around it when that was planned.
+def moment(chosen: Plan, folder: Path, transaction: Callable[[], Sequence[str]]) -> Moment:
+    """The transaction, with the guest standing still around it when that was chosen.
 
     Raises what the transaction raises, and HostUnreachable, Busy when the guest had to stand still and did not.
     """
-    if not planned.freezes:
-        return Moment([*transaction(), *planned.notes], Consistency.CRASH, Standstill(remark=planned.remark))
-    with Freezer(planned.agent, folder / MARKER, planned.limit_seconds, planned.mountpoints) as freezer:
+    if not chosen.freezes:
+        return Moment([*transaction(), *chosen.notes], Consistency.CRASH, Standstill(remark=chosen.remark))
+    with Freezer(chosen.agent, folder / MARKER, chosen.limit_seconds, chosen.mountpoints, chosen.guard) as freezer:
         try:
             _frozen(freezer)
         except (HostUnreachable, Busy) as trouble:
-            if planned.required:
+            if chosen.required:
                 raise
             freezer.close()
             return _crash_moment(transaction(), str(trouble))
@@ -219,10 +244,10 @@ def moment(planned: Plan, folder: Path, transaction: Callable[[], Sequence[str]]
         try:
             stood = freezer.thaw()
         except HostUnreachable as trouble:
-            if planned.required:
+            if chosen.required:
                 raise
             return _crash_moment(notes, f"{trouble}; its guard goes on trying")
-    return _judged(planned, notes, stood)
+    return _judged(chosen, notes, stood)
 
 
 def _frozen(freezer: Freezer) -> None:
@@ -232,19 +257,19 @@ def _frozen(freezer: Freezer) -> None:
         raise HostUnreachable(f"The guest agent at {freezer.path} found no file system that it could freeze")
 
 
-def _judged(planned: Plan, notes: Sequence[str], stood: Stood) -> Moment:
+def _judged(chosen: Plan, notes: Sequence[str], stood: Stood) -> Moment:
     """What the point may call itself."""
-    standstill = Standstill(stood.filesystems, stood.freezing_seconds, stood.frozen_seconds, planned.remark)
-    if stood.doubt and planned.required:
-        raise HostUnreachable(f"The guest behind {planned.agent} did not stand still: {stood.doubt}; try again")
+    standstill = Standstill(stood.filesystems, stood.freezing_seconds, stood.frozen_seconds, chosen.remark)
+    if stood.doubt and chosen.required:
+        raise HostUnreachable(f"The guest behind {chosen.agent} did not stand still: {stood.doubt}; try again")
     if stood.doubt:
         return _crash_moment(notes, stood.doubt, standstill)
-    notes = [*notes, *planned.notes]
-    if stood.filesystems < planned.expected:
-        notes.append(f"Only {stood.filesystems} of the guest's {planned.expected} file systems could be frozen")
+    notes = [*notes, *chosen.notes]
+    if stood.filesystems < chosen.expected:
+        notes.append(f"Only {stood.filesystems} of the guest's {chosen.expected} file systems could be frozen")
     if stood.remark:
         notes.append(f"In the guest something went wrong after the thaw: {stood.remark}")
-    return Moment(notes, planned.consistency, standstill)
+    return Moment(notes, chosen.consistency, standstill)
 
 
 def _crash_moment(notes: Sequence[str], reason: str, standstill: Standstill | None = None) -> Moment:

@@ -34,7 +34,6 @@ class ImageInfo:
     can_track: bool  # persistent bitmaps are possible
     corrupt: bool
     files: tuple[Path, ...]  # the image, and what it is based on
-    snapshots: int = 0  # of its own, inside the image
 
     def backing(self) -> str:
         """Changes when the files below the image do; bitmaps know nothing of those."""
@@ -59,7 +58,6 @@ def info(path: Path, format_: str, *, in_use: bool = False) -> ImageInfo:
         can_track=top["format"] == "qcow2" and details.get("compat") != "0.10" and top["virtual-size"] > 0,
         corrupt=bool(details.get("corrupt")),
         files=tuple(Path(layer["filename"]) for layer in chain if not layer["filename"].startswith("json:")),
-        snapshots=len(top.get("snapshots", [])),
     )
 
 

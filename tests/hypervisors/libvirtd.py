@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import textwrap
 import time
+import uuid as uuids
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,22 @@ import pytest
 from hvbackup.hypervisors.libvirt import LibvirtHypervisor, Settings
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import MiB
+from labs.guest import Console, acked_numbers, build, make_disk
 
 STORE = "00c0ffee"
 SIZE = 4 * MiB
-UUID = "11111111-2222-4333-8444-555555555555"
 
 _START = """\
 set -e
-for d in etc lib run log cache; do mkdir -p "$1/$d"; done
+for d in etc lib run log; do mkdir -p "$1/$d"; done
 mkdir -p /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt
 cp /etc/passwd "$1/passwd"; cp /etc/group "$1/group"
 grep -q ^libvirt-qemu: "$1/passwd" || echo "libvirt-qemu:x:64055:64055::/:/bin/false" >>"$1/passwd"
 for group in libvirt-qemu kvm; do grep -q "^$group:" "$1/group" || echo "$group:x:6405$((${#group} % 10)):" >>"$1/group"; done
 mount --bind "$1/passwd" /etc/passwd; mount --bind "$1/group" /etc/group
 mount --bind "$1/etc" /etc/libvirt; mount --bind "$1/lib" /var/lib/libvirt; mount --bind "$1/run" /run/libvirt
-mount --bind "$1/log" /var/log/libvirt; mount --bind "$1/cache" /var/cache/libvirt
-shift
+mount --bind "$1/log" /var/log/libvirt; mount --bind "$2" /var/cache/libvirt
+shift 2
 exec /usr/sbin/libvirtd "$@"
 """
 
@@ -71,7 +72,8 @@ class Libvirtd:
 
     def start(self) -> Libvirtd:
         """It answers when this returns."""
-        command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", _START, "libvirtd", str(self.folder)]
+        command = ["unshare", "--mount", "--propagation", "slave", "bash", "-c", _START, "libvirtd"]
+        command += [str(self.folder), str(_cache())]
         options = ["-f", f"{self.folder}/libvirtd.conf", "-p", f"{self.folder}/libvirtd.pid", *self._options]
         log = (self.folder / "out").open("ab")
         self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -118,8 +120,15 @@ class Libvirtd:
         for file in (self.folder / "run/qemu").glob("*.pid"):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGKILL)
-        self.stop()
+        self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _cache() -> Path:
+    """What libvirtd found out of the QEMUs here, which takes it ten seconds: kept from one test run to the next."""
+    folder = Path(__file__).resolve().parents[2] / ".lab/libvirt-cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager
@@ -135,7 +144,9 @@ def daemon(*arguments: str) -> Iterator[Libvirtd]:
 
 
 def run(*command: str | Path) -> str:
-    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, timeout=60).stdout
+    done = subprocess.run([str(c) for c in command], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def disk_xml(target: str, path: Path, driver: str = "qcow2") -> str:
@@ -153,13 +164,16 @@ class LibvirtMachine:
         libvirtd: Libvirtd,
         folder: Path,
         *,
-        name: str = "m1",
-        uuid: str = UUID,
+        name: str = "",
+        uuid: str = "",
         formats: Sequence[str] = ("qcow2", "qcow2"),
         extra: str = "",
         size: int = SIZE,
+        file_systems: Sequence[str] = (),
     ) -> None:
-        self.libvirtd, self.folder, self.name, self.uuid = libvirtd, folder, name, uuid
+        self.libvirtd, self.folder = libvirtd, folder
+        self.uuid = uuid or str(uuids.uuid4())
+        self.name = name or f"m-{self.uuid[:8]}"
         self.disks: Sequence[str] = tuple(f"vd{chr(97 + i)}" for i in range(len(formats)))
         self.formats = dict(zip(self.disks, formats, strict=True))
         self.connection = libvirtd.connection()
@@ -167,6 +181,8 @@ class LibvirtMachine:
         folder.mkdir(parents=True, exist_ok=True)
         for disk, driver in self.formats.items():
             run("qemu-img", "create", "-q", "-f", driver, self.path(disk), str(size))
+            if disk in file_systems:
+                make_disk(self.path(disk), size, driver)
 
     def path(self, disk: str) -> Path:
         return self.folder / f"{self.name}-{disk}.{self.formats[disk]}"
@@ -288,15 +304,9 @@ class LibvirtMachine:
         return [b["name"] for b in info.get("format-specific", {}).get("data", {}).get("bitmaps", [])]
 
     def remove(self) -> None:
-        with contextlib.suppress(libvirt.libvirtError):
-            if self.domain.isActive():
-                self.domain.destroy()
-        with contextlib.suppress(libvirt.libvirtError):
-            for snapshot in self.domain.listAllSnapshots():
-                snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
-            self.domain.undefineFlags(
-                libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
-            )
+        """QEMU is dead.  The definition stays until the daemon goes: libvirt waits for two seconds when a machine ends."""
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(self.qemu_pid(), signal.SIGKILL)
         self.connection.close()
 
 
@@ -326,3 +336,55 @@ def free_port() -> int:
 
 
 Fixture = Generator[LibvirtMachine]
+
+
+class LibvirtGuest(LibvirtMachine):
+    """The lab guest under libvirt: a real kernel, a shell on its serial line, a guest agent."""
+
+    console: Console
+
+    def xml(self) -> str:
+        home = build()
+        append = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check nokaslr"
+        boot = f"<kernel>{home}/vmlinuz</kernel><initrd>{home}/initramfs</initrd><cmdline>{append}</cmdline>"
+        devices = (
+            f"<serial type='unix'><source mode='bind' path='{self.folder}/console.sock'/><target port='0'/></serial>"
+            f"<serial type='file'><source path='{self.folder}/acks'/><target port='1'/></serial>"
+            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+        )
+        text = (
+            super().xml().replace("</type></os>", f"</type>{boot}</os>").replace("</devices>", f"{devices}</devices>")
+        )
+        return text.replace("<vcpu>1</vcpu>", "<vcpu>1</vcpu><cpu mode='maximum'/>").replace(">64<", ">128<")
+
+    def start(self) -> LibvirtGuest:
+        self.domain.create()
+        self.console = Console(self.folder / "console.sock")
+        self.console.wait_ready(60, booting=True)
+        return self
+
+    def sh(self, command: str, *, check: bool = True) -> str:
+        return self.console.sh(command, check=check)
+
+    def start_writer(self, *files: str, options: str = "") -> None:
+        self.sh(f"writer overwrite {options} {' '.join(files)} >/dev/ttyS1 2>&1 & echo $! >/tmp/writer.pid")
+
+    def acked(self) -> int:
+        numbers = acked_numbers(self.folder / "acks")
+        return numbers[-1] if numbers else 0
+
+    def wait_acked(self, number: int) -> int:
+        wait_until(lambda: self.acked() >= number, 60)
+        return self.acked()
+
+
+@contextlib.contextmanager
+def guest(libvirtd: Libvirtd, **options: Any) -> Iterator[LibvirtGuest]:
+    """A guest whose shell answers, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="hvt-") as folder:
+        made = LibvirtGuest(libvirtd, Path(folder), **options)
+        try:
+            made.define()
+            yield made.start()
+        finally:
+            made.remove()

@@ -7,20 +7,14 @@ from collections.abc import Generator
 import pytest
 
 from tests.hypervisors.conformance import Conformance
-from tests.hypervisors.libvirtd import Libvirtd, LibvirtMachine, daemon, machine
+from tests.hypervisors.libvirtd import Libvirtd, LibvirtMachine, machine
 
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture(scope="module")
-def libvirtd() -> Generator[Libvirtd]:
-    with daemon() as made:
-        yield made
-
-
 class TestRunning(Conformance):
     SECTOR_STEP = 512
-    EXAMPLES = 10
+    EXAMPLES = 6
 
     @pytest.fixture
     def rig(self, libvirtd: Libvirtd) -> Generator[LibvirtMachine]:
