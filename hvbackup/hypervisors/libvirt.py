@@ -97,12 +97,13 @@ class LibvirtHypervisor:
         room = self._room()
         folders = room.folders(machine.id, lease)
         keeping = {token.value for token in keep if token.kind == TOKEN_KIND}
-        qemunbd.release(room.base, room.names.folder_prefix(machine.id) if lease is None else folders[0].name)
         try:
             domain = self.domain(machine)
             if domain.active():
                 Pull(room, domain, machine).release(room.prefix(lease), folders, keeping)
             else:
+                for folder in folders:
+                    qemunbd.release(room.base, folder.name)
                 libvirt_rest.release(domain, self._names, keeping, look_here=self.where.local)
         except NotFound:
             pass  # with the domain all that was made of it is gone, but for files of ours
