@@ -123,6 +123,7 @@ class Host:
         with self._lock:
             if self._connection is not None and self._connection.isAlive():
                 return self._connection
+            self._connection = None
             self._connection = self._run("connecting", self._open, seconds)
             return self._connection
 
