@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -11,7 +12,6 @@ from hvbackup.extents import Spans
 from hvbackup.hypervisors import Reader
 from hvbackup.model import DiskId, Instant, MiB
 from hvbackup.nbd.client import NbdClient
-from hvbackup.store.recorder import Recorder
 
 PIECE_BYTES = 1 * MiB  # read and appended at a time: bounds memory
 ZERO_TEST_BYTES = (
@@ -19,7 +19,17 @@ ZERO_TEST_BYTES = (
 )  # ranges at least this long are looked at for zeroes: the others cost more to look at than to keep
 
 
-def copy(recorder: Recorder, disk: DiskId, t: Instant, reader: Reader, data: Spans) -> None:
+class Facts(Protocol):
+    """Where facts go: a recorder, or what stands before one."""
+
+    def write(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray, /) -> None:
+        """These extents, whose bytes follow each other in `data`."""
+
+    def zero(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], /) -> None:
+        """These extents read as zeroes."""
+
+
+def copy(recorder: Facts, disk: DiskId, t: Instant, reader: Reader, data: Spans) -> None:
     """What a reader has in these ranges is appended when this returns.  Raises ReadFailed, SpaceExhausted."""
     for runs in portions(data):
         content = bytearray(sum(length for _, length in runs))

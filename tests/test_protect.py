@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from hvbackup.errors import HostUnreachable, JournalGap, NotFound
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.model import SECOND, DiskId, Instant, KiB
 from hvbackup.moments import rfc3339
-from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, Rhythm, TrackerLied, Trouble
+from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, JournalStalled, Rhythm, TrackerLied, Trouble
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
@@ -248,12 +249,13 @@ def be_honest(world: World) -> None:
 
 
 def test_after_a_lie_no_moment_since_the_last_good_sample_is_offered(world: World) -> None:
-    now = [1_700_000_000 * SECOND]
+    now = [Instant(1_700_000_000 * SECOND)]
     world.hv._clock = lambda: now[0]
+    world.protection.setting.options = replace(world.protection.setting.options, clock=lambda: now[0])
     life = world.protection.begin("a test")
     good = 0
     for n in range(4):
-        now[0] += 40 * SECOND  # so every second cycle is compared with the journal
+        now[0] = Instant(now[0] + 40 * SECOND)  # so every second cycle is compared with the journal
         world.guest_writes()
         moment = life.cycle().moment
         if n < 3:
@@ -262,12 +264,12 @@ def test_after_a_lie_no_moment_since_the_last_good_sample_is_offered(world: Worl
     doubted = [moment]
     life.samples = Samples(0, random.Random(1))  # nobody looks
     lie(world)
-    now[0] += SECOND
+    now[0] = Instant(now[0] + SECOND)
     world.protection.mark("a trap")
     doubted.append(life.cycle().moment)
     point = life.points.fold(life.points.prepare(life)).point
     life.samples = Samples(8, random.Random(1))
-    now[0] += SECOND
+    now[0] = Instant(now[0] + SECOND)
     with pytest.raises(TrackerLied, match="called unchanged"):
         life.cycle()
     life.recorder.abandon()
@@ -353,4 +355,58 @@ def test_a_disk_that_grows_begins_a_new_life(world: World) -> None:
     after = again.cycle()
     world.images[after.moment.seq] = world.content()
     again.close()
+    world.check()
+
+
+def test_a_journal_disk_that_takes_too_long_opens_a_gap(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvbackup.protect.journaling.STALL_SECONDS", 0.3)
+    life = world.protection.begin("a test")
+    world.guest_writes()
+    last = life.cycle().moment
+    world.images[last.seq] = world.content()
+    for call in ("write", "fsync"):
+        answers = threading.Event()
+        original = getattr(world.store.files.kernel, call)
+
+        def slow(*args: object, original: Any = original, answers: threading.Event = answers) -> None:
+            answers.wait(30)
+            original(*args)
+
+        monkeypatch.setattr(world.store.files.kernel, call, slow)
+        world.guest_writes()
+        expected = world.content()
+        began = time.monotonic()
+        with pytest.raises(JournalStalled):
+            life.cycle()
+        assert time.monotonic() - began < 5
+        assert not world.hv.open_snapshots, "the machine is let go at once"
+        monkeypatch.setattr(world.store.files.kernel, call, original)
+        answers.set()
+        life.close()
+        world.guest_writes(1)
+        life = world.protection.begin("the journal's disk was slow")
+        assert life.how == "resumed", "nothing is read but what changed"
+        world.images[life.newest.seq] = world.content()
+        offered = History(world.store, world.machine.id).moments[0].tolist()
+        late = [seq for seq in offered if seq not in world.images and seq > last.seq]
+        world.images.update(dict.fromkeys(late, expected))  # it was durable after all
+        last = life.newest
+        world.check()
+    life.close()
+    gaps = History(world.store, world.machine.id).told.gaps
+    assert sum(g.why == "the journal's disk was slow" for g in gaps) == 2
+
+
+def test_a_disk_that_is_slow_but_answers_is_only_slow(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = world.store.files.kernel.fsync
+    life = world.protection.begin("a test")
+
+    def slow(fd: int) -> None:
+        time.sleep(0.2)
+        original(fd)
+
+    monkeypatch.setattr(world.store.files.kernel, "fsync", slow)
+    world.guest_writes()
+    world.images[life.cycle().moment.seq] = world.content()
+    life.close()
     world.check()

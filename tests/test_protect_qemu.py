@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from hvbackup.protect.events import Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.store.history import History, Moment
 from hvbackup.store.store import Store, init
+from tests.endtoend.mounts import needs_mount, small_disk
 from tests.hypervisors.daemon import Daemon, make_image, node, only
 from tests.protecting import Worker
 from tests.scribe import Scribe
@@ -243,6 +246,48 @@ def test_a_pause_ends_by_itself(daemon: Daemon, tmp_path: Path) -> None:
     worker.wait_for("begun", 2)
     assert worker.end(signal.SIGTERM) == 0
     assert worker.run("protect", "m1", "--for", "2s").returncode == 2, "only a pause lasts for so long"
+
+
+@needs_mount
+@pytest.mark.timeout(120)
+def test_a_journal_disk_that_stalls_never_stalls_the_guest(daemon: Daemon, tmp_path: Path) -> None:
+    """The file system of the store stands still, as behind a storage network that is gone: every write and fsync waits."""
+    with small_disk(tmp_path, "slow", 128 * MiB) as disk, Scribe(daemon, SIZES, 400) as scribe:
+        (tmp_path / "store").symlink_to(disk.path / "store")
+        init(disk.path / "store", None)
+        worker = Worker(tmp_path, f"qemu:{daemon.qmp_path}")
+        worker.wait_for("moment", 3)
+        freeze_disk(disk.path, "-f")
+        try:
+            before = scribe.acked
+            worker.wait_for("trouble", seconds=20)
+            assert "has not answered" in worker.events[-1]["error"]["message"]
+            wait_until(lambda: not [f for f in daemon.leftovers() if f.startswith("hvb-")])
+            longest = max(scribe.latencies[before:])
+            wait_until(lambda: scribe.acked > before + 200)
+        finally:
+            freeze_disk(disk.path, "-u")
+        assert longest < 2
+        worker.wait_for("begun", 2)
+        begun = [e for e in worker.events if e["event"] == "begun"][-1]
+        assert begun["how"] == "resumed"
+        assert "has not answered" in begun["gap"]["why"]
+        worker.wait_for("moment", 1 + sum(e["event"] == "moment" for e in worker.events))
+        assert worker.end(signal.SIGTERM) == 0
+        verify_all(tmp_path, scribe, {}, before)
+    assert not daemon.leftovers()
+
+
+def freeze_disk(path: Path, how: str) -> None:
+    program = shutil.which("fsfreeze") or "/usr/sbin/fsfreeze"
+    subprocess.run([program, how, str(path)], check=True, timeout=30)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_snapshot_of_the_administrator_begins_a_new_life(daemon: Daemon, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
 from hvbackup.model import DiskId, Machine, RecoveryPoint, Token
 from hvbackup.protect.cycles import CycleLife, cycles_of
 from hvbackup.protect.events import Begun, ContinuityLost
+from hvbackup.protect.journaling import Journaling
 from hvbackup.protect.points import Points
 from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
@@ -116,4 +117,5 @@ def _life(
     lease = setting.leases.take(setting.machine.id, setting.options.source)
     cycles = cycles_of(setting.hypervisor, setting.machine, lease.id)
     samples = Samples(setting.rhythm.sample_blocks, setting.options.rng)
-    return CycleLife(setting, recorder, cycles, lease, Points(setting, point.t), point, tokens, how, newest, samples)
+    points, journaling = Points(setting, point.t), Journaling(recorder)
+    return CycleLife(setting, recorder, cycles, lease, points, point, tokens, how, newest, samples, journaling)

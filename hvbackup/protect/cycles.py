@@ -27,10 +27,11 @@ from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, H
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
 from hvbackup.protect import marks
-from hvbackup.protect.events import ContinuityLost, Cycle, TrackerLied
+from hvbackup.protect.events import ContinuityLost, Cycle, JournalStalled, TrackerLied
+from hvbackup.protect.journaling import Journaling
 from hvbackup.protect.meeting import MachineSeat
 from hvbackup.protect.points import Points
-from hvbackup.protect.samples import Samples
+from hvbackup.protect.samples import Content, Samples
 from hvbackup.protect.setting import Setting
 from hvbackup.store.history import History, Moment
 from hvbackup.store.recorder import Recorder
@@ -86,6 +87,7 @@ class CycleLife:
     how: str
     newest: Moment
     samples: Samples
+    journaling: Journaling
     gap: dict[str, object] | None = None  # to be told with the next barrier
     told_gap: Mapping[str, object] | None = None
     frozen: int = field(
@@ -112,6 +114,7 @@ class CycleLife:
         """The host is clean, and then, however long a point takes that is being made, the journal is sealed."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.recorder.close)
+            stack.callback(self.journaling.close)
             stack.callback(self.points.join)
             self.let_go()
 
@@ -124,20 +127,26 @@ class CycleLife:
         """One more moment.  Raises ContinuityLost, HostUnreachable, ReadFailed, SpaceExhausted."""
         try:
             return self._cycle()
-        except TrackerLied as lie:
-            self._doubt(str(lie))
+        except JournalStalled:
+            raise  # nobody waits for it
+        except BaseException as e:
+            self.journaling.drain()
+            if isinstance(e, TrackerLied):
+                self._doubt(str(e))
             raise
 
     def _cycle(self) -> Cycle:
         began = time.monotonic()
-        self.lease = self.setting.leases.renew(self.lease)
+        self.lease = self.journaling.call(lambda: self.setting.leases.renew(self.lease))
+        now = self.setting.options.clock()
+        picked = self.journaling.call(lambda: self._picked(now))
         with self.setting.marks.taken() as taken, self._seat() as seat:
             freeze = marks.wants_freeze(taken)
             with self.cycles.snapshot(self.tokens, freeze=freeze, seat=seat) as frozen:
                 caught = time.monotonic()
                 found = self._found(frozen)
                 read = self._append(frozen, found)
-                sampled = self._sample(frozen, found)
+                sampled = self._sample(frozen, found, picked)
                 frozen.verify()
                 tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
                 t = frozen.t
@@ -150,7 +159,8 @@ class CycleLife:
                 **({"common": common} if common else {}),
                 **({"gap": gap} if gap else {}),
             }
-            moment = Moment(self.recorder.barrier(t, tokens, **told), t)
+            self.cycles.keep([*self._kept(), *tokens.values()])  # until one of the two barriers is known to be durable
+            moment = Moment(self.journaling.call(lambda: self.recorder.barrier(t, tokens, **told)), t)
         lag = time.monotonic() - caught
         self.told_gap, self.gap = gap or self.told_gap, None
         self.tokens, self.newest = tokens, moment
@@ -192,10 +202,10 @@ class CycleLife:
         """Append what changed of every disk; how many bytes were read."""
         for disk, changes in zip(frozen.disks, found, strict=True):
             if len(changes.zero):
-                self.recorder.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
+                self.journaling.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
             if len(changes.data):
                 with contextlib.closing(disk.open()) as reader:
-                    copy(self.recorder, disk.disk.id, frozen.t, reader, changes.data)
+                    copy(self.journaling, disk.disk.id, frozen.t, reader, changes.data)
         return sum(extents.total(changes.data) for changes in found)
 
     def _changes(self, disk: FrozenDisk) -> Changes:
@@ -205,19 +215,24 @@ class CycleLife:
             raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new or was resized'}")
         return changes
 
-    def _sample(self, frozen: Frozen, found: Sequence[Changes]) -> dict[str, object]:
-        """What the barrier says of blocks that were called unchanged, and are.  Raises TrackerLied."""
-        for disk, changes in zip(frozen.disks, found, strict=True):
-            self.samples.look(disk, changes)
-        if not self.samples.due(frozen.t):
+    def _picked(self, now: Instant) -> Content:
+        """What is compared with the journal in this cycle; nothing when that has been done lately."""
+        if not self.samples.due(now):
             return {}
         history = History(self.setting.store, self.setting.machine.id)
-        compared = [
-            self.samples.compare(self.setting.store, history, self.newest, disk, changes)
-            for disk, changes in zip(frozen.disks, found, strict=True)
-        ]
-        self.samples.compared(frozen.t)
-        return {"sampled": sum(compared)}
+        return self.samples.picked(history, self.newest, self.recorder.disks, self.setting.store.block)
+
+    def _sample(self, frozen: Frozen, found: Sequence[Changes], picked: Content) -> dict[str, object]:
+        """What the barrier says of blocks that were called unchanged, and are.  Raises TrackerLied."""
+        compared = 0
+        for disk, changes in zip(frozen.disks, found, strict=True):
+            self.samples.look(disk, changes)
+            if picked:
+                compared += self.samples.compare(picked.get(disk.disk.id, {}), disk, changes)
+        if not picked:
+            return {}
+        self.samples.compared(self.setting.options.clock())
+        return {"sampled": compared}
 
     def _doubt(self, why: str) -> None:
         """No moment since the last good sample is offered any more when this returns."""

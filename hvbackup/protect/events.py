@@ -78,5 +78,9 @@ class ContinuityLost(HvbackupError):
     """The hypervisor can't say any more what changed since the last barrier; a new life compares the disks."""
 
 
+class JournalStalled(HvbackupError):
+    """The journal's disk does not answer in time: a machine is never kept waiting for it, so nothing is recorded."""
+
+
 class TrackerLied(ContinuityLost):
     """What the hypervisor called unchanged had changed; moments since the last good sample may lack changes."""

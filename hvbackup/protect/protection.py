@@ -15,7 +15,7 @@ from hvbackup.leases import Leases
 from hvbackup.model import SECOND, Consistency, Machine
 from hvbackup.protect import beginning
 from hvbackup.protect.cycles import CycleLife
-from hvbackup.protect.events import ContinuityLost, Event, Paused, Rhythm, Trouble
+from hvbackup.protect.events import ContinuityLost, Event, JournalStalled, Paused, Rhythm, Trouble
 from hvbackup.protect.life import Life
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.meeting import Meeting
@@ -103,7 +103,7 @@ class Protection:
                     self._live(self.begin(why))
             except Interrupted:
                 continue  # told to end, or to pause
-            except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted) as e:
+            except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled) as e:
                 why = str(e)
                 self._retry(e)
             finally:
@@ -114,7 +114,8 @@ class Protection:
         seconds = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
         self._failures += 1
         self._living = self._begun = False
-        self.setting.report(Trouble(trouble, seconds))
+        if not isinstance(trouble, JournalStalled):
+            self.setting.report(Trouble(trouble, seconds))
         self._ended.wait(seconds)
 
     def _wait_while_paused(self) -> str:
@@ -145,7 +146,9 @@ class Protection:
                 paused = self._pause() is not None
                 seconds = life.step()
                 self._failures = 0
-        except BaseException:
+        except BaseException as e:
+            if isinstance(e, JournalStalled):
+                self.setting.report(Trouble(e, 0))  # at once: closing waits for that disk
             with contextlib.suppress(HvbackupError):
                 life.close()
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from blake3 import blake3
 
@@ -17,15 +17,17 @@ from hvbackup import extents
 from hvbackup.capture import sampled
 from hvbackup.copying import read_all
 from hvbackup.extents import Spans
-from hvbackup.hypervisors import Changes, FrozenDisk
-from hvbackup.model import SECOND, DiskId, Instant, KiB
+from hvbackup.hypervisors import Changes, FrozenDisk, Reader
+from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB
 from hvbackup.protect.events import TrackerLied
 from hvbackup.store.history import History, Moment
-from hvbackup.store.store import Store
+from hvbackup.store.layered import LayeredView
 
 PIECE_BYTES = 4 * KiB  # read at each cycle: little, so that a cycle stays short
 REMEMBERED = 64  # pieces of each disk
 COMPARE_EVERY_NS = 60 * SECOND
+
+Content = dict[DiskId, dict[int, bytes]]  # offset -> bytes
 
 
 class Samples:
@@ -34,7 +36,7 @@ class Samples:
     def __init__(self, count: int, rng: random.Random) -> None:
         self._count, self._rng = count, rng
         self._known: dict[DiskId, dict[int, bytes]] = {}  # offset -> digest
-        self._compared: Instant | None = None  # the time of the moment that was compared last
+        self._compared: Instant | None = None  # when blocks were compared last
 
     def due(self, t: Instant) -> bool:
         """Whether it is time to compare with the journal."""
@@ -57,25 +59,34 @@ class Samples:
             if known.setdefault(offset, digest) != digest:
                 raise _lie(disk, offset)
 
-    def compare(
-        self, store: Store, machine_history: History, newest: Moment, disk: FrozenDisk, changes: Changes
-    ) -> int:
-        """How many blocks of a disk were compared with the journal's newest moment.  Raises TrackerLied."""
-        view, block = machine_history.view(newest, disk.disk.id), store.block
-        same = _unchanged(changes, block, view.size)
-        picked = sampled(same, block, self._count, self._rng).tolist()
+    def picked(self, history: History, newest: Moment, disks: Sequence[Disk], block: int) -> Content:
+        """Some blocks of each disk as they were at the newest moment, wherever it is: read before the machine is frozen."""
+        found: Content = {}
+        for disk in disks:
+            view = history.view(newest, disk.id)
+            rows = sampled(extents.whole(view.size), block, self._count, self._rng)
+            found[disk.id] = {offset: bytes(_read(view, offset, n)) for offset, n in extents.pieces(rows, block)}
+        return found
+
+    def compare(self, picked: Mapping[int, bytes], disk: FrozenDisk, changes: Changes) -> int:
+        """How many of the picked blocks of a disk are called unchanged, and are as they were.  Raises TrackerLied."""
+        changed = extents.union(changes.data, changes.zero)
+        same = {o for o, data in picked.items() if not len(extents.intersect(changed, extents.spans([(o, len(data))])))}
         with contextlib.closing(disk.open()) as reader:
-            for offset, length in picked:
-                now, before = bytearray(length), bytearray(length)
-                reader.read_into(offset, memoryview(now))
-                view.read_into(offset, memoryview(before))
-                if now != before:
+            for offset in sorted(same):
+                if _read(reader, offset, len(picked[offset])) != picked[offset]:
                     raise _lie(disk, offset)
-        return len(picked)
+        return len(same)
 
     def compared(self, t: Instant) -> None:
-        """All disks were as the tracker said at this moment."""
+        """All disks were as the tracker said, now."""
         self._compared = t
+
+
+def _read(reader: Reader | LayeredView, offset: int, length: int) -> bytearray:
+    found = bytearray(length)
+    reader.read_into(offset, memoryview(found))
+    return found
 
 
 def _unchanged(changes: Changes, piece: int, size: int) -> Spans:
