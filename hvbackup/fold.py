@@ -98,7 +98,7 @@ def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> 
             outcome.point = parent
             writer.abandon()
             return outcome
-        labels = [label for m in history.told.marks if m.seq == moment.seq for label in m.label.split("; ")]
+        labels = [label for m in history.told.marks if m.seq == moment.seq for label in m.label.split("; ") if label]
         options = replace(options, tags=(*options.tags, *labels))
         since = {d.disk.id: TOKEN for d in parent.disks}
         roots = take_in(store, writer, frozen, parent, since, options, outcome)

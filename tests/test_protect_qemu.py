@@ -154,7 +154,17 @@ def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) 
         worker.wait_for("folded")
         worker.wait_for("moment", 8)
         chosen = [e["seq"] for e in worker.events if e["event"] == "moment"][-2]
-        assert worker.run("backup", f"qemu:{daemon.qmp_path}").returncode == 5
+        low = scribe.acked
+        made = worker.run("backup", f"qemu:{daemon.qmp_path}", "--tag", "by hand", "--json")
+        assert made.returncode == 0, made.stderr
+        assert worker.run("restore", "m1", "--at", "tag:by hand", "--to", str(tmp_path / "by-hand")).returncode == 0
+        held = {disk: (tmp_path / "by-hand" / f"{disk}.raw").read_bytes() for disk in SIZES}
+        assert low <= scribe.verify(held) <= scribe.acked
+        assert worker.run("backup", f"qemu:{daemon.qmp_path}", "--full").returncode == 2
+        points = json.loads(worker.run("points", "m1", "--json").stdout)["points"]
+        assert (
+            "by hand" in next(p for p in points if p["id"] == json.loads(made.stdout)["runs"][0]["point"]["id"])["tags"]
+        )
         for at, low, high in [
             ("tag:before upgrade", before, after + 1),
             (f"seq:{tagged['seq']}", before, after + 1),

@@ -166,8 +166,10 @@ class CycleLife:
         self.tokens, self.newest = tokens, moment
         for mark in fitting:
             mark.put_on(moment)
+            if mark.point:
+                self.points.want(moment, mark)
         self.cycles.keep(self._kept())
-        labels, notes = [m.label for m in fitting], [m.refused for m in taken if m.refused]
+        labels, notes = [m.label for m in fitting if m.label], [m.refused for m in taken if m.refused]
         return Cycle(moment, read, time.monotonic() - began, lag, labels, common, notes)
 
     @contextmanager

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from hvbackup.errors import HvbackupError, Interrupted
 from hvbackup.fold import fold
-from hvbackup.model import SECOND, DiskId, Instant, Token
+from hvbackup.model import SECOND, DiskId, Instant, Outcome, Token
 from hvbackup.protect.events import Folded, Trouble
+from hvbackup.protect.marks import Mark
 from hvbackup.protect.setting import Setting
 from hvbackup.store.history import Moment
 from hvbackup.store.recorder import Recorder
@@ -41,7 +42,12 @@ class Points:
         self._set = setting
         self._folded = since  # the time of the moment that was folded last
         self._folding: threading.Thread | None = None
+        self._wanted: list[tuple[Moment, Mark]] = []  # points that somebody waits for
         self.tokens: Sequence[Token] = ()  # what the point that is being made will name
+
+    def want(self, moment: Moment, mark: Mark) -> None:
+        """A point is to be made of a moment."""
+        self._wanted.append((moment, mark))
 
     def keep_up(self, life: Recorded) -> None:
         """A point is being made if one is due; the journal is within its budget, or SpaceExhausted is raised."""
@@ -50,10 +56,26 @@ class Points:
         self.join()  # the budget is a promise: the next moment waits for room
         if self._set.is_full():
             self.make_room(self.prepare(life))
+        elif self._wanted:
+            wanted, self._wanted = self._wanted, []
+            if wanted[-1][0] == life.newest:
+                self.prepare(life)
+            self._begin(self._fold_wanted, wanted)
         elif self._set.is_full(FOLD_AT) or life.newest.t - self._folded >= self._set.rhythm.fold_every_ns:
-            moment = self.prepare(life)
-            self._folding = threading.Thread(target=self._fold, args=(moment,), name="hvbackup-fold")
-            self._folding.start()
+            self._begin(self._fold, self.prepare(life))
+
+    def _begin(self, work: Callable[[Any], None], what: object) -> None:
+        self._folding = threading.Thread(target=work, args=(what,), name="hvbackup-fold")
+        self._folding.start()
+
+    def _fold_wanted(self, wanted: Sequence[tuple[Moment, Mark]]) -> None:
+        for moment, mark in wanted:
+            mark.fold(lambda moment=moment: self._told(moment))  # type: ignore[misc]
+
+    def _told(self, moment: Moment) -> Outcome:
+        outcome, folded = self._made(moment)
+        self._set.report(folded)
+        return outcome
 
     def join(self) -> None:
         """No point is being made when this returns."""
@@ -84,6 +106,9 @@ class Points:
 
     def fold(self, moment: Moment) -> Folded:
         """A point of the moment exists when this returns, and what need not be kept is gone; the hypervisor is not read."""
+        return self._made(moment)[1]
+
+    def _made(self, moment: Moment) -> tuple[Outcome, Folded]:
         began, s = time.monotonic(), self._set
         with s.writing:
             outcome = fold(s.store, s.machine.id, moment, s.options)
@@ -93,4 +118,4 @@ class Points:
         if s.is_full(FOLD_AT):
             limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
         removed = trim(s.store, s.machine.id, limits, by_age=not s.clock_stepped)
-        return Folded(point, time.monotonic() - began, removed)
+        return outcome, Folded(point, time.monotonic() - began, removed)

@@ -56,9 +56,9 @@ class Protection:
         self.setting.seat = meeting.seat(self.setting.machine.id)
         self._wake.set()
 
-    def mark(self, label: str, consistency: Consistency = Consistency.CRASH) -> Mark:
-        """Name the moment of the next cycle, which begins at once."""
-        mark = Mark(label, consistency)
+    def mark(self, label: str, consistency: Consistency | None = Consistency.CRASH, *, point: bool = False) -> Mark:
+        """Name the moment of the next cycle, which begins at once; `point`: and a point is made of it."""
+        mark = Mark(label, consistency, point=point)
         self.setting.marks.add(mark)
         self._wake.set()
         return mark
@@ -76,6 +76,11 @@ class Protection:
     def begun(self) -> bool:
         """Whether a life goes on that has recorded a moment."""
         return self._begun
+
+    @property
+    def paused(self) -> bool:
+        """Whether the machine is to be left alone."""
+        return self._pause() is not None
 
     def end(self) -> None:
         """`run` returns soon."""

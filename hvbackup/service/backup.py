@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hvbackup.capture import Options, Progress, capture
-from hvbackup.errors import HvbackupError, NotFound, PartlyFailed, UsageError
+from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, PartlyFailed, UsageError
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.hypervisors.source import SourceOptions, open_source
-from hvbackup.model import Consistency, Machine, Outcome, RecoveryPoint
+from hvbackup.model import Consistency, Figures, Machine, Outcome, RecoveryPoint, Status
 from hvbackup.service.chosen import ChosenDisks
+from hvbackup.service.control import POINT_SECONDS, REPLY_SECONDS, ask, socket_of
 from hvbackup.service.hooks import TIMEOUT_SECONDS, HookedHypervisor, Hooks, after, find
 from hvbackup.service.session import Session
 from hvbackup.store.store import Store
@@ -128,7 +129,11 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
     hooked = HookedHypervisor(hypervisor, hooks) if request.hooks else hypervisor
     for machine in machines:
         options = _options(request, source, machine, name_of(store, machine, request.name))
-        yield _run(store, hooked, machine, options, hooks)
+        worker = socket_of(session.places, store.id, machine.id)
+        if ask(worker, {"do": "ping"}, REPLY_SECONDS):
+            yield by_worker(store, worker, machine, options, request)
+        else:
+            yield _run(store, hooked, machine, options, hooks)
 
 
 def machines_of(hypervisor: Hypervisor, source: str, request: Request) -> list[Machine]:
@@ -142,6 +147,31 @@ def machines_of(hypervisor: Hypervisor, source: str, request: Request) -> list[M
     if request.name and len(chosen) > 1:
         raise UsageError(f"{source} has {len(chosen)} machines; --name is for one")
     return chosen
+
+
+def by_worker(store: Store, worker: Path, machine: Machine, options: Options, request: Request) -> Run:
+    """A machine under continuous protection: its worker marks a moment and folds it; the bitmaps are not rotated once more."""
+    given = {"--full": request.full, "--disk": request.disks, "--changed": request.changed, "--hook": request.hooks}
+    given |= {"--agent": request.agent, "--exclude-mountpoint": request.exclude_mountpoints}
+    refused = [name for name, value in given.items() if value]
+    try:
+        if refused:
+            raise UsageError(
+                f"Machine {machine.name} is under continuous protection, which records all disks and what changed: "
+                f"leave out {', '.join(refused)}, or `hvbackup protect pause {machine.name}` first"
+            )
+        asked = {"do": "point", "label": "; ".join(options.tags), "consistency": options.consistency}
+        answer = ask(worker, asked, POINT_SECONDS + REPLY_SECONDS) or {}
+        if "point" not in answer:
+            kind = UsageError if answer.get("exit_code") == UsageError.exit_code else HostUnreachable
+            raise kind(f"Machine {machine.name}: {answer.get('error', 'its worker has ended')}")
+    except HvbackupError as e:
+        return Run(options.source, machine, error=e)
+    point = next(p for p in store.points(machine.id) if p.id == answer["point"])
+    notes = list(answer["notes"])
+    return Run(
+        options.source, machine, Outcome(Status(answer["status"]), [], notes, Figures(**answer["figures"]), point)
+    )
 
 
 def _run(store: Store, hypervisor: Hypervisor, machine: Machine, options: Options, hooks: Hooks) -> Run:

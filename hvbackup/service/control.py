@@ -3,6 +3,7 @@
 do          with                    the answer comes
 ping                                at once: who it is
 tag         label, consistency      when the next moment, which is made at once, has the name and is durable
+point       label, consistency      when a point has been made of the next moment; consistency null: the best there is
 pause                               when nothing of ours is in the machine's way: a pause has begun
 resume                              when a moment has been recorded: a pause has ended
 """
@@ -19,16 +20,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvbackup.config import Places
-from hvbackup.errors import HostUnreachable
+from hvbackup.errors import HostUnreachable, HvbackupError
 from hvbackup.model import Consistency, MachineId
-from hvbackup.protect.protection import Protection
-from hvbackup.store.store import Store
+
+if TYPE_CHECKING:  # asking a worker needs nothing of what protects a machine
+    from hvbackup.protect.protection import Protection
+    from hvbackup.store.store import Store
 
 TAG_SECONDS = 60.0  # for a moment to be made and to be durable
+POINT_SECONDS = 6 * 3600.0  # for a fold that has to wait for a reclaim, of a day's changes
 REPLY_SECONDS = 5.0
 LOOK_SECONDS = 0.05
 LINE_BYTES = 65536
@@ -92,6 +97,8 @@ def _answer(protection: Protection, asked: dict[str, Any]) -> dict[str, Any]:
             return {"pid": os.getpid()}
         case "tag":
             return _tag(protection, str(asked["label"]), Consistency(asked.get("consistency", "crash")))
+        case "point":
+            return _point(protection, str(asked["label"]), asked["consistency"])
         case "pause":
             protection.look()
             return {"done": _until(lambda: not protection.living)}
@@ -109,6 +116,28 @@ def _tag(protection: Protection, label: str, consistency: Consistency) -> dict[s
     if moment is None:
         return {"error": "No moment could be made yet; the tag goes to the next one"}
     return {"seq": moment.seq, "t": int(moment.t)}
+
+
+def _point(protection: Protection, label: str, consistency: str | None) -> dict[str, Any]:
+    """A mark, and a fold of its moment: the host's bitmaps are not rotated once more."""
+    if protection.paused:
+        return {"error": "Its protection is paused, so no moment can be recorded; `hvbackup protect resume` first"}
+    mark = protection.mark(label, None if consistency is None else Consistency(consistency), point=True)
+    try:
+        outcome = mark.outcome(POINT_SECONDS)
+    except TimeoutError:
+        return {"error": "No point was made in time; it comes as soon as a moment can be recorded"}
+    except HvbackupError as e:
+        return {"error": str(e), "exit_code": e.exit_code}
+    point = outcome.point
+    assert point is not None  # every other way out of a fold raises
+    figures = asdict(outcome.figures)
+    return {
+        "point": point.id,
+        "status": int(outcome.status),
+        "notes": [*mark.notes, *outcome.notes],
+        "figures": figures,
+    }
 
 
 def _until(done: Callable[[], bool]) -> bool:

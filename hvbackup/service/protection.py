@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from hvbackup import memory
 from hvbackup.capture import Options, system_clock
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
@@ -71,6 +72,7 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
 
     Raises StoreMissing, KeyRefused, Busy, UsageError, HostUnreachable before anything begins.
     """
+    memory.give_back()
     with ExitStack() as stack:
         store = stack.enter_context(session.open())
         store.writing.wait_seconds = WRITING_SECONDS

@@ -94,6 +94,8 @@ class Timeline:
 
 def _mark_line(m: Mark) -> str:
     how = "" if m.consistency == Consistency.CRASH else f", {m.consistency}-consistent"
+    if not m.label:
+        return f"{local(m.t)}  * (seq:{m.seq}{how})"
     return f"{local(m.t)}  * {m.label}  (tag:{m.label}, seq:{m.seq}{how})"
 
 
