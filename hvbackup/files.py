@@ -272,6 +272,10 @@ class Files:
         """Length in bytes.  Raises FileNotFoundError."""
         return self.path(name).stat().st_size
 
+    def modified(self, name: str) -> int:
+        """When the file was last written, in nanoseconds since 1970.  Raises FileNotFoundError."""
+        return self.path(name).stat().st_mtime_ns
+
     def read(self, name: str) -> bytes:
         """All bytes of a file.  Raises FileNotFoundError, HvbackupError."""
         path = self.path(name)

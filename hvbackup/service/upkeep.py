@@ -1,4 +1,4 @@
-"""check: is everything we promised still there, and what can be put back?"""
+"""check, regroup: is everything we promised still there, what can be put back, and can it take less room?"""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from hvbackup.errors import Busy, NotFound, UsageError
 from hvbackup.model import Instant, MachineId, PointId
 from hvbackup.service.session import Session
 from hvbackup.store import check as store_check
+from hvbackup.store import cold
 from hvbackup.store import repair as store_repair
 from hvbackup.store.check import Wanted
 from hvbackup.store.ledger import Level
 from hvbackup.store.refill import refill
 from hvbackup.store.store import Store
 
-__all__ = ["CheckOrder", "Checked", "Level", "check", "sentence", "shape"]
+__all__ = ["CheckOrder", "Checked", "Level", "check", "regroup", "sentence", "shape"]
 
 Progress = Callable[[int, int], None]
 LOCK = "check.lock"  # in STATE: who holds it remembers what was found
@@ -105,6 +106,16 @@ def _point(store: Store, machine: MachineId | None, text: str) -> PointId:
     if len(found) > 1:
         raise UsageError(f"{len(found)} points begin with {text}; write more of it")
     return PointId(found[0])
+
+
+def regroup(session: Session, now: Instant, age_ns: int, group_bytes: int, progress: Progress) -> cold.Regrouped:
+    """Blocks that were stored long ago take less room, once reclaim has removed the packs they were in.  Raises Busy."""
+    with session.open() as store, store.writing:
+        done = cold.regroup_cold(store, now, age_ns, group_bytes, progress)
+        if done.packs:
+            figures = {name: getattr(done, name) for name in ("packs", "made_packs", "old_bytes", "new_bytes")}
+            store.tell("regroup", now, **figures)
+        return done
 
 
 def sentence(found: Checked) -> str:

@@ -32,6 +32,7 @@ GAP_BYTES = 64 * 1024  # and over gaps up to this one
 READ_MAX = 64 * MiB  # no record is larger, whatever a row of the index says
 OFFSET_MAX = 1 << 48
 CACHE_BYTES = 64 * MiB
+FRAME_CACHE = 32  # decoded frames of several blocks, 256 KiB each
 PAGE_CACHE = 4096  # map pages, 8 KiB each
 
 
@@ -43,6 +44,7 @@ class ChunkReader:
         self._ciphers: dict[str, tuple[AESGCM | None, bytes]] = {}
         self._cache: OrderedDict[bytes, bytes] = OrderedDict()
         self._pages: OrderedDict[bytes, bytes] = OrderedDict()
+        self._frames: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -130,12 +132,24 @@ class ChunkReader:
         for pack, row in self.index.everywhere(chunk):
             _, _, stored, offset, at, size, _ = row.tolist()[0]
             try:
-                plain = self._decode(pack, offset, self._read(pack, offset, stored))[at : at + size]
+                plain = self._frame(pack, offset, stored, size)[at : at + size]
                 self._verify(chunk, plain, key)
                 return plain
             except StoreDamage as e:
                 problems.append(str(e))
         return None
+
+    def _frame(self, pack: str, offset: int, stored: int, size: int) -> bytes:
+        """A decoded frame.  One of several chunks is kept for a while: its neighbours are often wanted next."""
+        plain = self._frames.get((pack, offset))
+        if plain is None:
+            plain = self._decode(pack, offset, self._read(pack, offset, stored))
+            if len(plain) > size:
+                with self._lock:
+                    self._frames[(pack, offset)] = plain
+                    if len(self._frames) > FRAME_CACHE:
+                        self._frames.popitem(last=False)
+        return plain
 
     def _read(self, pack: str, offset: int, length: int) -> bytes:
         if not 0 <= length <= READ_MAX or offset > OFFSET_MAX:
