@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup import extents
+from hvbackup.endings import let_finish
 from hvbackup.errors import ChunkDamaged, HvbackupError
 from hvbackup.extents import Spans
 from hvbackup.hypervisors import Changes, Frozen, FrozenDisk, Hypervisor, Reader
@@ -209,6 +210,7 @@ def point_of(frozen: Frozen, roots: Sequence[DiskRoot], options: Options, outcom
     )
 
 
+@let_finish
 def _release(hypervisor: Hypervisor, machine: Machine, lease: Lease, keep: Sequence[Token], outcome: Outcome) -> bool:
     """Whether nothing of the lease is left on the host; if not, the lease must stay."""
     try:
@@ -219,6 +221,7 @@ def _release(hypervisor: Hypervisor, machine: Machine, lease: Lease, keep: Seque
     return True
 
 
+@let_finish
 def _conclude(
     store: Store, leases: Leases, lease: Lease | None, machine: Machine, outcome: Outcome, options: Options
 ) -> None:

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvbackup.endings import let_finish
 from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class NewFile:
             self._files.kernel.write(self._fd, data)
         self.size += memoryview(data).nbytes
 
+    @let_finish
     def commit(self, name: str) -> None:
         """The file exists as `name`, durably, when this returns."""
         target = self._files.path(name)
@@ -134,6 +136,7 @@ class NewFile:
             self._named = True
             self._files.kernel.sync_dir(str(target.parent))
 
+    @let_finish
     def abandon(self) -> None:
         """Remove what was written; nothing happens after `commit`."""
         if self._open:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -22,8 +23,22 @@ def ordered(items: Iterable[Item], work: Callable[[Item], Result], *, threads: i
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) >= depth:
-                yield waiting.popleft().result()
+                yield result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield result(waiting.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def result(future: Future[Result], timeout_seconds: float | None = None) -> Result:
+    """What `future.result()` gives, waited for where a signal may interrupt us.  Raises TimeoutError.
+
+    A future waits in Python code that takes and gives locks; an interruption between the two would leave one taken, and
+    whoever must set the result waiting for ever.
+    """
+    ended: SimpleQueue[Future[Result]] = SimpleQueue()
+    future.add_done_callback(ended.put)
+    try:
+        return ended.get(timeout=timeout_seconds).result()
+    except Empty:
+        raise TimeoutError from None

@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from hvbackup.cli import continuous, doctor, machines, papers, recovery, retention, serving, stores, upkeep
+from hvbackup.cli import continuous, doctor, interrupt, machines, papers, recovery, retention, serving, stores, upkeep
 from hvbackup.cli.interrupt import MESSAGE
 from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
@@ -34,12 +34,16 @@ def run(argv: Sequence[str]) -> int:
         out = Out.of(args)
         code: int = args.run(args, out)
         return out.finish(code)
-    except HvbackupError as e:
-        return out.fail(e)
     except KeyboardInterrupt:
         return out.fail(Interrupted(MESSAGE))
-    except OSError as e:
-        return out.fail(HvbackupError(f"{e.filename or 'The system'}: {e.strerror or e}"))
+    except Exception as e:
+        if interrupt.asked():  # a library made another error of it
+            return out.fail(Interrupted(MESSAGE))
+        if isinstance(e, HvbackupError):
+            return out.fail(e)
+        if isinstance(e, OSError):
+            return out.fail(HvbackupError(f"{e.filename or 'The system'}: {e.strerror or e}"))
+        raise
 
 
 def _print_anything() -> None:

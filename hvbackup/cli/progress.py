@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from hvbackup.cli import interrupt
 from hvbackup.cli.output import PROGRAM, Out, duration, size
 
 BAR_SECONDS = 0.1  # between two drawings of the bar
@@ -37,7 +38,8 @@ class Progress:
         self._written = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` bytes of `what`."""
+        """`done` of `total` bytes of `what`.  Raises KeyboardInterrupt when we were asked to end, and that was lost."""
+        interrupt.check()
         now = self._clock()
         if what != self._what:
             self._what, self._began = what, now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,7 +221,8 @@ def map_(args: argparse.Namespace, out: Out) -> int:
         out.warn_all(found.notes)
         out.answer(shapes.mapped(found), _mapped_lines(found))
         try:
-            threading.Event().wait()
+            while True:
+                time.sleep(3600)  # and not on a lock: signals are heard here at once
         except KeyboardInterrupt:
             out.say("")  # ctrl-C is how this ends
     return 0

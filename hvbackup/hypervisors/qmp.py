@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from hvbackup.errors import HostUnreachable
+from hvbackup.pipeline import result
 
 T = TypeVar("T")
 
@@ -131,7 +132,7 @@ class Qmp:
             raise HostUnreachable(f"QEMU at {self.path}: {self._broken}")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(timeout_seconds)
+            return result(future, timeout_seconds)
         except ExecuteError:
             raise
         except TimeoutError as error:
@@ -153,7 +154,7 @@ class Qmp:
             return
         self._broken = self._broken or "The connection is closed"
         with contextlib.suppress(OSError, EOFError, QMPError):
-            asyncio.run_coroutine_threadsafe(self._client.disconnect(), self._loop).result(2.0)
+            result(asyncio.run_coroutine_threadsafe(self._client.disconnect(), self._loop), 2.0)
         self._stop()
 
     def __enter__(self) -> Qmp:

@@ -213,9 +213,9 @@ def test_reads_that_fail_make_no_point(stored: World) -> None:
 
 
 @contextmanager
-def slow_backup(world: World) -> Iterator[subprocess.Popen[str]]:
+def slow_backup(world: World, milliseconds: int = 1500) -> Iterator[subprocess.Popen[str]]:
     """A backup that is reading, and will be for long."""
-    delay = ("--filter=delay", "--filter=noextents", "memory", "64M", "delay-read=1500ms")
+    delay = ("--filter=delay", "--filter=noextents", "memory", "64M", f"delay-read={milliseconds}ms")
     with nbdkit(world.folder, *delay) as uri:
         process = world.start("backup", uri, "--json")
         try:
@@ -253,6 +253,24 @@ def test_an_interrupted_backup_leaves_no_point_and_no_lock(stored: World, number
     assert err == "hvbackup: error: Interrupted; nothing that was committed is lost\n"
     assert len(points_of(stored)) == 1
     stored.done("backup", f"image:{stored.folder}/disk.raw")
+    assert stored.done("check", "--deep", "--json").json["ok"]
+
+
+@pytest.mark.real
+def test_a_second_signal_ends_at_once_and_the_next_run_cleans_up(stored: World) -> None:
+    """The first one ends things in order, and so waits for a read that hangs; the second waits for nothing."""
+    with slow_backup(stored, 60_000) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # as make and sudo do: the same wish
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert json.loads(out)["error"]["kind"] == "Interrupted"
+    assert err == "hvbackup: error: Interrupted again; the next run cleans up what this one left\n"
+    stored.done("backup", f"image:{stored.folder}/disk.raw")
+    assert not list((stored.store / "tmp").glob("*"))
     assert stored.done("check", "--deep", "--json").json["ok"]
 
 

@@ -1,0 +1,80 @@
+"""A signal at any step of a command: it ends soon, with its code and nothing left over, or it was too late."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.rig import World, make_disk
+
+SOON_SECONDS = 10.0  # on a busy machine; a hang is ended, and seen, after twenty
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    make_disk(tmp_path / "disk.raw", 12 << 20)
+    world.done("init")
+    world.done("backup", f"image:{tmp_path}/disk.raw")
+    return world
+
+
+def stepped(world: World, steps: int, seed: int, *words: str, only: str = "") -> list[dict[str, Any]]:
+    """How a command went that was signalled at so many random steps."""
+    more = [f"--only={only}"] if only else []
+    command = [sys.executable, "-m", "tests.cli.stepping", f"--steps={steps}", f"--seed={seed}", *more, "--", *words]
+    done = subprocess.run(command, env=world.environment, capture_output=True, text=True, check=True, timeout=3000)
+    whole, *others = [json.loads(line) for line in done.stdout.splitlines()]
+    assert whole["code"] == 0, whole
+    assert len(others) == steps
+    return others
+
+
+def check_each(runs: list[dict[str, Any]]) -> Counter[int]:
+    for run in runs:
+        assert run["code"] in (0, 130), run
+        assert "Traceback" not in run["out"], run
+        assert run["seconds"] < SOON_SECONDS, run
+        if run["code"] == 130:
+            assert json.loads(run["out"].splitlines()[-1])["error"]["kind"] == "Interrupted", run
+    return Counter(run["code"] for run in runs)
+
+
+def check_left(world: World) -> None:
+    """Nothing is left but what a killed process may leave, and the next run takes that away."""
+    world.done("backup", f"image:{world.folder}/disk.raw")
+    assert not list((world.store / "leases").glob("*"))
+    assert not list((world.store / "tmp").glob("*"))
+    assert world.done("check", "--deep", "--json").json["ok"]
+
+
+def step_through(world: World, steps: int, seed: int) -> Counter[int]:
+    backup = ("backup", "--full", "--json", f"image:{world.folder}/disk.raw")
+    to = world.folder / "restored"
+    to.mkdir(exist_ok=True)
+    restore = ("restore", "disk", "--to", str(to), "--replace", "--json")
+    tally = check_each(stepped(world, steps, seed, *backup))
+    # The places where it hung once: between taking a lock and saying so.
+    tally += check_each(stepped(world, steps, seed, *backup, only="/threading.py"))
+    tally += check_each(stepped(world, steps, seed, *backup, only="/hvbackup/files.py"))
+    tally += check_each(stepped(world, steps, seed, *restore, only="/hvbackup/recover/restore.py"))
+    check_left(world)
+    return tally
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_at_random_steps(stored: World) -> None:
+    assert step_through(stored, 6, seed=11)[130] > 12
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_a_signal_at_thousands_of_steps(stored: World) -> None:
+    assert step_through(stored, 1000, seed=random.SystemRandom().getrandbits(32))[130] > 2000
