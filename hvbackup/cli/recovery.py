@@ -17,6 +17,7 @@ from hvbackup.errors import UsageError
 if TYPE_CHECKING:
     from hvbackup.recover.boot import Boot
     from hvbackup.service.recovery import Mapped, RestoredPoint, Which
+    from hvbackup.service.redefine import Defined
 
 MOMENTS = """\
 moments:
@@ -59,13 +60,14 @@ def _add_restore(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "restore",
-        "write a machine's disks to files",
-        "Write a machine's disks to files: all of them to a folder, or one with --disk DISK --to FILE.\n"
+        "write a machine's disks to files, and define it again",
+        "Write a machine's disks to files: all of them to a folder, or one with --disk DISK --to FILE.  With --to-libvirt the\n"
+        "machine is defined on them, switched off.\n"
         "Every block is verified.  Nothing that exists is overwritten unless you say --replace.",
         MOMENTS,
     )
     _add_which(verb)
-    verb.add_argument("--to", required=True, metavar="PATH", help="a folder; a file or device for a single --disk")
+    verb.add_argument("--to", default="", metavar="PATH", help="a folder; a file or device for a single --disk")
     verb.add_argument("--format", default="", choices=("raw", "qcow2"), help="default: as the file is called, or raw")
     there = verb.add_mutually_exclusive_group()
     there.add_argument(
@@ -80,7 +82,35 @@ def _add_restore(verbs: Verbs) -> None:
         help="compare with what is there, and write only what differs",
     )
     verb.set_defaults(mode="new")
+    _add_defining(verb)
     verb.set_defaults(run=restore)
+
+
+def _add_defining(verb: argparse.ArgumentParser) -> None:
+    """Where the machine becomes one again."""
+    verb.add_argument("--to-libvirt", default="", metavar="URI", help="define it there, such as qemu:///system")
+    verb.add_argument(
+        "--name", default="", metavar="NAME", help="what libvirt is to call it (default: as it was called)"
+    )
+    verb.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="another network than it was on; may be repeated",
+    )
+    identity = verb.add_mutually_exclusive_group()
+    identity.add_argument(
+        "--new-identity", action="store_const", const=True, help="another UUID and other network addresses"
+    )
+    identity.add_argument(
+        "--keep-identity",
+        dest="new_identity",
+        action="store_const",
+        const=False,
+        help="the same UUID and addresses (default: new ones where the machine is still there)",
+    )
+    verb.set_defaults(new_identity=None)
 
 
 def restore(args: argparse.Namespace, out: Out) -> int:
@@ -88,6 +118,12 @@ def restore(args: argparse.Namespace, out: Out) -> int:
     from hvbackup.recover.restore import Mode
     from hvbackup.service import recovery, shapes
 
+    if args.to_libvirt:
+        return _restore_to_libvirt(args, out)
+    if args.name or args.network or args.new_identity is not None:
+        raise UsageError("--name, --network and the identity belong to --to-libvirt URI")
+    if not args.to:
+        raise UsageError("Say where to: --to FOLDER, --disk DISK --to FILE, or --to-libvirt URI")
     goal = recovery.Goal(Path(args.to), args.format, Mode(args.mode))
     with Progress(out) as progress:
         done = recovery.restore(session_of(args), _which(args), goal, lambda disk, at, all_: progress(disk, at, all_))
@@ -96,6 +132,38 @@ def restore(args: argparse.Namespace, out: Out) -> int:
     out.answer(shown, _restored_lines(done))
     out.warn_all(done.notes)
     return out.fail(verdict) if verdict else 0
+
+
+def _restore_to_libvirt(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup restore MACHINE --to-libvirt URI`."""
+    from hvbackup.recover.restore import Mode
+    from hvbackup.service import recovery, redefine, shapes
+
+    pairs = [pair.partition("=") for pair in args.network]
+    if any(not old or not new for old, _, new in pairs):
+        raise UsageError("A network is mapped as --network OLD=NEW")
+    networks = {old: new for old, _, new in pairs}
+    target = redefine.Target(args.to_libvirt, args.name, networks, args.new_identity)
+    to = Path(args.to) if args.to else None
+    with Progress(out) as progress:
+        done, made = redefine.restore_to_libvirt(
+            session_of(args),
+            _which(args),
+            redefine.Where(to, args.format, Mode(args.mode)),
+            target,
+            lambda disk, at, all_: progress(disk, at, all_),
+        )
+    verdict = recovery.verdict(done)
+    shown = shapes.restored(done) | shapes.defined(made) | ({"error": shapes.error(verdict)} if verdict else {})
+    out.answer(shown, [*_restored_lines(done), *_defined_lines(made)])
+    out.warn_all(done.notes)
+    return out.fail(verdict) if verdict else 0
+
+
+def _defined_lines(made: Defined | None) -> Iterator[str]:
+    if made:
+        identity = "a new identity" if made.new_identity else "its own identity"
+        yield f"  {made.name} is defined, switched off, with {identity} ({made.uuid}); `virsh start {made.name}` runs it"
 
 
 def _restored_lines(done: RestoredPoint) -> Iterator[str]:

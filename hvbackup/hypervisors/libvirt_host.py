@@ -105,6 +105,10 @@ class Host:
         """A new domain, switched off.  Raises LibvirtRefused."""
         return Domain(self, self.call("defining a domain", lambda c: str(c.defineXML(xml).UUIDString())))
 
+    def command_line(self, xml: str) -> str:
+        """How QEMU would be started for a domain, as words of a shell.  Raises LibvirtRefused."""
+        return self.call("a command line", lambda c: str(c.domainXMLToNative("qemu-argv", xml)))
+
     def networks(self) -> Sequence[str]:
         """The names of its virtual networks."""
         return self.call("listing networks", lambda c: [str(n.name()) for n in c.listAllNetworks()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +50,21 @@ class Seen:
         """What is kept beside the disks, and what could not be read of it."""
         found, notes = [], []
         for sidecar in self.sidecars:
-            if not self.shell and not Path(sidecar.path).exists():
+            if not self.active and not self.shell and not Path(sidecar.path).exists():
                 continue  # a machine that never ran has none yet
             try:
                 found.append(libvirt_sidecar.read(sidecar, self.shell))
             except HostUnreachable as error:
                 notes.append(f"The point lacks {sidecar.id}: {error}")
         return found, notes
+
+    def _command_line(self) -> Mapping[str, Any]:
+        """How QEMU would be started, for booting a point without libvirt; nothing where libvirt can't say."""
+        try:
+            words = _words(self.domain.host.command_line(self.definition))
+        except (HostUnreachable, ValueError):
+            return {}
+        return {"command_line": {"argv": words, "cwd": "/", "exe": words[0]}} if words else {}
 
     def config(self) -> MachineConfig:
         """As it is kept in a recovery point."""
@@ -67,8 +77,17 @@ class Seen:
             "disks": [_portable(d, self.machine) for d in spec.disks] + [_beside(s) for s in self.sidecars],
             "networks": [dict(n) for n in spec.networks],
             "skipped": dict(spec.skipped),
+            **self._command_line(),
         }
         return MachineConfig(CONFIG_KIND, self.definition, portable)
+
+
+def _words(line: str) -> list[str]:
+    """The words of a command, without the environment that libvirt puts before it."""
+    words = shlex.split(line)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    return words
 
 
 def look(domain: Domain, where: LibvirtUri, state: Path) -> Seen:

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvbackup import extents
@@ -45,7 +45,7 @@ class SidecarDisk:
 
     disk: Disk
     token: Token | None
-    data: bytes
+    data: bytes = field(repr=False)
 
     def changes(self, since: Token | None) -> Changes:
         """Nothing, or everything."""

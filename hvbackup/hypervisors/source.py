@@ -85,7 +85,7 @@ def _qemu(rest: str, options: SourceOptions) -> Hypervisor:
         raise UsageError("A list of changed extents is for images and NBD exports; QEMU knows by itself what changed")
     path, given = _path_and_options(rest)
     _only(f"qemu:{rest}", given, ("agent",))
-    adapter = _adapter("hvbackup.hypervisors.qemu", "qemu:")
+    adapter = adapter_of("hvbackup.hypervisors.qemu", "qemu:")
     agent = Path(given["agent"]) if given.get("agent") else options.agent
     limit = {"limit_seconds": options.freeze_limit_seconds} if options.freeze_limit_seconds else {}
     found: Hypervisor = adapter.QemuHypervisor(
@@ -101,7 +101,7 @@ def _qemu(rest: str, options: SourceOptions) -> Hypervisor:
 def _libvirt(rest: str, options: SourceOptions) -> Hypervisor:
     if options.changed or options.machine_file:
         raise UsageError("--changed and --machine are for sources that know less; libvirt knows both by itself")
-    adapter = _adapter("hvbackup.hypervisors.libvirt", "libvirt:")
+    adapter = adapter_of("hvbackup.hypervisors.libvirt", "libvirt:")
     limit = {"limit_seconds": options.freeze_limit_seconds} if options.freeze_limit_seconds else {}
     found: Hypervisor = adapter.LibvirtHypervisor(
         LibvirtUri.parse(rest),
@@ -114,7 +114,7 @@ def _libvirt(rest: str, options: SourceOptions) -> Hypervisor:
 
 
 def _image(rest: str, options: SourceOptions) -> Hypervisor:
-    adapter = _adapter("hvbackup.hypervisors.image", "image:")
+    adapter = adapter_of("hvbackup.hypervisors.image", "image:")
     if rest != (plain := quote(rest, safe=_PLAIN)) and Path(rest).exists():
         raise UsageError(f"image:{rest}: In a file's name '%', '?' and ',' mean something; write image:{plain}")
     specs = [_image_spec(adapter, part) for part in rest.split(",")]
@@ -138,7 +138,7 @@ def _image_spec(adapter: ModuleType, part: str) -> Any:
 
 
 def _nbd(source: str, options: SourceOptions) -> Hypervisor:
-    adapter = _adapter("hvbackup.hypervisors.nbdsource", "nbd:")
+    adapter = adapter_of("hvbackup.hypervisors.nbdsource", "nbd:")
     head, _, query = source.partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     _only(source, given, ("bitmap", "changed", "socket", "tls-certificates"))
@@ -184,7 +184,8 @@ def _unknown(source: str) -> UsageError:
     return UsageError(f"{source}: Unknown kind of source {scheme}{near}; sources look like {_EXAMPLES}")
 
 
-def _adapter(module: str, scheme: str) -> ModuleType:
+def adapter_of(module: str, scheme: str) -> ModuleType:
+    """A module that needs an SDK.  Raises UsageError when that is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -227,7 +227,14 @@ def _chosen(point: RecoveryPoint, options: Options) -> list[DiskRoot]:
     for name in options.disks:
         if name not in there:
             raise NotFound(f"Point {point.id} of {point.machine.name} has no disk {name}; it has {', '.join(there)}")
-    return [root for name, root in there.items() if not options.disks or name in options.disks]
+    beside = _beside(point, "tpm", *(("nvram",) if options.generic else ()))
+    return [d for n, d in there.items() if n not in beside and (not options.disks or n in options.disks)]
+
+
+def _beside(point: RecoveryPoint, *roles: str) -> set[str]:
+    """What was captured with the disks and is none: it has no place in the machine that is booted."""
+    listed = [d for d in point.config.portable.get("disks", ()) if isinstance(d, Mapping)]
+    return {str(d.get("id")) for d in listed if d.get("role") in roles}
 
 
 def _run_folder(base: Path, name: str) -> Path:
@@ -264,17 +271,23 @@ def _command_line(boot: Boot, point: RecoveryPoint, disks: Sequence[DiskRoot], o
     kvm_works = wants_kvm and kvm.works()
     place = Place(boot.name, str(boot.run), str(boot.folder), os.path.exists, kvm=kvm_works, identity=identity)
     if not native:
+        overlays = [o for o in overlays if o.disk not in _beside(point, "nvram")]
         return _with_program(_generic(point, overlays, place, options))
     return _with_program(qemu_argv.rewrite(native["argv"], native.get("cwd") or "/", overlays, place))
 
 
 def _captured_line(point: RecoveryPoint) -> dict[str, Any]:
     """The command line of the machine, with its directory; empty when there is none that starts a machine."""
-    if point.config.kind != "qemu-argv":
-        return {}
-    native: dict[str, Any] = json.loads(point.config.native)
+    native: dict[str, Any] = _native(point)
     program = Path(native["argv"][0]).name if native.get("argv") else ""
     return {} if not program or "storage-daemon" in program else native
+
+
+def _native(point: RecoveryPoint) -> dict[str, Any]:
+    """A command line, with its directory, as the platform had it, or as it said QEMU would be started."""
+    if point.config.kind == "qemu-argv":
+        return dict(json.loads(point.config.native))
+    return dict(point.config.portable.get("command_line") or {})
 
 
 def _generic(point: RecoveryPoint, overlays: Sequence[Overlay], place: Place, options: Options) -> CommandLine:

@@ -35,6 +35,7 @@ from hvbackup.service.session import Session
 
 MACHINE_FILE = "machine.json"  # beside the disks of a restored machine
 FORMATS = ("raw", "qcow2")
+BESIDE = ("nvram", "tpm")  # what a machine keeps beside its disks: files, whatever format disks get
 OnProgress = Callable[[str, int, int], None]
 OnError = Callable[[str, str, Exception], None]  # the export, what was asked of it, what went wrong
 
@@ -167,8 +168,9 @@ def _folder(chosen: Sequence[DiskRoot], goal: Goal, machine_file: Path | None) -
     """One file for each disk, named for it."""
     if goal.to.exists() and not goal.to.is_dir():
         raise UsageError(f"{goal.to} is no folder; several disks go to a folder, one disk to a file with --disk DISK")
-    form, found, taken = goal.format or "raw", [], set()
+    found, taken = [], set()
     for root in chosen:
+        form = "raw" if root.disk.id in BESIDE else goal.format or "raw"
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", root.disk.id).strip("_.") or "disk"
         name, n = safe, 1
         while name in taken:

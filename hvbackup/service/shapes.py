@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # each verb pays for its own modules only
     from hvbackup.recover.boot import Boot
     from hvbackup.service.backup import Planned, Run
     from hvbackup.service.recovery import Mapped, RestoredPoint
+    from hvbackup.service.redefine import Defined
     from hvbackup.service.timeline import Protected
     from hvbackup.store.pauses import Pause
 
@@ -182,6 +183,11 @@ def restored(r: RestoredPoint) -> Json:
         "machine_file": str(r.machine_file) if r.machine_file else None,
         "notes": list(r.notes),
     }
+
+
+def defined(made: Defined | None) -> Json:
+    """The domain that `restore --to-libvirt` made."""
+    return {"defined": asdict(made) if made else None}
 
 
 def boot(b: Boot) -> Json:
