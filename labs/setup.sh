@@ -97,7 +97,7 @@ step_venv() {
     apt_install "${LIBVIRT_PACKAGES[@]}" $(python_headers)
     say "Installing hvbackup and its tools into .venv (the versions in constraints.txt)"
     PIP_CONSTRAINT=$PWD/constraints.txt .venv/bin/python -m pip install -qq --disable-pip-version-check \
-        --no-input -e '.[dev,libvirt]'
+        --no-input -e '.[dev,libvirt,parity]'
     want=$(venv_fingerprint)
     printf '%s\n' "$want" >"$stamp"
 }

@@ -13,7 +13,7 @@ doctor       doctor
 retention    prune, forget, hold, holds, release, approve, settings
 serving      serve, config
 job, worker  processes of the service
-upkeep       regroup
+upkeep       parity, regroup
 papers       completion, man
 
 Modules here import nothing heavy: `--help` answers at once, and a verb pays only for what it needs.

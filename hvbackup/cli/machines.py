@@ -86,7 +86,7 @@ def _add_freezing(verb: argparse.ArgumentParser) -> None:
 def backup(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup backup SOURCE…`."""
     from hvbackup.service import backup as service
-    from hvbackup.service import shapes
+    from hvbackup.service import shapes, upkeep
 
     progress = Progress(out)
     request = service.Request(
@@ -114,6 +114,7 @@ def backup(args: argparse.Namespace, out: Out) -> int:
         return 0
     with progress:
         runs = service.backup(session_of(args), request)
+    uncovered = upkeep.keep_covered(session_of(args))
     verdict = service.verdict(runs)
     shown = shapes.runs(runs) | ({"error": shapes.error(verdict)} if verdict else {})
     out.answer(shown, (line for r in runs for line in _run_lines(r)))
@@ -121,6 +122,7 @@ def backup(args: argparse.Namespace, out: Out) -> int:
         out.warn_all(r.outcome.notes if r.outcome else ())
         if r.error and len(runs) > 1:
             out.error(r.error)
+    out.warn_all(uncovered)
     if verdict:
         return out.fail(verdict)
     return 0

@@ -59,6 +59,7 @@ def _add_init(verbs: Verbs) -> None:
     verb.add_argument("where", nargs="?", default="", metavar="STORE", help="the directory; the same as --store")
     verb.add_argument("--block", default="64K", choices=BLOCKS, help="the unit of deduplication (default: 64K)")
     verb.add_argument("--no-encryption", action="store_true", help="whoever can read the store reads every machine")
+    verb.add_argument("--parity", action="store_true", help="keep a tenth more, to mend damaged packs with")
     verb.set_defaults(run=init)
 
 
@@ -69,7 +70,7 @@ def init(args: argparse.Namespace, out: Out) -> int:
     if args.where and args.store and args.where != args.store:
         raise UsageError(f"Two stores are named, {args.where} and {args.store}; name one")
     args.store = args.where or args.store
-    made = stores.init(session_of(args), block=BLOCKS[args.block], encrypted=not args.no_encryption)
+    made = stores.init(session_of(args), block=BLOCKS[args.block], encrypted=not args.no_encryption, parity=args.parity)
     out.answer(_made(made), _made_lines(made))
     if not made.encrypted:
         out.warn(f"The store at {made.path} is NOT encrypted: whoever can read it reads every machine in it")

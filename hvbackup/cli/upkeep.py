@@ -1,4 +1,4 @@
-"""regroup: what keeps a store small while nobody looks."""
+"""parity, regroup: what keeps a store well and small while nobody looks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,31 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--older-than", default="7d", metavar="TIME", help="only what was stored before (7d)")
     verb.add_argument("--group", default="256K", choices=("256K", "512K", "1M"), help="how much is joined (256K)")
     verb.set_defaults(run=regroup)
+    verb = add_verb(
+        verbs,
+        "parity",
+        "keep a tenth more, out of which damaged packs can be mended",
+        "Every pack gets a parity file beside it, out of which `check --repair` mends flipped bits and lost ranges, up to a\n"
+        "tenth of the pack.  Packs that later backups add get theirs as well.  Needs the package zfec.",
+    )
+    verb.add_argument("--off", action="store_true", help="remove all parity, and make no more")
+    verb.set_defaults(run=parity)
+
+
+def parity(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup parity`."""
+    from hvbackup.service import upkeep
+
+    if args.off:
+        removed = upkeep.uncover(session_of(args))
+        out.answer({"removed": removed}, [f"Removed the parity of {count(removed, 'pack')}; later ones get none"])
+        return 0
+    with Progress(out) as progress:
+        done = upkeep.cover(session_of(args), lambda n, total: progress("parity", n, total))
+    line = f"{count(done.made, 'pack')} of {size(done.pack_bytes)} got {size(done.parity_bytes)} of parity; later ones get theirs"
+    out.answer(asdict(done), [line])
+    out.warn_all([f"Pack {name} is damaged already and got none; run `hvbackup check --deep`" for name in done.damaged])
+    return 0
 
 
 def regroup(args: argparse.Namespace, out: Out) -> int:

@@ -22,6 +22,7 @@ from hvbackup.files import Files
 from hvbackup.service import lonefile
 from hvbackup.service.session import Session, given
 from hvbackup.store import keys, store
+from hvbackup.store import parity as store_parity
 from hvbackup.store.store import Store, describe
 
 
@@ -46,11 +47,20 @@ class Wrapping:
     label: str
 
 
-def init(session: Session, *, block: int, encrypted: bool = True) -> Made:
+def init(session: Session, *, block: int, encrypted: bool = True, parity: bool = False) -> Made:
     """A new, empty store exists when this returns, and its key is where the result says.
 
     Raises UsageError when something is there already, KeyRefused when a key file can't be used.
     """
+    if parity:
+        store_parity.require()
+    made = _init(session, block=block, encrypted=encrypted)
+    if parity:
+        store_parity.want(Files(made.path))
+    return made
+
+
+def _init(session: Session, *, block: int, encrypted: bool) -> Made:
     path = session.places.store
     if not encrypted:
         if session.keys.given:

@@ -1,4 +1,4 @@
-"""check, regroup: is everything we promised still there, what can be put back, and can it take less room?"""
+"""check, parity, regroup: is everything we promised still there, what can be put back, and can it take less room?"""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hvbackup.errors import Busy, NotFound, UsageError
+from hvbackup.files import Files
 from hvbackup.model import Instant, MachineId, PointId
 from hvbackup.service.session import Session
 from hvbackup.store import check as store_check
-from hvbackup.store import cold
+from hvbackup.store import cold, parity
 from hvbackup.store import repair as store_repair
 from hvbackup.store.check import Wanted
 from hvbackup.store.ledger import Level
 from hvbackup.store.refill import refill
 from hvbackup.store.store import Store
 
-__all__ = ["CheckOrder", "Checked", "Level", "check", "regroup", "sentence", "shape"]
+__all__ = [
+    "CheckOrder",
+    "Checked",
+    "Level",
+    "check",
+    "cover",
+    "keep_covered",
+    "regroup",
+    "sentence",
+    "shape",
+    "uncover",
+]
 
 Progress = Callable[[int, int], None]
 LOCK = "check.lock"  # in STATE: who holds it remembers what was found
@@ -81,10 +93,10 @@ def _repaired(session: Session, order: CheckOrder, progress: Progress) -> Checke
         done = store_repair.repair(store)
         report = store_check.check(store, wanted, progress=progress)
         if report.problems:
+            done += store_repair.mend(store)
             other = stack.enter_context(order.source.open()) if order.source else None
-            more = refill(store, other)
-            done += more
-            if more:
+            done += refill(store, other)
+            if done:
                 again = store_check.check(store, replace(wanted, level=Level.QUICK))
                 report = replace(again, read_bytes=report.read_bytes)
         return Checked(report, order.level, repaired=done)
@@ -116,6 +128,31 @@ def regroup(session: Session, now: Instant, age_ns: int, group_bytes: int, progr
             figures = {name: getattr(done, name) for name in ("packs", "made_packs", "old_bytes", "new_bytes")}
             store.tell("regroup", now, **figures)
         return done
+
+
+def cover(session: Session, progress: Progress) -> parity.Covered:
+    """Every pack has parity, and whatever is added gets it from now on.  Raises UsageError where the package is missing."""
+    with session.open() as store:
+        parity.want(store.files)
+        return parity.cover(store.files, progress)
+
+
+def keep_covered(session: Session) -> list[str]:
+    """Packs that were added have parity if this store's packs are to have it; why not, for people."""
+    files = Files(session.places.store)
+    if not parity.is_wanted(files):
+        return []
+    try:
+        damaged = parity.cover(files).damaged
+    except UsageError as e:
+        return [f"New packs have no parity yet: {e}"]
+    return [f"Pack {name} is damaged and got no parity; run `hvbackup check --deep`" for name in damaged]
+
+
+def uncover(session: Session) -> int:
+    """No pack has parity any more; how many had."""
+    with session.open() as store:
+        return parity.drop(store.files)
 
 
 def sentence(found: Checked) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hvbackup.errors import StoreDamage
 from hvbackup.model import DiskId, DiskRoot, Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.pipeline import ordered
-from hvbackup.store import journal
+from hvbackup.store import journal, parity
 from hvbackup.store import pack as packs
 from hvbackup.store.generation import OFFSET_BITS
 from hvbackup.store.ledger import SAVE_SECONDS, Ledger, Level, debt, sizes
@@ -62,7 +62,7 @@ class Wanted:
 class Problem:
     """One thing that is wrong."""
 
-    kind: str  # "point" | "disk" | "pack" | "chunk" | "segment" | "runs" | "key"
+    kind: str  # "point" | "disk" | "pack" | "chunk" | "segment" | "parity" | "runs" | "key"
     what: str  # a sentence
     lost: bool  # whether something we offered can't be recovered because of it
     point: str = ""  # for a disk: which, of what, and the (offset, length) of what is lost of it, the first 1000
@@ -188,10 +188,20 @@ class _Check:
                 if time.monotonic() > saved + SAVE_SECONDS:
                     self._save()
                     saved = time.monotonic()
+        self._sidecars(todo)
         if self._wanted.whole:
             self._ledger.begun = NEVER
         self._save()
         self._owed()
+
+    def _sidecars(self, todo: Iterable[str]) -> None:
+        """Parity costs nobody anything until it is needed, so it is tested where packs are."""
+        covered = set(parity.sidecars(self._store.files))
+        for pack in covered.intersection(todo):
+            if not parity.is_whole(self._store.files, pack):
+                self._report.add(
+                    "parity", f"The parity of pack {pack} is damaged; `hvbackup check --repair` makes it again"
+                )
 
     def _note(self, found: Verified, *, whole: bool) -> None:
         report = self._report

@@ -2,6 +2,7 @@
 
     keys      `keys/ID.json` and `keys/ID.copy` have the same bytes, and each tells by itself whether it is whole
     points    every point file has a copy in two packs of pages
+    packs     those that have parity are made again out of it
 
 Blocks are not here: the next capture stores lost ones again.  Nothing is ever put back that a run record calls forgotten, nor a
 copy whose capture never told of its point.
@@ -18,17 +19,46 @@ import zstandard
 
 from hvbackup.errors import HvbackupError, KeyRefused, StoreDamage
 from hvbackup.store import format as f
-from hvbackup.store import keys
+from hvbackup.store import keys, parity
 from hvbackup.store import pack as packs
 from hvbackup.store import point as points
 from hvbackup.store.runs import Told
 from hvbackup.store.store import Store
+from hvbackup.store.verify import rows_of
 
 
 def repair(store: Store) -> list[str]:
     """Everything that has a good copy is whole when this returns; what was done, a sentence each.  Only for the owner."""
     store.index.rebuild()
     return [*_keys(store), *_points(store)]
+
+
+def mend(store: Store) -> list[str]:
+    """Packs that check found damaged and that have parity are whole when this returns, as far as it goes.  Only for the owner."""
+    covered = set(parity.sidecars(store.files))
+    done = [line for name in sorted(covered) if _is_suspect(store, name) for line in _mend(store, name)]
+    for name in covered:
+        if store.files.exists(packs.path_of(name)) and not parity.is_whole(store.files, name):
+            store.files.remove(packs.parity_of(name))
+    if parity.is_wanted(store.files):
+        made = parity.cover(store.files).made
+        done += [f"{made} packs had no parity that is whole, and have it again"] if made else []
+    return done
+
+
+def _is_suspect(store: Store, name: str) -> bool:
+    if any(place[0] == name for place in store.index.damaged) or not store.files.exists(packs.path_of(name)):
+        return True
+    return bool(rows_of(store, name)[1])
+
+
+def _mend(store: Store, name: str) -> list[str]:
+    try:
+        line = parity.repair(store.files, name)
+    except StoreDamage:
+        return []  # too much of it: check names it, and what needs it
+    store.index.set_damaged({place for place in store.index.damaged if place[0] != name})
+    return [line] if line else []
 
 
 def _keys(store: Store) -> Iterator[str]:
