@@ -19,6 +19,7 @@ from hvbackup.protect.events import Folded, Trouble
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.setting import Setting
 from hvbackup.store.history import Moment
+from hvbackup.store.merging import merge
 from hvbackup.store.recorder import Recorder
 from hvbackup.store.window import check_budget, trim
 
@@ -118,4 +119,5 @@ class Points:
         if s.is_full(FOLD_AT):
             limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
         removed = trim(s.store, s.machine.id, limits, by_age=not s.clock_stepped)
+        merge(s.store, s.machine.id)
         return outcome, Folded(point, time.monotonic() - began, removed)

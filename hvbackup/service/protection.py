@@ -14,7 +14,7 @@ from hvbackup import memory
 from hvbackup.capture import Options, system_clock
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
-from hvbackup.model import SECOND, Consistency, Instant, Machine
+from hvbackup.model import SECOND, Consistency, Instant, Machine, MiB
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.group import Group
 from hvbackup.protect.protection import Protection
@@ -27,6 +27,7 @@ from hvbackup.store import pauses
 from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
 
+CACHE_BYTES = 8 * MiB  # of decoded blocks: a fold reads each of them once
 WRITING_SECONDS = 3600.0  # for a reclaim to end: a point may be late, its moments are in the journal
 
 OnEvent = Callable[[Machine, Event], None]
@@ -75,7 +76,7 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
     memory.give_back()
     with ExitStack() as stack:
         store = stack.enter_context(session.open())
-        store.writing.wait_seconds = WRITING_SECONDS
+        store.writing.wait_seconds, store.cache_bytes = WRITING_SECONDS, CACHE_BYTES
         note = noting(session.places, lambda machine: store.ring.machine_name(machine.id))
 
         def told(machine: Machine, event: Event) -> None:

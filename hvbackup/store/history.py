@@ -116,7 +116,7 @@ class SealedRun(Segment):
 
 def stem(name: Name) -> str:
     """What the tables of a segment are called."""
-    return f"{name.epoch:08d}-{name.first:020d}"
+    return name.stem
 
 
 def _summary(run: Run) -> Summary:

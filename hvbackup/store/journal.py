@@ -2,6 +2,7 @@
 
     journals/MACHINE/EPOCH-SEQ.log     open: frames of facts, appended, fsynced in groups
     journals/MACHINE/EPOCH-SEQ.seg     sealed: the same facts, compressed (segment.py)
+    journals/MACHINE/EPOCH-SEQ-LAST.seg    several of those in one (merging.py); they don't count any more
 
 A moment is a durable barrier: the state after the last fact of a frame with the barrier flag.  Facts behind the last barrier of
 a log are no part of any moment, and are dropped when the log is taken over.  Order comes from the sequence; times label.
@@ -47,28 +48,43 @@ class Name:
     epoch: int
     first: int
     suffix: str
+    last: int | None = None  # of a merged segment: its last sequence number
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return f"{self.epoch:08d}-{self.first:020d}" + ("" if self.last is None else f"-{self.last:020d}")
 
     def __str__(self) -> str:
-        return f"{self.epoch:08d}-{self.first:020d}{self.suffix}"
+        return self.stem + self.suffix
+
+    def covers(self, other: Name) -> bool:
+        """Whether this file has all that the other one has, which therefore does not count."""
+        if self.epoch != other.epoch or self == other:
+            return False
+        if self.last is None:
+            return self.first == other.first and self.suffix == SEGMENT and other.suffix == LOG
+        return self.first <= other.first and (other.last or other.first) <= self.last
 
 
 def parse_name(name: str) -> Name | None:
     """The parts of a file's name, or None for a file that is none of ours."""
     stem, suffix = os.path.splitext(name)
-    epoch, _, first = stem.partition("-")
-    if suffix not in (LOG, SEGMENT) or not (epoch.isdigit() and first.isdigit()):
+    parts = stem.split("-")
+    if suffix not in (LOG, SEGMENT) or not all(part.isdigit() for part in parts):
         return None
-    return Name(int(epoch), int(first), suffix)
+    if len(parts) == 3 and suffix == SEGMENT:
+        return Name(int(parts[0]), int(parts[1]), suffix, int(parts[2]))
+    return Name(int(parts[0]), int(parts[1]), suffix) if len(parts) == 2 else None
 
 
 def list_files(files: Files, machine: str) -> list[Name]:
-    """The files of a machine's journal in their order; where a log and its segment both exist, the segment alone.
+    """The files of a machine's journal in their order; where a log and its segment both exist, the segment alone, and where a
+    merged segment and its parts, the merged one.
 
     Files of an old epoch that begin at or after a newer epoch are fenced off: a writer that did not know it was replaced.
     """
-    found = [n for name in files.names(f"{FOLDER}/{machine}") if (n := parse_name(name))]
-    sealed = {(n.epoch, n.first) for n in found if n.suffix == SEGMENT}
-    kept = [n for n in found if n.suffix == SEGMENT or (n.epoch, n.first) not in sealed]
+    kept = uncovered(all_files(files, machine))
     begins: dict[int, int] = {}
     for n in kept:
         begins[n.epoch] = min(begins.get(n.epoch, n.first), n.first)
@@ -76,6 +92,21 @@ def list_files(files: Files, machine: str) -> list[Name]:
         (n for n in kept if all(n.first < first for epoch, first in begins.items() if epoch > n.epoch)),
         key=lambda n: (n.first, n.epoch),
     )
+
+
+def all_files(files: Files, machine: str) -> list[Name]:
+    """Every file of a machine's journal, also those that do not count."""
+    return [n for name in files.names(f"{FOLDER}/{machine}") if (n := parse_name(name))]
+
+
+def uncovered(names: Sequence[Name]) -> list[Name]:
+    """The files that count."""
+    kept: list[Name] = []
+    # Whoever covers another one comes before it.
+    for n in sorted(names, key=lambda n: (n.epoch, n.first, -(n.last or 0), n.suffix == LOG)):
+        if not (kept and kept[-1].covers(n)):
+            kept.append(n)
+    return kept
 
 
 @dataclass(frozen=True, slots=True)

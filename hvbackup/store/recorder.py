@@ -20,7 +20,7 @@ from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store import format as f
 from hvbackup.store import journal
 from hvbackup.store.history import History
-from hvbackup.store.journal import FOLDER, LOG, SEGMENT, LogWriter, Name
+from hvbackup.store.journal import FOLDER, LOG, LogWriter, Name
 from hvbackup.store.segment import write_segment
 from hvbackup.store.store import Store
 from hvbackup.store.told import Doubt, carried
@@ -33,9 +33,9 @@ CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 def settle(store: Store, machine: MachineId) -> None:
     """Every log a dead writer left is sealed up to its last barrier, or removed where it has none."""
     folder = store.ring.machine_name(machine)
-    names = {n for name in store.files.names(f"{FOLDER}/{folder}") if (n := journal.parse_name(name))}
+    names = journal.all_files(store.files, folder)
     for name in sorted(names, key=lambda n: (n.epoch, n.first)):
-        if name.suffix == LOG and (Name(name.epoch, name.first, SEGMENT) in names or seal(store, folder, name)):
+        if name.suffix == LOG and (any(n.covers(name) for n in names) or seal(store, folder, name)):
             store.files.remove(f"{FOLDER}/{folder}/{name}")
 
 

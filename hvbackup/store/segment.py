@@ -31,18 +31,24 @@ LEVEL = 1
 
 def path_of(machine: str, name: Name) -> str:
     """Where a segment lives in the store."""
-    return f"{FOLDER}/{machine}/{Name(name.epoch, name.first, SEGMENT)}"
+    return f"{FOLDER}/{machine}/{Name(name.epoch, name.first, SEGMENT, name.last)}"
 
 
 def write_segment(backend: Backend, ring: Keyring, machine: str, name: Name, frames: Sequence[Frame]) -> None:
     """The segment of a log exists, durably, when this returns.  The last of `frames` is a barrier."""
-    facts, stream = joined(frames)
+    write_facts(backend, ring, machine, name, *joined(frames))
+
+
+def write_facts(
+    backend: Backend, ring: Keyring, machine: str, name: Name, facts: Facts, stream: bytes | bytearray
+) -> None:
+    """The segment of these facts exists, durably, when this returns; `pos` of each says where its bytes are in the stream."""
     pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT, path_of(machine, name))
     try:
         zstd = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False)
         for what, data in ((f.CHUNK_FACTS, stream), (f.CHUNK_FACT_INDEX, facts.tobytes())):
             for at in range(0, len(data), f.SEGMENT_PIECE_BYTES):
-                _add(pack, ring, zstd, what, data[at : at + f.SEGMENT_PIECE_BYTES])
+                _add(pack, ring, zstd, what, bytes(data[at : at + f.SEGMENT_PIECE_BYTES]))
         pack.seal()
     except BaseException:
         pack.abandon()
@@ -116,6 +122,16 @@ class Segment:
         if len(data) % f.FACT.itemsize:  # nobody vouches for what the footer calls an index
             raise ChunkDamaged(f"{self._path} has {len(data)} bytes where whole facts belong")
         return np.frombuffer(data, f.FACT)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """How large its facts and their bytes are."""
+        return int(self._rows["plain"].sum())
+
+    @property
+    def stream(self) -> bytes:
+        """The bytes of all facts.  Raises ChunkDamaged."""
+        return b"".join(self._decode(row, i) for i, row in enumerate(self._stream))
 
     def read(self, pos: int, length: int) -> bytes:
         """Bytes of the stream.  Raises ChunkDamaged."""

@@ -31,7 +31,7 @@ from hvbackup.store import format as f
 from hvbackup.store import keys
 from hvbackup.store import point as points
 from hvbackup.store.index import Index
-from hvbackup.store.reader import ChunkReader
+from hvbackup.store.reader import CACHE_BYTES, ChunkReader
 from hvbackup.store.runs import Runs
 from hvbackup.store.view import DiskView
 from hvbackup.store.writer import ChunkWriter
@@ -169,6 +169,7 @@ class Store:
         self.files, self.state, self.ring, self.descriptor, self.owner = files, state, ring, descriptor, owner
         self.id, self.block = descriptor.id, descriptor.block
         self.index = Index(files, state, keep=owner)
+        self.cache_bytes = CACHE_BYTES  # of decoded blocks, from the next writing on
         self.chunks = ChunkReader(files, ring, self.index)
         self.runs = Runs(files, ring, state)
         self.writing = Writing(self)
@@ -214,7 +215,7 @@ class Store:
         self.runs.settle()
         self.index = Index(self.files, self.state, keep=True)
         self.index.sync()
-        self.chunks = ChunkReader(self.files, self.ring, self.index)
+        self.chunks = ChunkReader(self.files, self.ring, self.index, self.cache_bytes)
         stack.callback(self.index.stop_keeping)
 
     @contextmanager

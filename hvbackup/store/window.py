@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hvbackup.errors import NotFound, SpaceExhausted
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
-from hvbackup.store import journal, pins
+from hvbackup.store import journal, merging, pins
 from hvbackup.store.journal import FOLDER, Name
 from hvbackup.store.store import Store
 
@@ -41,7 +41,7 @@ class Piece:
 def journal_bytes(store: Store, machine: MachineId) -> int:
     """How large the journal of a machine is."""
     folder = store.ring.machine_name(machine)
-    return sum(_size(store, f"{FOLDER}/{folder}/{n}") for n in journal.list_files(store.files, folder))
+    return sum(_size(store, f"{FOLDER}/{folder}/{n}") for n in journal.all_files(store.files, folder))
 
 
 def _size(store: Store, path: str) -> int:
@@ -134,6 +134,8 @@ def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> i
     try:
         with pins.pinned(store, base, f"the journal of {machine}"):  # what stays builds upon it
             for piece in gone:
+                for part in merging.parts_of(store, folder, piece.name):  # first, or they would count again
+                    store.files.remove(f"{FOLDER}/{folder}/{part}")
                 store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
     except NotFound:
         return 0  # it was forgotten just now: the next trim knows

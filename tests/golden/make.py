@@ -1,4 +1,5 @@
-"""Makes the golden stores: `python tests/golden/make.py`.  Only when format 1 itself changes, which ends with its first release.
+"""Makes the golden stores: `python -m tests.golden.make NAME...`.  One that is there is made anew only when format 1 itself
+changes, which ends with its first release.
 
 Each NAME.tar holds a store in which every feature of the format occurs; NAME.json says how it opens, and what every disk of
 every point, and of every moment of its journal, must read as: the size and the BLAKE3 of the whole disk.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,9 +23,12 @@ from blake3 import blake3
 
 from hvbackup import capture as capturing
 from hvbackup.capture import Options, capture
+from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineConfig, MachineId, Token
 from hvbackup.store import keys
+from hvbackup.store.history import Moment
+from hvbackup.store.merging import merge
 from hvbackup.store.recorder import Recorder
 from hvbackup.store.store import Store, init
 
@@ -40,6 +45,7 @@ class Golden:
     block: int
     group: int  # blocks compressed together
     opens: dict[str, str]  # {"key": text} | {"passphrase": text} | {}
+    merged: bool = False  # some segments of its journal are
     points: dict[str, dict[str, Any]] = field(default_factory=dict)
     moments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -61,6 +67,7 @@ def stores() -> list[Golden]:
         Golden("format1-passphrase-256k", 256 * KiB, 1, {"passphrase": PASSPHRASE}),
         Golden("format1-plain-64k", 64 * KiB, 4, {}),
         Golden("format1-plain-256k", 256 * KiB, 1, {}),
+        Golden("format1-merged-64k", 64 * KiB, 1, {"key": keys.new_key_text()}, merged=True),
     ]
 
 
@@ -170,6 +177,22 @@ def journal(golden: Golden, store: Store, machine: FakeMachine, clock: Clock, rn
     barrier([(600, b"over what was written before")], [], mark={"label": "before the update"})
     recorder.rotate()
     recorder.finish()
+    if golden.merged:
+        common = {
+            "id": "00c0ffee",
+            "group": "shop",
+            "machines": ["a", "b"],
+            "spread_ms": 1.5,
+            "left_out": {"c": "late"},
+        }
+        barrier([(7 * golden.block, text(rng, 3000))], [(300, 400)], common=common, sampled=8)
+        recorder.rotate()
+        recorder.finish()
+        seq = recorder.last
+        outcome = fold(store, MachineId(machine.id), Moment(seq, clock()), Options(clock=clock, rng=rng))
+        assert outcome.point is not None
+        golden.points[store.path_of(outcome.point).removeprefix("points/")] = {"disk": digest(disk.content)}
+        assert merge(store, MachineId(machine.id)) == 2
     barrier([(disk.size - 5, b"tail!")], [(0, golden.block)])
     recorder.write(DiskId("disk"), clock(), [(0, 3)], b"never closed by a barrier")
     log = next(iter(store.files.root.glob("journals/*/*.log")))
@@ -187,9 +210,9 @@ def pack(folder: Path) -> bytes:
     return out.getvalue()
 
 
-def main() -> None:
-    """Make them all."""
-    for golden in stores():
+def main(names: Sequence[str]) -> None:
+    """Make those that are named."""
+    for golden in (golden for golden in stores() if golden.name in names):
         with tempfile.TemporaryDirectory() as folder:
             fill(golden, Path(folder))
             (HERE / f"{golden.name}.tar").write_bytes(pack(Path(folder) / "store"))
@@ -199,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -29,7 +29,7 @@ from tests.store.test_format import point_copies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 READER = Path(__file__).parents[2] / "labs" / "readpoint.py"
-NAMES = ("format1-key-64k", "format1-passphrase-256k", "format1-plain-64k", "format1-plain-256k")
+NAMES = ("format1-key-64k", "format1-passphrase-256k", "format1-plain-64k", "format1-plain-256k", "format1-merged-64k")
 BYTES_MAX = 300_000
 
 Unpacked = tuple[Path, dict[str, Any]]

@@ -14,7 +14,7 @@ from hvbackup.protect.cycles import CycleLife
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.points import Points
 from hvbackup.protect.protection import Protection
-from hvbackup.store import keys, recorder
+from hvbackup.store import journal, keys, merging, recorder
 from hvbackup.store.history import History
 from hvbackup.store.store import DESCRIPTOR, Store
 from hvbackup.store.window import Limits
@@ -130,7 +130,51 @@ def check_survivor(run: Run, moments: Moments, wreck: Wreck, path: Path, *, keep
         promised |= {life.newest.seq, one_cycle(world, life, after)}
         check_offered(store, after, promised)
         life.close()
+        merging.merge(store, world.hv.machine(MACHINE).model().id)
         check_offered(store, after, promised)
+
+
+def live_and_merge(run: Run, moments: Moments) -> int:
+    """Small segments between three points are merged, their parts removed, and at last all of it, its window having passed.
+
+    The step at which the first merging begins.
+    """
+    since = 0
+    world = run.world
+    world.init()
+    with world.opened() as store:
+        run.note_host()
+        life = begun(world, store, moments)
+        run.recorder.note(Offered(life.newest.seq))
+        machine = world.hv.machine(MACHINE).model().id
+        for turn in range(4):
+            run.note_host()
+            run.recorder.note(Offered(one_cycle(world, life, moments)))
+            life.recorder.rotate()
+            since = since or len(run.recorder.steps) * (turn == 1)
+            if turn in (1, 3):
+                life.points.fold(life.points.prepare(life))  # which merges, and removes the parts of the time before
+        life.recorder.finish()
+        assert merging.merge(store, machine) == 0, "nothing is merged twice"
+        folder = store.ring.machine_name(machine)
+        files = journal.all_files(store.files, folder)
+        assert sum(n.last is not None for n in files) == 2 == len(files), files
+        check_offered(store, moments, set(moments))
+        run.recorder.note(Offered(one_cycle(world, life, moments)))
+        run.recorder.note(Trimmed(life.newest.seq - 1))
+        Points(protection_of(world, store, window=1).setting, life.newest.t).fold(life.points.prepare(life))
+        life.close()
+    return since
+
+
+@KINDS
+def test_a_crash_at_every_step_of_merging(
+    ram: Path, secret: keys.Secret | None, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "READERS_SECONDS", 0)
+    run, moments = recorded(ram / "run", secret, order), Moments()
+    since = live_and_merge(run, moments)
+    check_all(run, moments, ram, 40, since)
 
 
 @KINDS
@@ -140,10 +184,14 @@ def test_a_crash_at_every_step_of_protected_lives(
     monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 30_000)
     run, moments = recorded(ram / "run", secret, order), Moments()
     live(run, moments)
+    check_all(run, moments, ram, 150)
+
+
+def check_all(run: Run, moments: Moments, ram: Path, at_least: int, since: int = 0) -> None:
     assert any(isinstance(step.note, Trimmed) for step in run.recorder.steps)
     count = 0
     for number, wreck in enumerate(wrecks(run.recorder.steps, 1)):
-        if wreck.how != "killed" and number % 7:
+        if wreck.step < since or (wreck.how != "killed" and number % 7):
             continue  # each death, and every seventh power cut
         count += 1
         place = ram / f"wreck{count}"
@@ -153,4 +201,4 @@ def test_a_crash_at_every_step_of_protected_lives(
             e.add_note(f"after step {wreck.step} ({run.recorder.steps[wreck.step]!r:.200}), {wreck.how}, {count}")
             raise
         shutil.rmtree(place)
-    assert count > 150
+    assert count > at_least
