@@ -172,6 +172,7 @@ class LargeIndexLife(IndexLife):
         for module, name, value in (
             (index_module, "RUN_ROWS", 9),
             (index_module, "MEMORY_ROWS", 3),
+            (index_module, "GONE_SHARE", 1),
             (generations, "PIECE_ROWS", 5),
             (g, "PIECE_ROWS", 5),
             (generations, "BUCKET_ROWS", 2),
@@ -221,6 +222,28 @@ def test_generations_stay_few_and_on_disk() -> None:
         assert len(b.state.names("index")) <= index_module.GENERATIONS_MAX
         assert b.index.chunks == 5 * index_module.GENERATIONS_MAX
         assert sum(len(rows) for _, rows in b.index.rows()) == b.index.chunks
+
+
+def test_a_large_generation_is_kept_when_few_of_its_packs_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bench() as b:
+        names = [b.write([n, n + 1])[0] for n in range(0, 40, 2)]
+        b.reopen()
+        [file] = b.state.names("index")
+        monkeypatch.setattr(index_module, "RUN_ROWS", 10)
+        b.files.remove(packs.path_of(names[0]))
+        b.reopen()
+        assert b.state.names("index") == [file], "writing it again would cost more than it saves"
+        for number in range(40):
+            ids = np.frombuffer(chunk(number), "V32")
+            assert (b.index.lookup(ids)[0]["pack"] == NOWHERE) == (number < 2)
+            assert len(b.index.everywhere(chunk(number))) == (number >= 2)
+        assert sum(len(rows) for _, rows in b.index.rows()) == 38
+        assert names[0] not in b.index.known()
+        for name in names[1:4]:
+            b.files.remove(packs.path_of(name))
+        b.reopen()
+        assert b.state.names("index") != [file]
+        assert b.index.chunks == 32
 
 
 def test_a_reader_writes_nothing_down() -> None:
