@@ -95,6 +95,17 @@ class DiskRoot:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a copied point comes from: the original's file can be compared for as long as it is there."""
+
+    store: str  # id of the store that has the original
+    path: str  # its name in that store
+    verify_key: str  # of that store
+    digest: str  # what is signed of the original's file
+    signature: str  # by that store's key
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryPoint:
     """Every disk of one machine at one moment, complete by reference: it needs no other point."""
 
@@ -108,6 +119,7 @@ class RecoveryPoint:
     notes: tuple[str, ...] = ()
     seq: int | None = None  # of the journal: the point holds every fact up to this one and none after it
     tags: tuple[str, ...] = ()  # what a user calls it
+    origin: Origin | None = None  # of a copied point
 
     def disk(self, disk_id: str) -> DiskRoot | None:
         """The disk with this id, or None."""

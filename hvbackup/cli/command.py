@@ -6,13 +6,25 @@ import io
 import sys
 from collections.abc import Sequence
 
-from hvbackup.cli import continuous, doctor, interrupt, machines, papers, recovery, retention, serving, stores, upkeep
+from hvbackup.cli import (
+    continuous,
+    copies,
+    doctor,
+    interrupt,
+    machines,
+    papers,
+    recovery,
+    retention,
+    serving,
+    stores,
+    upkeep,
+)
 from hvbackup.cli.interrupt import MESSAGE
 from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (stores, machines, continuous, recovery, retention, upkeep, doctor, serving, papers)
+GROUPS = (stores, machines, continuous, recovery, copies, retention, upkeep, doctor, serving, papers)
 
 
 def build() -> Parser:

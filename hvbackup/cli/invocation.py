@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvbackup import config
@@ -26,12 +25,14 @@ def session_of(args: argparse.Namespace) -> Session:
     )
 
 
-def other_session(args: argparse.Namespace, where: str, key_file: str | None) -> Session:
+def other_session(
+    args: argparse.Namespace, where: str, key_file: str | None, passphrase_file: str | None = None
+) -> Session:
     """The same for another store: the state is ours, a key is given for it or found where keys are kept."""
     from hvbackup.service.session import Session
 
-    key = config.KeyOptions(Path(key_file) if key_file else None, None)
-    return Session(config.places(where), key, _ask if interactive() else None)
+    keys = config.key_options(key_file, passphrase_file, {})
+    return Session(config.places(where), keys, _ask if interactive() else None)
 
 
 def _ask(prompt: str) -> str:

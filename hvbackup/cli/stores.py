@@ -57,9 +57,17 @@ def _add_init(verbs: Verbs) -> None:
         "configuration directory, and the answer says where it is and what to do with it.",
     )
     verb.add_argument("where", nargs="?", default="", metavar="STORE", help="the directory; the same as --store")
-    verb.add_argument("--block", default="64K", choices=BLOCKS, help="the unit of deduplication (default: 64K)")
+    verb.add_argument("--block", default="", choices=BLOCKS, help="the unit of deduplication (default: 64K)")
     verb.add_argument("--no-encryption", action="store_true", help="whoever can read the store reads every machine")
     verb.add_argument("--parity", action="store_true", help="keep a tenth more, to mend damaged packs with")
+    verb.add_argument(
+        "--family-of",
+        default="",
+        metavar="OTHER",
+        help="share the key of chunk ids with this store, so that copies between the two need not read what is there already",
+    )
+    verb.add_argument("--family-key-file", metavar="FILE", help="a key that opens the other store")
+    verb.add_argument("--family-passphrase-file", metavar="FILE", help="a file with the passphrase that opens it")
     verb.set_defaults(run=init)
 
 
@@ -70,7 +78,17 @@ def init(args: argparse.Namespace, out: Out) -> int:
     if args.where and args.store and args.where != args.store:
         raise UsageError(f"Two stores are named, {args.where} and {args.store}; name one")
     args.store = args.where or args.store
-    made = stores.init(session_of(args), block=BLOCKS[args.block], encrypted=not args.no_encryption, parity=args.parity)
+    family = None
+    if args.family_of:
+        family = other_session(args, args.family_of, args.family_key_file, args.family_passphrase_file)
+    elif args.family_key_file or args.family_passphrase_file:
+        raise UsageError(
+            "--family-key-file and --family-passphrase-file open the store of --family-of, and none is named"
+        )
+    block = BLOCKS.get(args.block, 0)
+    made = stores.init(
+        session_of(args), block=block, encrypted=not args.no_encryption, parity=args.parity, family_of=family
+    )
     out.answer(_made(made), _made_lines(made))
     if not made.encrypted:
         out.warn(f"The store at {made.path} is NOT encrypted: whoever can read it reads every machine in it")

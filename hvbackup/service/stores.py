@@ -23,6 +23,7 @@ from hvbackup.service import lonefile
 from hvbackup.service.session import Session, given
 from hvbackup.store import keys, store
 from hvbackup.store import parity as store_parity
+from hvbackup.store.format import BLOCK_SIZES
 from hvbackup.store.store import Store, describe
 
 
@@ -47,33 +48,46 @@ class Wrapping:
     label: str
 
 
-def init(session: Session, *, block: int, encrypted: bool = True, parity: bool = False) -> Made:
+def init(
+    session: Session, *, block: int, encrypted: bool = True, parity: bool = False, family_of: Session | None = None
+) -> Made:
     """A new, empty store exists when this returns, and its key is where the result says.
 
+    It is of one family with the store of `family_of`.
     Raises UsageError when something is there already, KeyRefused when a key file can't be used.
     """
     if parity:
         store_parity.require()
-    made = _init(session, block=block, encrypted=encrypted)
+    made = _init(session, block=block, encrypted=encrypted, family_of=family_of)
     if parity:
         store_parity.want(Files(made.path))
     return made
 
 
-def _init(session: Session, *, block: int, encrypted: bool) -> Made:
-    path = session.places.store
+def _init(session: Session, *, block: int, encrypted: bool, family_of: Session | None) -> Made:
+    path, family = session.places.store, None
+    if family_of:
+        with family_of.open() as other:
+            if block and block != other.block:
+                raise UsageError(
+                    f"Stores of one family have equal blocks: {other.block // 1024}K here; leave --block out"
+                )
+            family, block = other.ring, other.block
+    block = block or BLOCK_SIZES[0]
     if not encrypted:
         if session.keys.given:
             raise UsageError("A store without encryption has no key; leave out either --no-encryption or the key")
-        return Made(store.init(path, None, block), path, block, encrypted=False)
+        return Made(store.init(path, None, block, family=family), path, block, encrypted=False)
     if session.keys.passphrase_file or (session.keys.key_file and session.keys.key_file.exists()):
         if session.keys.key_file:
             refuse_cache(session.places, session.keys.key_file)
         secret = _one(session.keys)
-        return Made(store.init(path, secret, block), path, block, encrypted=True, opens_with=secret.origin)
+        return Made(
+            store.init(path, secret, block, family=family), path, block, encrypted=True, opens_with=secret.origin
+        )
     if session.keys.key_file:
-        return _init_with_new_key(session, block, session.keys.key_file)
-    return _init_with_kept_key(session, block)
+        return _init_with_new_key(session, block, session.keys.key_file, family)
+    return _init_with_kept_key(session, block, family)
 
 
 def _one(options: KeyOptions) -> keys.Secret:
@@ -83,20 +97,20 @@ def _one(options: KeyOptions) -> keys.Secret:
     return found[0]
 
 
-def _init_with_new_key(session: Session, block: int, path: Path) -> Made:
+def _init_with_new_key(session: Session, block: int, path: Path, family: keys.Keyring | None) -> Made:
     """A store whose key goes to a file that somebody chose and that does not exist yet."""
     refuse_cache(session.places, path)
     text = keys.new_key_text()
     write_key(path, text, "")
     try:
-        made = store.init(session.places.store, keys.parse_key_text(text, str(path)), block)
+        made = store.init(session.places.store, keys.parse_key_text(text, str(path)), block, family=family)
     except HvbackupError:
         path.unlink(missing_ok=True)
         raise
     return Made(made, session.places.store, block, encrypted=True, key_file=path)
 
 
-def _init_with_kept_key(session: Session, block: int) -> Made:
+def _init_with_kept_key(session: Session, block: int, family: keys.Keyring | None) -> Made:
     """A store whose key is kept in the configuration directory."""
     places = session.places
     text, folder = keys.new_key_text(), places.configuration / config.KEYS
@@ -104,7 +118,7 @@ def _init_with_kept_key(session: Session, block: int) -> Made:
     refuse_cache(places, first)
     write_key(first, text, "")
     try:
-        made = store.init(places.store, keys.parse_key_text(text, str(first)), block)
+        made = store.init(places.store, keys.parse_key_text(text, str(first)), block, family=family)
     except HvbackupError:
         first.unlink(missing_ok=True)
         raise

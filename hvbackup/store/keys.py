@@ -3,7 +3,7 @@
 A store has one bundle of four secrets, made at `init` and never changed: changing how it is *wrapped* rewrites no data.
 
     master   the key of each file is HKDF-SHA256(master, salt of the file, kind)
-    ids      chunk ids are BLAKE3 keyed with a key derived from it
+    ids      chunk ids are BLAKE3 keyed with a key derived from it; stores of one family have the same
     names    so are the names of machines
     sign     the Ed25519 seed that signs points and runs
 
@@ -55,9 +55,10 @@ class Keyring:
     sign: bytes
 
     @classmethod
-    def generate(cls, store: bytes, *, encrypted: bool) -> Keyring:
-        """New random secrets."""
-        return cls(store, encrypted, *(os.urandom(SECRET_BYTES) for _ in range(4)))
+    def generate(cls, store: bytes, *, encrypted: bool, family: Keyring | None = None) -> Keyring:
+        """New random secrets; the id key is that of `family` if there is one."""
+        master, ids, names, sign = (os.urandom(SECRET_BYTES) for _ in range(4))
+        return cls(store, encrypted, master, family.ids if family else ids, names, sign)
 
     @cached_property
     def block_key(self) -> bytes:

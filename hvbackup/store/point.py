@@ -22,6 +22,7 @@ from hvbackup.model import (
     Machine,
     MachineConfig,
     MachineId,
+    Origin,
     PointId,
     RecoveryPoint,
     Token,
@@ -51,6 +52,8 @@ def path_of(ring: Keyring, point: RecoveryPoint) -> str:
 def dump(ring: Keyring, point: RecoveryPoint) -> bytes:
     """The bytes of the point's file."""
     value = asdict(point)
+    if point.origin is None:
+        del value["origin"]
     for disk in value["disks"]:
         disk["root"] = disk["root"].hex()
     return seal(ring, f.KIND_POINT, path_of(ring, point), value)
@@ -84,6 +87,7 @@ def _point(value: dict[str, Any]) -> RecoveryPoint:
         notes=tuple(value["notes"]),
         seq=value["seq"],
         tags=tuple(map(str, value.get("tags", ()))),
+        origin=Origin(**value["origin"]) if value.get("origin") else None,
     )
 
 

@@ -65,6 +65,12 @@ def unseal(ring: Keyring, kind: int, name: str, data: bytes) -> dict[str, Any]:
     return value
 
 
+def proof(name: str, data: bytes) -> tuple[str, str]:
+    """(what is signed, the signature) of a sealed file, hexadecimal: who has both and the key can tell whose file it was."""
+    head, payload, signature = data[: f.HEADER_BYTES], data[f.HEADER_BYTES : -SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
+    return _digest(name, head, payload).hex(), signature.hex()
+
+
 class Header:
     """The parsed header of a pack or sealed file."""
 

@@ -93,9 +93,15 @@ def describe(files: Files) -> Descriptor:
 
 
 def init(
-    path: Path | str, secret: keys.Secret | None, block: int = f.BLOCK_SIZES[0], kernel: Kernel | None = None
+    path: Path | str,
+    secret: keys.Secret | None,
+    block: int = f.BLOCK_SIZES[0],
+    kernel: Kernel | None = None,
+    family: keys.Keyring | None = None,
 ) -> str:
     """A new, empty store exists at `path` when this returns its id; encrypted unless `secret` is None.
+
+    It gets the id key of `family`, if there is one, so that equal chunks have equal ids in both stores.
 
     HVBACKUP is written last.  Raises UsageError when the directory holds anything else.
     """
@@ -107,10 +113,14 @@ def init(
         raise UsageError(f"{path} is not empty (it has {left[0]}); a store wants a directory of its own")
     if block not in f.BLOCK_SIZES:
         raise UsageError(f"A block has {' or '.join(str(b // 1024) + ' KiB' for b in f.BLOCK_SIZES)}")
+    if family and family.encrypted != (secret is not None):
+        raise UsageError(
+            "Stores of one family are all encrypted or all not: an open store would give the key of ids away"
+        )
     files.make_dir("")
     files.settle()
     store = secrets.token_bytes(16)
-    ring = keys.Keyring.generate(store, encrypted=secret is not None)
+    ring = keys.Keyring.generate(store, encrypted=secret is not None, family=family)
     for name in files.names("keys"):
         files.remove(f"keys/{name}")
     keys.add_wrapping(files, ring, secret, "made with the store")
@@ -365,7 +375,12 @@ class Store:
         for folder in self.machine_folders():
             for path in self.point_paths(folder)[-1:]:  # a crash leaves at most the newest one untold
                 if path not in told and int(path.rsplit("/", 1)[1].split("-")[0]) >= since:
+                    told.add(path)
                     self._adopt_one(path)
+        for path in [p for r in recent for p in r.value.get("begun", ())]:  # copies come in any order
+            if path not in told and self.files.exists(path):
+                told.add(path)
+                self._adopt_one(path)
 
     def _adopt_one(self, path: str) -> None:
         try:
