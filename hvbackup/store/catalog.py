@@ -1,8 +1,9 @@
 """DuckDB over everything in a store: a cache that people ask in SQL, and nothing else relies on.
 
-`reconcile` is the one way in which anything gets into it: it compares the names of packs, points and run records in the store
-with those in the tables, and inserts or deletes the difference.  So a rebuild is a reconcile from empty, and rows that DuckDB
-lost are found like rows that never were.  A file that can't be opened, or is of another version, is removed and made again.
+`reconcile` is the one way in which anything gets into it: it compares the names of packs, points, run records and segments of
+journals in the store with those in the tables, and inserts or deletes the difference.  So a rebuild is a reconcile from empty,
+and rows that DuckDB lost are found like rows that never were.  A file that can't be opened, or is of another version, is removed
+and made again.
 
 `query` answers a stranger's SQL.  It runs in a process of its own that can open this one file, can write none, and ends when its
 time or memory is used up.
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvbackup.errors import Busy, HvbackupError, SpaceExhausted, UsageError
 from hvbackup.files import Files
+from hvbackup.store.catalog_journal import load_journals, segment_paths
 from hvbackup.store.catalog_load import load_packs, load_points, load_runs
 from hvbackup.store.catalog_schema import COLUMNS, SCHEMA, VIEWS
 
@@ -74,6 +76,7 @@ class _Contents:
     packs: frozenset[str]
     points: frozenset[str]
     runs: frozenset[str]
+    segments: frozenset[str]
 
     @classmethod
     def of(cls, store: Store) -> _Contents:
@@ -82,13 +85,14 @@ class _Contents:
         points = (path for folder in store.machine_folders() for path in store.point_paths(folder))
         runs = (f"runs/{writer}/{name}" for writer in names("runs") for name in names(f"runs/{writer}"))
         packs = store.index.known()
-        return cls(frozenset(packs), frozenset(points), frozenset(runs))
+        return cls(frozenset(packs), frozenset(points), frozenset(runs), frozenset(segment_paths(store)))
 
     def digest(self) -> str:
         """Equal for equal contents."""
         import blake3
 
-        return blake3.blake3("\n".join(sorted(self.packs | self.points | self.runs)).encode()).hexdigest()
+        names = self.packs | self.points | self.runs | self.segments
+        return blake3.blake3("\n".join(sorted(names)).encode()).hexdigest()
 
 
 class Catalog:
@@ -123,7 +127,10 @@ class Catalog:
             except duckdb.Error as again:
                 raise HvbackupError(f"Cannot write the catalog {self.path}: {_first_line(again)}") from again
         if damaged:
-            return [*notes, f"{len(damaged)} points or run records can't be read; run `hvbackup check` to see which"]
+            return [
+                *notes,
+                f"{len(damaged)} points, run records or segments can't be read; run `hvbackup check` to see which",
+            ]
         self._state.replace(STAMP, json.dumps(self._stamp(contents)).encode())
         return notes
 
@@ -133,6 +140,7 @@ class Catalog:
             con.execute("BEGIN")
             load_packs(con, store, contents.packs)
             damaged = [*load_points(con, store, contents.points), *load_runs(con, store, contents.runs)]
+            damaged += load_journals(con, store, contents.segments)
             con.execute("COMMIT")
             con.execute("CHECKPOINT")
         return damaged

@@ -47,7 +47,7 @@ def load_packs(con: Connection, store: Store, wanted: frozenset[str]) -> None:
         "WITH found AS (SELECT pack, count(*) AS n FROM raw.chunks GROUP BY pack) "
         "SELECT name, number FROM raw.packs LEFT JOIN found ON pack = number WHERE chunks = coalesce(n, 0)"
     ).fetchall()
-    _forget(con, "packs", "name", {name for name, _ in have} & wanted)
+    forget(con, "packs", "name", {name for name, _ in have} & wanted)
     con.execute("DELETE FROM raw.chunks WHERE pack NOT IN (SELECT number FROM raw.packs)")
     missing = sorted(wanted.difference(name for name, _ in have))
     first = max((number for _, number in have), default=0) + 1
@@ -71,7 +71,7 @@ def _load_chunks(con: Connection, store: Store, numbers: dict[str, int]) -> None
             _insert_chunks(con, piece, of)
             counts += np.bincount(of - first, minlength=len(numbers))
             blocks += np.bincount(of[piece["kind"] == f.CHUNK_BLOCK] - first, minlength=len(numbers))
-    _insert(con, "packs", _pack_rows(store, numbers, counts.tolist(), blocks.tolist()))
+    insert(con, "packs", _pack_rows(store, numbers, counts.tolist(), blocks.tolist()))
 
 
 def _insert_chunks(con: Connection, rows: NDArray[np.void], pack: NDArray[np.int32]) -> None:
@@ -108,8 +108,8 @@ def load_points(con: Connection, store: Store, wanted: frozenset[str]) -> list[s
         "WHERE status <> 'damaged' AND disks = coalesce(n, 0)"
     ).fetchall()
     keep = {path for (path,) in have} & wanted
-    _forget(con, "points", "path", keep)
-    _forget(con, "disks", "point", keep)
+    forget(con, "points", "path", keep)
+    forget(con, "disks", "point", keep)
     damaged: list[str] = []
     for paths in _pieces(wanted - keep):
         points: list[Row] = []
@@ -124,36 +124,23 @@ def load_points(con: Connection, store: Store, wanted: frozenset[str]) -> list[s
                 continue
             points.append(_point_row(path, point))
             disks += _disk_rows(path, point)
-        _insert(con, "points", points)
-        _insert(con, "disks", disks)
+        insert(con, "points", points)
+        insert(con, "disks", disks)
     return damaged
 
 
 def _point_row(path: str, p: RecoveryPoint) -> Row:
     status = "degraded" if p.notes else "ok"
     head = (path, p.id, p.t, p.machine.id, p.machine.name, p.machine.platform, str(p.consistency), p.config.kind)
-    return (*head, status, "; ".join(p.notes), len(p.disks), *(p.figures.get(name) for name in MEASURES[:3]))
+    tail = (p.seq, p.origin.store if p.origin else None, "; ".join(p.tags))
+    return (*head, status, "; ".join(p.notes), len(p.disks), *(p.figures.get(name) for name in MEASURES[:3]), *tail)
 
 
 def _damaged_row(path: str) -> Row:
     """All that the name of a point tells."""
     t, _, point = path.rsplit("/", 1)[1].partition("-")
-    return (
-        path,
-        point,
-        int(t) if t.isdecimal() else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        "damaged",
-        None,
-        0,
-        None,
-        None,
-        None,
-    )
+    known = {"path": path, "id": point, "t": int(t) if t.isdecimal() else None, "status": "damaged", "disks": 0}
+    return tuple(known.get(column.split()[0]) for column in COLUMNS["points"])
 
 
 def _disk_rows(path: str, point: RecoveryPoint) -> Iterator[Row]:
@@ -168,7 +155,7 @@ def load_runs(con: Connection, store: Store, wanted: frozenset[str]) -> list[str
     from hvbackup.store.sealed import unseal
 
     keep = {path for (path,) in con.execute("SELECT path FROM raw.runs").fetchall()} & wanted
-    _forget(con, "runs", "path", keep)
+    forget(con, "runs", "path", keep)
     damaged: list[str] = []
     for paths in _pieces(wanted - keep):
         rows = []
@@ -179,7 +166,7 @@ def load_runs(con: Connection, store: Store, wanted: frozenset[str]) -> list[str
                 continue
             except HvbackupError:
                 damaged.append(path)
-        _insert(con, "runs", rows)
+        insert(con, "runs", rows)
     return damaged
 
 
@@ -199,11 +186,13 @@ def _pieces(paths: Collection[str]) -> Iterator[list[str]]:
         yield piece
 
 
-def _forget(con: Connection, table: str, column: str, keep: Collection[str]) -> None:
+def forget(con: Connection, table: str, column: str, keep: Collection[str]) -> None:
+    """Rows of a table that are about none of `keep` are gone."""
     con.execute(f"DELETE FROM raw.{table} WHERE {column} NOT IN (SELECT unnest($1::VARCHAR[]))", [sorted(keep)])
 
 
-def _insert(con: Connection, table: str, rows: Iterable[Row]) -> None:
+def insert(con: Connection, table: str, rows: Iterable[Row]) -> None:
+    """The rows, with values in the order of COLUMNS, are in the table."""
     columns = [list(column) for column in zip(*rows, strict=True)]
     if columns:
         types = [column.split()[1] for column in COLUMNS[table]]
