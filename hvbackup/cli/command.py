@@ -10,6 +10,7 @@ from hvbackup.cli import (
     continuous,
     copies,
     doctor,
+    insight,
     interrupt,
     machines,
     papers,
@@ -24,7 +25,7 @@ from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (stores, machines, continuous, recovery, copies, retention, upkeep, doctor, serving, papers)
+GROUPS = (stores, machines, continuous, recovery, copies, retention, insight, upkeep, doctor, serving, papers)
 
 
 def build() -> Parser:

@@ -63,12 +63,7 @@ def _add_prune(verbs: Verbs) -> None:
         RULES,
     )
     verb.add_argument("machine", nargs="*", metavar="MACHINE", help="only these (default: all)")
-    for name in COUNTED:
-        verb.add_argument(f"--keep-{name}", type=_number, default=0, metavar="N", help=f"{name} points to keep")
-    verb.add_argument("--keep-within", default="", metavar="TIME", help="all within 30d (2w, 1y6mo) of the newest")
-    verb.add_argument("--keep-tag", action="append", default=[], metavar="NAME", help="all that have this tag")
-    verb.add_argument("--zone", default="", metavar="ZONE", help="such as Europe/Berlin (default: this machine's)")
-    verb.add_argument("--count", default="restic", choices=("restic", "proxmox"), help="how rules count")
+    add_rules(verb)
     verb.add_argument(
         "--group-by",
         default="machine",
@@ -80,6 +75,16 @@ def _add_prune(verbs: Verbs) -> None:
     verb.set_defaults(run=prune)
 
 
+def add_rules(verb: argparse.ArgumentParser) -> None:
+    """The options that say what is to be kept."""
+    for name in COUNTED:
+        verb.add_argument(f"--keep-{name}", type=_number, default=0, metavar="N", help=f"{name} points to keep")
+    verb.add_argument("--keep-within", default="", metavar="TIME", help="all within 30d (2w, 1y6mo) of the newest")
+    verb.add_argument("--keep-tag", action="append", default=[], metavar="NAME", help="all that have this tag")
+    verb.add_argument("--zone", default="", metavar="ZONE", help="such as Europe/Berlin (default: this machine's)")
+    verb.add_argument("--count", default="restic", choices=("restic", "proxmox"), help="how rules count")
+
+
 def _number(text: str) -> int:
     if text in ("all", "unlimited"):
         return -1
@@ -88,7 +93,8 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _policy(args: argparse.Namespace) -> Policy:
+def policy_of(args: argparse.Namespace) -> Policy:
+    """What the options of `add_rules` say.  Raises UsageError."""
     from hvbackup.service.retention import zone
     from hvbackup.store.retention import Count, Policy, Span
 
@@ -101,7 +107,7 @@ def prune(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup prune [MACHINE…]`."""
     from hvbackup.service import retention, shapes_retention
 
-    policy, moment = _policy(args), now()
+    policy, moment = policy_of(args), now()
     if args.dry_run:
         found = retention.dry_run(session_of(args), args.machine, policy, args.group_by, moment)
         out.answer({"dry_run": True, "plans": [shapes_retention.plan(p) for p in found]}, _plan_lines(found))

@@ -116,6 +116,11 @@ def _figures(store: Store, session: Session, now: Instant) -> StoreFigures:
     return StoreFigures(session.places.store, d.id.hex(), d.block, d.cipher, sum(sizes), len(packs), free, owed)
 
 
+def used_bytes(folder: Path) -> int:
+    """How much room a store takes on its disk."""
+    return sum(_sizes(folder))
+
+
 def _sizes(folder: Path) -> Iterator[int]:
     """How much room each file below a folder takes."""
     for at, _, names in os.walk(folder):
