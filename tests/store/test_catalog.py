@@ -245,7 +245,12 @@ def test_points_and_records_that_vanish_while_they_are_read_are_no_matter(world:
     with world.opened() as store:
         catalog = Catalog(store.state)
         contents = module._Contents.of(store)
-        ghosts = module._Contents(contents.packs, contents.points | {"points/aa/1-b"}, contents.runs | {"runs/aa/1"})
+        ghosts = module._Contents(
+            contents.packs,
+            contents.points | {"points/aa/1-b"},
+            contents.runs | {"runs/aa/1"},
+            contents.segments | {"journals/aa/00000001-00000000000000000001.seg"},
+        )
         assert catalog._reconciled(store, ghosts) == []
         assert one(catalog, "SELECT count(*) FROM points") == len(contents.points)
 
