@@ -133,7 +133,7 @@ def _captured(
     """Steps 2 to 4 of the crash table."""
     writer = store.writer()
     try:
-        parent = store.newest(machine.id)
+        parent = store.parent(machine.id, writer)
         since = {} if parent is None or options.full else {d.disk.id: d.token for d in parent.disks if d.token}
         with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
             _stood_still(frozen, parent if options.consistency is None else None, outcome)

@@ -124,6 +124,11 @@ class NewFile:
             self._files.kernel.write(self._fd, data)
         self.size += memoryview(data).nbytes
 
+    def allocate(self, size: int) -> None:
+        """The file has this size, and room for it, when this returns."""
+        with named_errors("write", self._tmp):
+            os.posix_fallocate(self._fd, 0, size)
+
     @let_finish
     def commit(self, name: str) -> None:
         """The file exists as `name`, durably, when this returns."""
@@ -255,6 +260,12 @@ class Files:
             f.write(data)
             f.commit(name)
         self.forget(name)
+
+    def allocate(self, name: str, size: int) -> None:
+        """A file of this size, whose room on the disk is its own, exists when this returns.  Raises SpaceExhausted."""
+        with self.new() as f:
+            f.allocate(size)
+            f.commit(name)
 
     def remove(self, name: str) -> None:
         """The file is gone, durably, when this returns; nothing happens when it was."""

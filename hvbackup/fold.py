@@ -21,11 +21,13 @@ from hvbackup.model import (
     MachineConfig,
     MachineId,
     Outcome,
+    RecoveryPoint,
     Token,
 )
 from hvbackup.store.history import History, Moment
 from hvbackup.store.layered import LayeredView
 from hvbackup.store.store import Store
+from hvbackup.store.writer import ChunkWriter
 
 TOKEN = Token("journal", "")  # "since the point this is folded upon": the journal proves continuity by itself
 
@@ -86,14 +88,24 @@ def frozen_at(history: History, moment: Moment) -> FoldedMachine:
     return FoldedMachine(machine, moment.t, base.config, disks, told.consistency(moment.seq))
 
 
+def _built_upon(store: Store, machine: MachineId, moment: Moment, writer: ChunkWriter) -> tuple[History, RecoveryPoint]:
+    """The journal, and the point that the moment builds upon, which stays until the writer ends."""
+    while True:
+        history = History(store, machine)
+        parent = history.base(moment)
+        writer.builds_upon(parent)
+        if store.files.exists(store.path_of(parent)):
+            return history, parent
+
+
 def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> Outcome:
     """A recovery point of the moment exists when this returns.  Raises NotFound, ChunkDamaged, SpaceExhausted."""
     outcome = Outcome()
     options = replace(options, seq=moment.seq, sample_blocks=0)
     writer = store.writer()
     try:
-        history = History(store, machine)
-        frozen, parent = frozen_at(history, moment), history.base(moment)
+        history, parent = _built_upon(store, machine, moment, writer)
+        frozen = frozen_at(history, moment)
         if parent.seq == moment.seq:
             outcome.point = parent
             writer.abandon()

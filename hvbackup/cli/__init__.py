@@ -10,7 +10,7 @@ machines     backup, points
 continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
 doctor       doctor
-retention    prune, forget, hold, holds, release, approve, settings
+retention    prune, forget, hold, holds, release, approve, settings, reclaim
 serving      serve, config
 job, worker  processes of the service
 upkeep       parity, regroup

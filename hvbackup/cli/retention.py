@@ -1,18 +1,20 @@
-"""prune, forget, hold, holds, release, approve, settings: which points stay, which go, and who says so."""
+"""prune, forget, hold, holds, release, approve, settings, reclaim: which points stay, which go, and who says so."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.cli.invocation import now, session_of
-from hvbackup.cli.output import Out, count, table
+from hvbackup.cli.output import Out, count, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_verb
 from hvbackup.errors import UsageError
 from hvbackup.model import Instant
 
 if TYPE_CHECKING:
+    from hvbackup.service.reclaim import Freed, Sizes
     from hvbackup.service.retention import Done, Judged, MachinePlan
     from hvbackup.store.requests import Request
     from hvbackup.store.retention import Policy
@@ -49,6 +51,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("name", metavar="REQUEST", help="as `holds` has it")
     verb.set_defaults(run=approve)
     _add_settings(verbs)
+    _add_reclaim(verbs)
 
 
 # -- prune -----------------------------------------------------------------------------------------------------------------
@@ -299,3 +302,72 @@ def settings(args: argparse.Namespace, out: Out) -> int:
     shown = {"settings": shapes_retention.settings(found), "request": shapes_retention.request(request)}
     out.answer(shown, _waiting(request) if request else shapes_retention.settings_lines(found))
     return 0
+
+
+# -- reclaim ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_reclaim(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "reclaim",
+        "free the space of what was forgotten",
+        "Free the space of what was forgotten.  Safe beside everything else, also on other hosts; a run that is killed is gone\n"
+        "on with by the next one.  A run that has to wait for somebody ends and says so, unless you say --wait.",
+    )
+    verb.add_argument("--dry-run", action="store_true", help="say how much is needed by nobody, and do nothing")
+    verb.add_argument("--wait", action="store_true", help="for writers that began before, and for the grace to pass")
+    verb.add_argument("--grace", default="15min", metavar="TIME", help="from the copy of a pack to its removal (15min)")
+    verb.add_argument(
+        "--garbage", type=float, default=20, metavar="PERCENT", help="of a pack, to be worth copying it (20)"
+    )
+    verb.add_argument("--rate", default="", metavar="SIZE", help="read no more than this in a second")
+    verb.add_argument("--empty-trash", action="store_true", help="now, although its time has not passed")
+    verb.set_defaults(run=reclaim)
+
+
+def reclaim(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup reclaim`."""
+    from hvbackup.service import reclaim as service
+
+    if not 0 <= args.garbage <= 100:
+        raise UsageError("--garbage is a part of a pack in percent, from 0 to 100")
+    wish = service.Wish(
+        garbage_share=args.garbage / 100,
+        grace_ns=0 if args.grace in ("0", "") else span_ns(args.grace),
+        wait=args.wait,
+        bytes_per_second=parse_size(args.rate),
+        empty_trash=args.empty_trash,
+    )
+    if args.dry_run:
+        found = service.dry_run(session_of(args), wish)
+        out.answer(asdict(found), _size_lines(found))
+        return 0
+    freed = service.reclaim(session_of(args), wish, now())
+    out.answer(service.shape(freed), _freed_lines(freed))
+    out.warn_all(freed.done.kept)
+    return 0
+
+
+def _size_lines(found: Sizes) -> Iterator[str]:
+    garbage = found.total - found.live
+    share = 100 * garbage / found.total if found.total else 0
+    yield f"{size(garbage)} of {size(found.total)} ({share:.1f} %) in {count(found.packs, 'pack')} are needed by nobody"
+    yield f"  {count(found.dead_packs, 'pack')} hold nothing else; {count(found.chosen, 'pack')} would be condemned"
+
+
+def _freed_lines(freed: Freed) -> Iterator[str]:
+    from hvbackup.moments import local
+
+    done = freed.done
+    if freed.emptied:
+        yield f"{count(len(freed.emptied), 'point')} gone for good from the trash"
+    if done.condemned:
+        yield f"{count(done.condemned, 'pack')} condemned"
+    if done.copied_bytes:
+        yield f"{size(done.copied_bytes)} that are needed copied out of condemned packs"
+    if done.waiting_for:
+        yield f"{count(len(done.waiting_for), 'writer')} began before that; a run after their end goes on (or --wait)"
+    if done.until is not None:
+        yield f"The condemned packs are removed by a run after {local(done.until)} (or --wait)"
+    yield f"{size(done.removed_bytes)} freed, in {count(done.removed_packs, 'pack')}"

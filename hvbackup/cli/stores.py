@@ -68,11 +68,13 @@ def _add_init(verbs: Verbs) -> None:
     )
     verb.add_argument("--family-key-file", metavar="FILE", help="a key that opens the other store")
     verb.add_argument("--family-passphrase-file", metavar="FILE", help="a file with the passphrase that opens it")
+    verb.add_argument("--min-age", default="", metavar="TIME", help="no point is forgotten before it is so old")
     verb.set_defaults(run=init)
 
 
 def init(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup init [STORE]`."""
+    from hvbackup.cli.retention import span_ns
     from hvbackup.service import stores
 
     if args.where and args.store and args.where != args.store:
@@ -87,7 +89,8 @@ def init(args: argparse.Namespace, out: Out) -> int:
         )
     block = BLOCKS.get(args.block, 0)
     made = stores.init(
-        session_of(args), block=block, encrypted=not args.no_encryption, parity=args.parity, family_of=family
+        session_of(args), block=block, encrypted=not args.no_encryption, parity=args.parity, family_of=family,
+        min_age_ns=span_ns(args.min_age) if args.min_age else 0,
     )
     out.answer(_made(made), _made_lines(made))
     if not made.encrypted:

@@ -8,6 +8,7 @@ timeline     timeline: what a journal offers
 look         points, status, sql: what is there
 recovery     map, restore, boot, discard
 retention    prune, forget, hold, holds, release, approve, settings
+reclaim      reclaim
 upkeep       check, parity, regroup
 benchmark    this machine's ceilings, and what the pipeline reaches
 shapes       what results look like as JSON: the same names everywhere

@@ -17,7 +17,7 @@ from hvbackup.service.inventory import History, inventory
 from hvbackup.service.session import Session
 from hvbackup.store import forget as forgetting
 from hvbackup.store import holds as holding
-from hvbackup.store import keys, must, pins, requests, settings
+from hvbackup.store import keys, must, pins, requests, reserve, settings
 from hvbackup.store.forget import Forgotten, Trashed
 from hvbackup.store.holds import Hold
 from hvbackup.store.pins import Pin
@@ -80,7 +80,7 @@ def ordering(session: Session, now: Instant) -> Iterator[tuple[Store, Settings]]
     with session.open() as store:
         store.runs.settle()
         with forgetting.alone(store):
-            forgetting.settle(store, now)
+            reserve.using(store.files, lambda: forgetting.settle(store, now))
             yield store, settings.load(store)
 
 
@@ -134,12 +134,19 @@ def prune(
 ) -> Done:
     """What the policy does not keep is in the trash when this returns, or waits for a second operator."""
     with ordering(session, now) as (store, rules):
-        forgetting.empty(store, now)
-        pins.remove_expired(store, now)
-        found = plans(store, machines, policy, group_by, now)
-        paths = [j.path for p in found for j in p.points if not j.decision.keep]
-        done = _forget(session, store, rules, paths, now, "prune", wait_seconds)
-        return Done(done.forgotten, done.request, found, done.notes)
+
+        def work() -> Done:
+            forgetting.settle(store, now)
+            forgetting.empty(store, now)
+            pins.remove_expired(store, now)
+            found = plans(store, machines, policy, group_by, now)
+            paths = [j.path for p in found for j in p.points if not j.decision.keep]
+            done = _forget(session, store, rules, paths, now, "prune", wait_seconds)
+            return Done(done.forgotten, done.request, found, done.notes)
+
+        done = reserve.using(store.files, work)
+        reserve.keep(store.files)
+        return done
 
 
 def _forget(

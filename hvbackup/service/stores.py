@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +20,10 @@ from hvbackup import config
 from hvbackup.config import KeyOptions, Places
 from hvbackup.errors import HvbackupError, KeyRefused, UsageError
 from hvbackup.files import Files
+from hvbackup.model import Instant
 from hvbackup.service import lonefile
 from hvbackup.service.session import Session, given
-from hvbackup.store import keys, store
+from hvbackup.store import keys, reserve, store
 from hvbackup.store import parity as store_parity
 from hvbackup.store.format import BLOCK_SIZES
 from hvbackup.store.store import Store, describe
@@ -49,11 +51,17 @@ class Wrapping:
 
 
 def init(
-    session: Session, *, block: int, encrypted: bool = True, parity: bool = False, family_of: Session | None = None
+    session: Session,
+    *,
+    block: int,
+    encrypted: bool = True,
+    parity: bool = False,
+    family_of: Session | None = None,
+    min_age_ns: int = 0,
 ) -> Made:
     """A new, empty store exists when this returns, and its key is where the result says.
 
-    It is of one family with the store of `family_of`.
+    It is of one family with the store of `family_of`.  `min_age_ns`: no point of it is forgotten before it is so old.
     Raises UsageError when something is there already, KeyRefused when a key file can't be used.
     """
     if parity:
@@ -61,6 +69,11 @@ def init(
     made = _init(session, block=block, encrypted=encrypted, family_of=family_of)
     if parity:
         store_parity.want(Files(made.path))
+    reserve.keep(Files(made.path))
+    if min_age_ns:
+        from hvbackup.service import retention
+
+        retention.change_settings(session, {"min_age_ns": min_age_ns}, Instant(time.time_ns()))
     return made
 
 

@@ -330,6 +330,11 @@ class Index:
         """How many rows the index has; a chunk stored twice counts twice, and one in a pack that is gone perhaps still."""
         return sum(len(x.rows) for x in self._generations)
 
+    @property
+    def generations(self) -> Sequence[Generation]:
+        """All of them, as they are now: for who marks rows."""
+        return list(self._generations)
+
     def rows(self) -> Iterable[tuple[list[str], NDArray[np.void]]]:
         """Everything, as (packs of a generation, some of its rows as LOCATION): for who must see all of it."""
         return ((x.packs, piece) for x in self._generations for piece in x.pieces())

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from hvbackup.errors import HvbackupError, NotFound
-from hvbackup.model import SECOND, ChunkId, Instant, RecoveryPoint
+from hvbackup.model import SECOND, Instant, RecoveryPoint
 from hvbackup.store import format as f
+from hvbackup.store.root import Root, roots_of
 from hvbackup.store.shelf import Shelf, Value
 from hvbackup.store.store import Store
 from hvbackup.store.tombstones import TOMBSTONES
@@ -27,14 +28,6 @@ from hvbackup.store.tombstones import TOMBSTONES
 PIN_SECONDS = 15 * 60.0  # as long as a lease
 RENEW_SECONDS = PIN_SECONDS / 3
 LATE_SECONDS = PIN_SECONDS  # believed for so much longer: clocks of hosts differ
-
-
-@dataclass(frozen=True, slots=True)
-class Root:
-    """The root of the map of one disk."""
-
-    id: ChunkId
-    size: int  # of the disk, in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +50,12 @@ class Pin:
 
 
 def _dump(pin: Pin) -> Value:
-    roots = [{"id": r.id.hex(), "size": r.size} for r in pin.roots]
+    roots = [root.dump() for root in pin.roots]
     return {"what": pin.what, "points": list(pin.points), "roots": roots, "expires": pin.expires}
 
 
 def _load(name: str, v: Value) -> Pin:
-    roots = tuple(Root(ChunkId(bytes.fromhex(r["id"])), int(r["size"])) for r in v["roots"])
+    roots = tuple(Root.load(root) for root in v["roots"])
     expires = None if v["expires"] is None else Instant(int(v["expires"]))
     return Pin(name, str(v["what"]), tuple(map(str, v["points"])), roots, expires)
 
@@ -77,7 +70,7 @@ def take(
 
     Raises NotFound (one was forgotten just now), HvbackupError where nothing can be written.
     """
-    roots = tuple(Root(d.root, d.disk.size) for p in points for d in p.disks)
+    roots = tuple(root for p in points for root in roots_of(p))
     expires = None if lasting else _expiry(now)
     pin = Pin(pin_id or secrets.token_hex(8), what, tuple(store.path_of(p) for p in points), roots, expires)
     PINS.put(store.files, store.ring, pin.id, pin)

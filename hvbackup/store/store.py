@@ -349,6 +349,14 @@ class Store:
         lease = WriterLease(self.files, self.state, self.ring, self.runs.writer)
         return ChunkWriter(self.files, self.ring, self.index, lease.begin(self.index))
 
+    def parent(self, machine: MachineId, writer: ChunkWriter) -> RecoveryPoint | None:
+        """The newest readable point of a machine, to build upon: what it needs stays until the writer ends."""
+        while (found := self.newest(machine)) is not None:
+            writer.builds_upon(found)
+            if self.files.exists(self.path_of(found)):
+                break  # else it was forgotten before we had said that we need it
+        return found
+
     def commit(self, point: RecoveryPoint, writer: ChunkWriter) -> None:
         """The point exists when this returns, and did not exist before it was called.  Raises Busy: see `writers.py`."""
         path, data = self.path_of(point), points.dump(self.ring, point)

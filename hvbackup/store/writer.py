@@ -18,13 +18,14 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from hvbackup.model import ChunkId, MiB
+from hvbackup.model import ChunkId, MiB, RecoveryPoint
 from hvbackup.store import format as f
 from hvbackup.store.backend import Backend
 from hvbackup.store.blockmap import Ids
 from hvbackup.store.index import NOWHERE, Index
 from hvbackup.store.keys import Keyring
 from hvbackup.store.pack import PackWriter
+from hvbackup.store.root import roots_of
 from hvbackup.store.writers import WriterLease
 
 PACK_BYTES = 64 * MiB  # sealed at this size: bounds what a crash wastes and what reclaim copies
@@ -61,6 +62,10 @@ class ChunkWriter:
         self._lock = threading.Lock()
         self._local = threading.local()
         self.stored_bytes = 0  # in sealed packs
+
+    def builds_upon(self, point: RecoveryPoint) -> None:
+        """What the point needs stays until we end, when this returns; the caller then sees that the point is still there."""
+        self.lease.builds_upon(roots_of(point))
 
     def claim(self, ids: Ids) -> NDArray[np.bool_]:
         """Which of these chunks the store does not have and nobody has claimed; the caller must put those.
@@ -127,7 +132,7 @@ class ChunkWriter:
 
     def put_point_copy(self, path: str, data: bytes) -> None:
         """A copy of a point file, for repair only; without its name nobody could decrypt or verify it."""
-        copy = len(path).to_bytes(2, "little") + path.encode() + data
+        copy = point_copy(path, data)
         self._put_meta(f.CHUNK_POINT, Frame(f.CODEC_RAW, copy, [blake3.blake3(copy).digest()], [len(copy)]))
 
     def _put_meta(self, what: int, frame: Frame) -> None:
@@ -184,3 +189,8 @@ class ChunkWriter:
                 if pack is not None:
                     stack.callback(pack.abandon)
             self._data, self._meta = None, []
+
+
+def point_copy(path: str, data: bytes) -> bytes:
+    """The chunk that is a copy of a point: its name, without which nobody could decrypt or verify it, and its file."""
+    return len(path).to_bytes(2, "little") + path.encode() + data

@@ -1,20 +1,24 @@
 """Writers: who adds chunks and points now, written down in `writers/ID`, so that reclaim removes nothing under their hands.
 
-A writer refers to chunks that are there already, and its point, which makes them needed, comes only at its end.  The rules that
-keep such a chunk:
+A writer refers to chunks that are there already, and its point, which makes them needed, comes only at its end.  It finds them in
+two ways: in the index, and in the map of the point it builds upon.  The rules that keep such a chunk:
 
-    writer   1 writes its lease; 2 reads what is condemned, then lists the packs, and refers to nothing in packs that are
-             condemned or gone; 3 renews the lease while it works; 4 seals its packs; 5 makes sure that the lease still
-             holds; 6 puts the point in place; 7 makes sure once more, else takes the point back and fails; 8 removes the lease
+    writer   1 writes its lease; 2 reads what is condemned, then lists the packs, and takes nothing from the index that is in
+             packs that are condemned or gone; 3 puts the roots of what it builds upon into the lease, and then makes sure that
+             this point is still there; 4 renews the lease while it works; 5 seals its packs; 6 makes sure that the lease
+             still holds; 7 puts the point in place; 8 makes sure once more, else takes the point back and fails; 9 removes
+             the lease
     reclaim  1 writes the condemned list; 2 lists the leases; 3 waits until each that has not `seen` the list is gone, or has not
-             been renewed for LEASE_SECONDS; 4 marks everything that any point needs; 5 copies, and removes packs
+             been renewed for LEASE_SECONDS; 4 marks everything that any point or the roots in any lease need; 5 copies, and
+             removes packs
 
 Why no chunk is lost: take a writer and a list.  Either the lease was there when reclaim looked, or the list was there when the
-writer looked, because each writes before it reads.  In the second case the writer refers to none of its packs.  In the first
-reclaim waits: for the end, and then the point is there to be marked; or for the lease to run out, and then step 5 or 7 of the
-writer finds it run out, for it counts from before its last renewal and reclaim from after it.  Each side counts with its own
-clock only, so clocks may differ.  A writer that was stopped between 5 and 7 for all that time, and killed before 7, leaves a
-point that nobody was told of, and that `check` names.
+writer looked, because each writes before it reads.  In the second case the writer takes nothing from its packs, and what it
+builds upon is marked: as a point, or, if that was forgotten since, by the lease.  In the first case reclaim waits: for the end,
+and then the point is there to be marked; or for the lease to run out, and then step 6 or 8 of the writer finds it run out, for
+it counts from before its last renewal and reclaim from after it.  Each side counts with its own clock only, so clocks may differ.
+A writer that was stopped between 6 and 8 for all that time, and killed before 8, leaves a point that nobody was told of, and
+that `check` names.
 
     killed after                left behind                     cleaned by
     lease written               the lease                       begin() of the next writer of this STATE, or reclaim, after
@@ -30,7 +34,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -45,6 +49,7 @@ from hvbackup.store.backend import Backend
 from hvbackup.store.condemned import CONDEMNED
 from hvbackup.store.index import Index
 from hvbackup.store.keys import Keyring
+from hvbackup.store.root import Root
 from hvbackup.store.sealed import seal, unseal
 
 FOLDER = "writers"  # in the store; and in STATE, for the locks
@@ -65,6 +70,7 @@ class WriterLease:
         self._backend, self._state, self._ring, self._writer, self._clock = backend, state, ring, writer, clock
         self.id = secrets.token_hex(8)
         self.seen: list[str] = []
+        self._roots: list[Root] = []  # of what is built upon
         self.unfit: frozenset[str] = frozenset()  # packs that nothing may refer to
         self._unfit_numbers = np.zeros(0, np.uint32)
         self._everything = False
@@ -101,9 +107,17 @@ class WriterLease:
     def _write(self) -> None:
         began = self._clock()
         path = f"{FOLDER}/{self.id}"
-        value = {"writer": self._writer, "seen": self.seen, "began": time.time_ns()}
+        roots = [root.dump() for root in self._roots]
+        value = {"writer": self._writer, "seen": self.seen, "roots": roots, "began": time.time_ns()}
         self._backend.replace(path, seal(self._ring, f.KIND_WRITER, path, value))
         self._written = began
+
+    def builds_upon(self, roots: Iterable[Root]) -> None:
+        """What these maps need stays until we end, when this returns; then the caller sees that their point is still there."""
+        with self._lock:
+            self._roots = [root for root in roots if any(root.id)]
+            if self._roots:
+                self._write()
 
     def avoids(self, numbers: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which of these packs, by their numbers in the index, nothing may refer to."""
@@ -149,6 +163,7 @@ class Seen:
     id: str
     writer: str
     seen: frozenset[str]
+    roots: tuple[Root, ...]
     data: bytes  # changes with every renewal
 
 
@@ -164,9 +179,10 @@ def leases(backend: Backend, ring: Keyring) -> Iterator[Seen]:
             continue
         try:
             value = unseal(ring, f.KIND_WRITER, path, data)
-            yield Seen(name, str(value["writer"]), frozenset(map(str, value["seen"])), data)
-        except (StoreDamage, KeyError, TypeError):
-            yield Seen(name, "", frozenset(), data)
+            roots = tuple(Root.load(root) for root in value["roots"])
+            yield Seen(name, str(value["writer"]), frozenset(map(str, value["seen"])), roots, data)
+        except (StoreDamage, KeyError, TypeError, ValueError):
+            yield Seen(name, "", frozenset(), (), data)
 
 
 def remove_dead(backend: Backend, state: Files, ring: Keyring, writer: str) -> None:

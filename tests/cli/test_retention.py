@@ -143,3 +143,29 @@ def test_two_operators_have_to_agree(three: tuple[World, list[str]], tmp_path: P
     world.done("approve", off["request"]["id"], "--key-file", other)
     assert not world.done("settings", "--json").json["settings"]["two_person"]
     world.done("check")
+
+
+def test_reclaim_frees_what_nobody_needs(three: tuple[World, list[str]]) -> None:
+    world, ids = three
+    assert (world.store / "reserve").stat().st_size == 8 << 20
+    empty = world.done("reclaim", "--dry-run", "--json").json
+    assert (empty["live"], empty["dead_packs"]) == (empty["total"], 0)
+    world.done("prune", "--keep-last", "1")
+    assert world.done("reclaim", "--json").json["removed_packs"] == 0, "it is in the trash"
+    done = world.done("reclaim", "--empty-trash", "--json").json
+    assert sorted(done["emptied"]) == sorted(ids[:2])
+    assert done["condemned_packs"] > 0
+    assert done["until"]
+    assert done["removed_packs"] == 0
+    said = world.done("reclaim", "--grace", "0", "--rate", "100M").out
+    assert "freed, in" in said
+    assert world.done("reclaim", "--dry-run", "--json").json["dead_packs"] == 0
+    world.done("check", "--deep")
+    world.done("restore", "vm", "--to", world.folder / "out")
+    assert (world.folder / "out" / "vm.raw").read_bytes() == (world.folder / "vm.raw").read_bytes()
+    assert "from 0 to 100" in world.refused(2, "reclaim", "--garbage", "101")
+
+
+def test_a_store_may_be_born_with_a_minimum_age(world: World) -> None:
+    world.done("init", "--min-age", "2w")
+    assert world.done("settings", "--json").json["settings"]["min_age_seconds"] == 14 * 86400
