@@ -21,6 +21,7 @@ from pathlib import Path
 from hvbackup.errors import KeyRefused, UsageError
 
 KEYS = "keys"  # in the configuration directory
+HEADS = "heads"  # likewise
 UNFINISHED_KEY = "unfinished-"  # begins the name of the key of a store whose `init` did not end
 
 
@@ -133,6 +134,11 @@ def _path(text: str | None) -> Path | None:
 def key_path(configuration: Path, store_id: str) -> Path:
     """Where the key of a store is kept unless somebody said otherwise."""
     return configuration / KEYS / f"{store_id}.key"
+
+
+def heads_path(configuration: Path, store_id: str) -> Path:
+    """Where the newest records of a store's chains are kept, if somebody wants them to be."""
+    return configuration / HEADS / f"{store_id}.json"
 
 
 def kept_keys(configuration: Path, store_id: str) -> list[Path]:

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import os
 import secrets
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -37,6 +38,7 @@ PARTIAL = ".partial"  # behind the name of an image that is not restored to its 
 TMP = "tmp"  # the directory of files that are not finished
 LOCK_POLL_SECONDS = 0.05
 OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
+_GET_FLAGS, _SET_FLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10  # of linux/fs.h, on 64 bits
 
 
 class Kernel:
@@ -72,6 +74,17 @@ class Kernel:
         """Make a directory."""
         os.mkdir(path, mode)
 
+    def set_immutable(self, path: str, on: bool) -> None:
+        """Let nobody, root included, change, rename or remove a file (`chattr +i`), or let them again."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            flags = _flags(fd)
+            wanted = flags | _IMMUTABLE if on else flags & ~_IMMUTABLE
+            if wanted != flags:
+                fcntl.ioctl(fd, _SET_FLAGS, wanted.to_bytes(8, sys.byteorder))
+        finally:
+            os.close(fd)
+
     def sync_dir(self, path: str) -> None:
         """Make the names in a directory durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -79,6 +92,10 @@ class Kernel:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _flags(fd: int) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
 
 
 @contextmanager
@@ -137,9 +154,11 @@ class NewFile:
         with named_errors("write", target):
             self._files.kernel.fsync(self._fd)
             self._close()
+            self._files.release(name)
             self._files.kernel.rename(str(self._tmp), str(target))
             self._named = True
             self._files.kernel.sync_dir(str(target.parent))
+        self._files.protect(name)
 
     @let_finish
     def abandon(self) -> None:
@@ -215,6 +234,7 @@ class Files:
         self.root = Path(root)
         self.kernel = kernel or Kernel()
         self._mode = mode
+        self.immutable: tuple[str, ...] = ()  # names that begin so are made immutable
         self._handles: OrderedDict[str, _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -271,12 +291,35 @@ class Files:
         """The file is gone, durably, when this returns; nothing happens when it was."""
         path = self.path(name)
         self.forget(name)
+        self.release(name)
         with named_errors("remove", path):
             try:
                 self.kernel.unlink(str(path))
             except FileNotFoundError:
                 return
             self.kernel.sync_dir(str(path.parent))
+
+    def protect(self, name: str) -> None:
+        """Nobody changes or removes the file when this returns, if its name is one of those.  Raises HvbackupError."""
+        if name.startswith(self.immutable or ("\0",)):
+            with named_errors("make immutable", self.path(name)):
+                self.kernel.set_immutable(str(self.path(name)), True)
+
+    def release(self, name: str) -> None:
+        """The opposite, for whoever replaces or removes it in order."""
+        if name.startswith(self.immutable or ("\0",)) and self.exists(name):
+            with named_errors("make mutable", self.path(name)):
+                self.kernel.set_immutable(str(self.path(name)), False)
+
+    def is_immutable(self, name: str) -> bool:
+        """Whether the file has that flag; also False where the file system knows none."""
+        fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return bool(_flags(fd) & _IMMUTABLE)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""

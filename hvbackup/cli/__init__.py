@@ -11,6 +11,7 @@ continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
 doctor       doctor
 retention    prune, forget, hold, holds, release, approve, settings, reclaim
+audit        audit
 serving      serve, config
 job, worker  processes of the service
 upkeep       parity, regroup

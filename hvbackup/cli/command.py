@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from hvbackup.cli import (
+    audit,
     continuous,
     copies,
     doctor,
@@ -25,7 +26,7 @@ from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (stores, machines, continuous, recovery, copies, retention, insight, upkeep, doctor, serving, papers)
+GROUPS = (stores, machines, continuous, recovery, copies, retention, audit, insight, upkeep, doctor, serving, papers)
 
 
 def build() -> Parser:

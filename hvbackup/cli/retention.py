@@ -274,6 +274,7 @@ def _add_settings(verbs: Verbs) -> None:
     )
     verb.add_argument("--min-age", default="", metavar="TIME", help="no point is forgotten before it is so old")
     verb.add_argument("--trash", default="", metavar="TIME", help="how long forgotten points can be had back (24h)")
+    verb.add_argument("--immutable", choices=("on", "off"), help="files can't be changed by anybody (chattr +i)")
     verb.add_argument("--two-person", choices=("on", "off"), help="forgetting waits for a second operator")
     verb.set_defaults(run=settings)
 
@@ -296,6 +297,8 @@ def settings(args: argparse.Namespace, out: Out) -> int:
         changes["min_age_ns"] = span_ns(args.min_age)
     if args.trash:
         changes["trash_ns"] = span_ns(args.trash)
+    if args.immutable:
+        changes["immutable"] = args.immutable == "on"
     if args.two_person:
         changes["two_person"] = args.two_person == "on"
     found, request = retention.change_settings(session_of(args), changes, now())

@@ -9,6 +9,7 @@ look         points, status, sql: what is there
 recovery     map, restore, boot, discard
 retention    prune, forget, hold, holds, release, approve, settings
 reclaim      reclaim
+audit        audit: who did what, and whether the records are whole
 upkeep       check, parity, regroup
 benchmark    this machine's ceilings, and what the pipeline reaches
 shapes       what results look like as JSON: the same names everywhere

@@ -12,7 +12,7 @@ from hvbackup.model import Instant
 from hvbackup.service.retention import ordering
 from hvbackup.service.session import Session
 from hvbackup.store import forget as forgetting
-from hvbackup.store import pins, reserve
+from hvbackup.store import immutable, pins, reserve
 from hvbackup.store import reclaim as reclaiming
 from hvbackup.store.reclaim import Options, Reclaimed
 
@@ -62,6 +62,7 @@ def reclaim(session: Session, wish: Wish, now: Instant) -> Freed:
         emptied = reserve.using(store.files, lambda: forgetting.empty(store, moment))
         pins.remove_expired(store, now)
     with session.open() as store:
+        immutable.arm(store)
         options = Options(
             wish.garbage_share, wish.grace_ns, wish.wait, pause=Throttle(wish.bytes_per_second), say=wish.say
         )

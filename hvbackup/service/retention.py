@@ -7,7 +7,7 @@ import pwd
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, tzinfo
 from typing import Any
 
@@ -17,7 +17,7 @@ from hvbackup.service.inventory import History, inventory
 from hvbackup.service.session import Session
 from hvbackup.store import forget as forgetting
 from hvbackup.store import holds as holding
-from hvbackup.store import keys, must, pins, requests, reserve, settings
+from hvbackup.store import immutable, keys, must, pins, requests, reserve, settings
 from hvbackup.store.forget import Forgotten, Trashed
 from hvbackup.store.holds import Hold
 from hvbackup.store.pins import Pin
@@ -78,6 +78,7 @@ def operator(session: Session, store: Store) -> Operator:
 def ordering(session: Session, now: Instant) -> Iterator[tuple[Store, Settings]]:
     """The store, nobody else of this machine forgetting, and what dead runs began is settled."""
     with session.open() as store:
+        immutable.arm(store)
         store.runs.settle()
         with forgetting.alone(store):
             reserve.using(store.files, lambda: forgetting.settle(store, now))
@@ -238,6 +239,7 @@ def hold(session: Session, texts: Sequence[str], now: Instant, *, until: Instant
     if until is not None and until <= now:
         raise UsageError("A hold that ends in the past holds nothing; give a day to come with --until")
     with session.open() as store:
+        immutable.arm(store)
         store.runs.settle()
         by = str(operator(session, store))
         paths = [find(store, text) for text in texts]
@@ -295,7 +297,7 @@ def _carry_out(store: Store, rules: Settings, found: Request, by: Operator, now:
     if found.action == "release":
         holding.release(store, _hold(store, str(found.what["hold"])), now, by=both)
     elif found.action == "settings":
-        settings.change(store, Settings(**found.what["settings"]), now, by=both)
+        _apply(store, rules, Settings(**found.what["settings"]), now, both)
     else:
         raise StoreDamage(f"Request {found.id} asks for {found.action}, which this version does not know")
     return None
@@ -307,20 +309,21 @@ def change_settings(session: Session, changes: Mapping[str, Any], now: Instant) 
         with session.open() as store:
             return settings.load(store), None
     with ordering(session, now) as (store, rules):
-        new = Settings(**{**_as_dict(rules), **changes})
+        new = Settings(**{**asdict(rules), **changes})
         by = operator(session, store)
         if new == rules:
             return rules, None
         if rules.two_person and new.is_weaker_than(rules):
-            return rules, requests.ask(store, "settings", {"settings": _as_dict(new)}, by, now)
-        settings.change(store, new, now, by=str(by))
+            return rules, requests.ask(store, "settings", {"settings": asdict(new)}, by, now)
+        _apply(store, rules, new, now, str(by))
         return new, None
 
 
-def _as_dict(rules: Settings) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(rules)
+def _apply(store: Store, old: Settings, new: Settings, now: Instant, by: str) -> None:
+    """The settings count, and files are as they say."""
+    if new.immutable != old.immutable:
+        immutable.change(store, on=new.immutable)
+    settings.change(store, new, now, by=by)
 
 
 def zone(name: str) -> tzinfo:

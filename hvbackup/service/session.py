@@ -9,6 +9,7 @@ from hvbackup import config
 from hvbackup.config import KeyOptions, Places
 from hvbackup.errors import KeyRefused, StoreMissing
 from hvbackup.files import Files
+from hvbackup.store import audit
 from hvbackup.store.keys import Secret, list_wrappings, parse_key_text, passphrase
 from hvbackup.store.store import CIPHERS, Store, describe
 
@@ -26,7 +27,9 @@ class Session:
     def open(self, *, owner: bool = False) -> Store:
         """The store, open.  Raises StoreMissing, KeyRefused, Busy (when we want to own it)."""
         secrets = self.secrets()
-        return Store.open(self.places.store, self.places.state, secrets, owner=owner)
+        store = Store.open(self.places.store, self.places.state, secrets, owner=owner)
+        audit.follow(store, config.heads_path(self.places.configuration, store.id.hex()))
+        return store
 
     def secrets(self) -> list[Secret]:
         """What may open the store: what was given, or else the key kept for it, or else a passphrase that is asked for."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hvbackup.errors import StoreDamage
 from hvbackup.model import DiskId, DiskRoot, Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.pipeline import ordered
-from hvbackup.store import journal, parity
+from hvbackup.store import audit, journal, parity
 from hvbackup.store import pack as packs
 from hvbackup.store.generation import OFFSET_BITS
 from hvbackup.store.ledger import SAVE_SECONDS, Ledger, Level, debt, sizes
@@ -134,7 +134,7 @@ class _Check:
         if self._records:
             self._store.index.set_damaged(self._bad)
         self._points()
-        for problem in self._store.runs.problems():
+        for problem in audit.problems(self._store):
             self._report.add("runs", problem)
         return self._report
 

@@ -130,7 +130,7 @@ def _unfit(store: Store, lists: Sequence[Condemned]) -> tuple[set[str], set[str]
 def _refuse_doubts(store: Store) -> None:
     """Raises StoreDamage when anything suggests that the store is not what it was."""
     store.index.reread()
-    found = store.runs.problems()
+    found = store.runs.problems(store.heads)
     if found:
         more = f"; and {len(found) - TOLD_PROBLEMS} more" if len(found) > TOLD_PROBLEMS else ""
         raise StoreDamage(
@@ -266,7 +266,8 @@ class _Run:
             needed = rows[np.array([i.tobytes() in living for i in rows["id"]], np.bool_)]
             if len(needed) != len(living) or not repack.replaced(store, pack, needed, unfit):
                 return False
-        store.files.remove(packs.path_of(pack))
+        for name in packs.files_of(pack):
+            store.files.remove(name)
         self._done.removed_packs += 1
         self._done.removed_bytes += size
         return True

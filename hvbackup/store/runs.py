@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,7 @@ class Runs:
 
     def __init__(self, backend: Backend, ring: Keyring, state: Files) -> None:
         self._backend, self._ring, self._state = backend, ring, state
+        self.on_head: Callable[[Head], None] = lambda _: None  # told of each record that we append
         self._head = self._load_head()
 
     def _load_head(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class Runs:
             data = seal(self._ring, f.KIND_RUN, path, {**value, "previous": self._head["digest"]})
             self._backend.write_new(path, data)
             self._keep(seq, blake3.blake3(data).hexdigest())
+            self.on_head(Head(self.writer, seq, blake3.blake3(data).hexdigest()))
 
     def _catch_up(self) -> None:
         """Step over records that were written when the head could not be."""

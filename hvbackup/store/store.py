@@ -32,7 +32,7 @@ from hvbackup.store import keys
 from hvbackup.store import point as points
 from hvbackup.store.index import Index
 from hvbackup.store.reader import CACHE_BYTES, ChunkReader
-from hvbackup.store.runs import Runs
+from hvbackup.store.runs import Head, Runs
 from hvbackup.store.view import DiskView
 from hvbackup.store.writer import ChunkWriter
 from hvbackup.store.writers import WriterLease
@@ -182,6 +182,8 @@ class Store:
         self.cache_bytes = CACHE_BYTES  # of decoded blocks, from the next writing on
         self.chunks = ChunkReader(files, ring, self.index)
         self.runs = Runs(files, ring, state)
+        self.heads: list[Head] = []  # newest records that were kept elsewhere: they must be there
+        self.heads_trouble = ""  # why those could not be read
         self.writing = Writing(self)
         self._exit = ExitStack()
 
@@ -236,6 +238,9 @@ class Store:
             yield
 
     def _clear(self) -> None:
+        from hvbackup.store import immutable  # needs us
+
+        immutable.arm(self)
         self.files.sweep()
         self.state.sweep()
         self._settle()

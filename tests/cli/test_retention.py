@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -169,3 +171,37 @@ def test_reclaim_frees_what_nobody_needs(three: tuple[World, list[str]]) -> None
 def test_a_store_may_be_born_with_a_minimum_age(world: World) -> None:
     world.done("init", "--min-age", "2w")
     assert world.done("settings", "--json").json["settings"]["min_age_seconds"] == 14 * 86400
+
+
+def test_who_did_what_is_written_down_and_an_old_copy_of_the_store_is_noticed(three: tuple[World, list[str]]) -> None:
+    world, ids = three
+    shutil.copytree(world.store, world.folder / "old")
+    shutil.copytree(world.state, world.folder / "old-state")
+    world.done("hold", ids[0], "--why", "audit")
+    world.done("forget", ids[1], "--why", "not needed")
+    records = world.done("audit", "list", "--json").json["records"]
+    assert [r["kind"] for r in records] == ["hold", "forget"]
+    assert records[1]["forgotten"][0].endswith(ids[1])
+    assert "@" in records[1]["by"]
+    assert "not needed" in json.dumps(records[1])
+    assert len(world.done("audit", "list", "--all", "--json").json["records"]) == 5
+    assert "Every record is there" in world.done("audit", "verify").out
+    away = world.folder / "usb" / "heads"
+    world.done("audit", "keep", "--to", away)
+    world.done("audit", "keep")
+    world.done("hold", ids[2])  # renews what the configuration directory keeps
+    assert world.done("audit", "verify", "--head", away, "--json").json["heads"] == 2
+    shutil.rmtree(world.store)
+    shutil.rmtree(world.state)
+    shutil.copytree(world.folder / "old", world.store)
+    shutil.copytree(world.folder / "old-state", world.state)
+    ran = world.run("audit", "verify", "--head", away)
+    assert (ran.code, "put back from an older copy" in ran.out) == (20, True)
+    ran = world.run("check")
+    assert ran.code == 20
+    assert "put back from an older copy" in ran.out
+    assert "is in doubt" in world.refused(20, "reclaim")
+    next(world.configuration.glob("heads/*")).write_text("{}")
+    assert "no file of heads" in world.run("check").out
+    world.done("points")
+    assert "can't be read" in world.refused(2, "audit", "verify", "--head", world.folder / "nothing")

@@ -14,8 +14,9 @@ import pytest
 from hvbackup.errors import Busy, StoreDamage
 from hvbackup.model import Instant, RecoveryPoint
 from hvbackup.store import condemned, forget, pins, reclaim, writer, writers
-from hvbackup.store.check import check
+from hvbackup.store.check import Wanted, check
 from hvbackup.store.condemned import CONDEMNED
+from hvbackup.store.ledger import Level
 from hvbackup.store.mark import mark
 from hvbackup.store.pack import list_packs, path_of
 from hvbackup.store.reclaim import Options, Reclaimed, choose
@@ -49,12 +50,8 @@ def run(world: World, store: Store, **changes: object) -> Reclaimed:
 def check_sound(world: World, store: Store) -> None:
     """Exactly the points of the oracle, whole; every page in two packs; nothing wrong; nothing condemned."""
     world.check_all(store)
-    assert [p.what for p in check(store, **deep()).problems] == []
+    assert [p.what for p in check(store, Wanted(level=Level.DEEP)).problems] == []
     assert CONDEMNED.names(store.files) == []
-
-
-def deep() -> dict[str, object]:
-    return {"deep": True} if "deep" in check.__kwdefaults__ else {"level": 2}
 
 
 def garbage(world: World, store: Store) -> int:

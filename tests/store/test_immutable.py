@@ -1,0 +1,102 @@
+"""Immutable files on a real ext4, and the loud failure where a file system has none."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvbackup.errors import HvbackupError, UsageError
+from hvbackup.store import forget, immutable, reclaim, settings
+from hvbackup.store.check import check
+from hvbackup.store.reclaim import Options
+from hvbackup.store.settings import Settings
+from hvbackup.store.store import Store
+from tests.endtoend.mounts import needs_mount, small_disk
+from tests.world import World
+
+pytestmark = [pytest.mark.real, needs_mount]
+SEALED = Settings(trash_ns=0, immutable=True)
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[Path]:
+    """A small ext4 of its own."""
+    with small_disk(tmp_path, "ext4") as disk:
+        yield disk.path
+        subprocess.run(["chattr", "-R", "-f", "-i", str(disk.path)], timeout=30, check=False)
+
+
+@pytest.fixture
+def ramfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system that knows no flags."""
+    place = tmp_path / "ramfs"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", str(place)], check=True, timeout=30)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=30)
+
+
+def sealed(world: World, store: Store) -> None:
+    immutable.change(store, on=True)
+    settings.change(store, SEALED, world.clock(), by="test")
+
+
+def test_nobody_changes_or_removes_what_was_written(ext4: Path) -> None:
+    world = World(ext4).life(1)
+    with world.opened() as store:
+        sealed(world, store)
+    with world.opened() as store:
+        world.scribble()
+        world.capture(store)
+        assert immutable.missing(store) == []
+        there = list(immutable.names(store))
+        assert {name.split("/")[0] for name in there} == {"packs", "points", "runs", "settings"}
+        for name in there:
+            with pytest.raises(PermissionError):
+                store.files.path(name).unlink()
+            with pytest.raises(PermissionError):
+                store.files.path(name).write_bytes(b"")
+            with pytest.raises(PermissionError):
+                store.files.path(name).rename(store.files.path("elsewhere"))
+        assert check(store).problems == []
+        world.check_all(store)
+
+
+def test_forgetting_and_reclaiming_in_order_work(ext4: Path) -> None:
+    world = World(ext4).life(3)
+    with world.opened() as store:
+        sealed(world, store)
+        points = list(store.points())
+        with forget.alone(store):
+            forget.forget(store, [store.path_of(points[0])], SEALED, world.clock(), why="", by="")
+        del world.oracle[points[0].id]
+        done = reclaim.reclaim(store, Options(grace_ns=0, garbage_share=0.0, clock=world.clock))
+        assert done.removed_packs > 0
+    with world.opened() as store:
+        assert immutable.missing(store) == []
+        world.check_all(store)
+        assert check(store).problems == []
+        store.files.kernel.set_immutable(str(store.files.path(store.path_of(points[1]))), False)
+        assert immutable.missing(store) == [store.path_of(points[1])]
+        assert "is not immutable" in check(store).problems[0].what
+        assert immutable.change(store, on=True) == 1
+        immutable.change(store, on=False)
+        settings.change(store, Settings(), world.clock(), by="test")
+        assert not any(store.files.is_immutable(name) for name in immutable.names(store))
+
+
+def test_where_there_are_no_immutable_files_that_is_said_aloud(ramfs: Path, ext4: Path) -> None:
+    world = World(ramfs).life(1)
+    with world.opened() as store:
+        with pytest.raises(UsageError, match="must know `chattr"):
+            immutable.change(store, on=True)
+        assert store.files.immutable == ()
+        settings.change(store, SEALED, world.clock(), by="test")  # as in a store that was copied here
+    with pytest.raises(HvbackupError, match="must know `chattr"):
+        world.open()
+    with world.opened(owner=False) as store:
+        world.check_all(store)  # it can be read all the same
+        assert len(immutable.missing(store)) == len(list(immutable.names(store)))
