@@ -190,7 +190,7 @@ class Copier:
     def _attempt(self, point: RecoveryPoint, progress: Callable[[int, int], None], began: float) -> Copied:
         figures, writer = CopyFigures(), self._target.writer()
         try:
-            base = self._base(point)
+            base = self._built_upon(point, writer)
             disks = [_Disk(self, writer, root, base, figures) for root in point.disks]
             total = sum(-(-d.disk.size // self._source.block) for d in point.disks)
             before, roots = 0, []
@@ -231,6 +231,14 @@ class Copier:
             origin=self._source.id.hex(),
             figures=asdict(done.figures),
         )
+
+    def _built_upon(self, point: RecoveryPoint, writer: ChunkWriter) -> RecoveryPoint | None:
+        """What the copy builds upon; it stays until the writer ends, though somebody forgets it."""
+        while (base := self._base(point)) is not None:
+            writer.builds_upon(base)
+            if self._target.files.exists(self._target.path_of(base)):
+                break
+        return base
 
     def _base(self, point: RecoveryPoint) -> RecoveryPoint | None:
         """The newest point of the machine, not after this one, that both stores have (a family: that the target has)."""

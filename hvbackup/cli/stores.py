@@ -89,7 +89,11 @@ def init(args: argparse.Namespace, out: Out) -> int:
         )
     block = BLOCKS.get(args.block, 0)
     made = stores.init(
-        session_of(args), block=block, encrypted=not args.no_encryption, parity=args.parity, family_of=family,
+        session_of(args),
+        block=block,
+        encrypted=not args.no_encryption,
+        parity=args.parity,
+        family_of=family,
         min_age_ns=span_ns(args.min_age) if args.min_age else 0,
     )
     out.answer(_made(made), _made_lines(made))
