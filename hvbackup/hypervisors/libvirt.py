@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from hvbackup.errors import HvbackupError, NotFound
-from hvbackup.hypervisors import Can, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
+from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
+from hvbackup.hypervisors import Can, libvirt_cycles, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
+from hvbackup.hypervisors.libvirt_cycles import LibvirtCycles
 from hvbackup.hypervisors.libvirt_host import Domain, Host, LibvirtRefused
 from hvbackup.hypervisors.libvirt_pull import LibvirtFrozen, Pull, Room
 from hvbackup.hypervisors.libvirt_seen import Seen, look
@@ -79,7 +80,14 @@ class LibvirtHypervisor:
         self._freezing = freezing or Freezing()
         self._clock = clock
         self.host = Host(where.uri, self._settings.reply_seconds)
-        self.can = Can(changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2)
+        self.can = Can(
+            changed_extents=True,
+            allocated_extents=True,
+            freeze=True,
+            several_disks_at_once=True,
+            readers=2,
+            cycles=where.local,  # QEMU's own, which takes sockets and files of this host
+        )
 
     def machines(self) -> Sequence[Machine]:
         found = [(domain, name) for domain in self.host.domains() if (name := _name(domain))]
@@ -100,6 +108,7 @@ class LibvirtHypervisor:
         try:
             domain = self.domain(machine)
             if domain.active():
+                self._release_cycles(room, domain, [f for f in folders if libvirt_cycles.left_over(f)], lease, keeping)
                 Pull(room, domain, machine).release(room.prefix(lease), folders, keeping)
             else:
                 for folder in folders:
@@ -109,6 +118,21 @@ class LibvirtHypervisor:
             pass  # with the domain all that was made of it is gone, but for files of ours
         for folder in folders:
             room.remove(folder)
+
+    def cycles(self, machine: Machine, lease: LeaseId) -> LibvirtCycles:
+        """A series of snapshots, at little cost each.  Raises HostUnreachable, Busy, NotFound, UsageError."""
+        domain, room = self.domain(machine), self._room()
+        seen = self.look(domain)
+        if not seen.active:
+            raise HostUnreachable(f"Machine {machine.name} is off: nothing of it can be protected until it runs")
+        room.refuse_second(machine)
+        return libvirt_cycles.begin(room, domain, seen, lease, self.release)
+
+    def _release_cycles(
+        self, room: Room, domain: Domain, folders: Sequence[Path], lease: LeaseId | None, keeping: Collection[str]
+    ) -> None:
+        if folders:
+            libvirt_cycles.release(room, domain, self.look(domain), folders, room.prefix(lease), keeping)
 
     # --- what others of this package need ------------------------------------------------------------------------------
 

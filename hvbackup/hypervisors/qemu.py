@@ -143,8 +143,8 @@ class QemuHypervisor:
 
         setting = Setting(
             self.path, seen.machine, seen.config, names, folder, s.reply_seconds, s.settle_seconds,
-            s.scratch_reserve_bytes, self._clock, ask, seats, _doubt, sweep, lambda keep: self.release(machine, lease, keep),
-            plan,
+            s.scratch_reserve_bytes, self._clock, ask, seats, bitmap_doubt, sweep,
+            lambda keep: self.release(machine, lease, keep), plan,
         )  # fmt: skip
         return QemuCycles(setting, qmp.peer, seen.drives, server)
 
@@ -185,7 +185,7 @@ class QemuHypervisor:
         qemu_fleece.refuse_full(folder, self._settings.scratch_reserve_bytes)
         for index, drive in enumerate(seen.drives):
             qemu_fleece.add_scratch(qmp, names, folder, index, drive, self._settings.settle_seconds)
-        doubts = {d.disk.id: _doubt(d, since.get(d.disk.id)) for d in seen.drives}
+        doubts = {d.disk.id: bitmap_doubt(d, since.get(d.disk.id)) for d in seen.drives}
         old = {d.disk.id: d.bitmaps[since[d.disk.id].value] for d in seen.drives if not doubts[d.disk.id]}
         server = qemu_server.start(qmp, folder, seen.line, self._names)
         checkpoint = self._names.new_checkpoint()
@@ -282,7 +282,7 @@ class QemuHypervisor:
         graph = BlockGraph.parse(qmp.command("query-named-block-nodes", flat=True), _optional(qmp, _GRAPH))
         uuid = _optional(qmp, "query-uuid")
         skipped: dict[str, str] = {}
-        devices = self._daemon(qmp, graph) if uuid is None else _devices(qmp, skipped)
+        devices = self._daemon(qmp, graph) if uuid is None else attached_devices(qmp, skipped)
         drives = [graph.drive(device) for device in devices]
         known = uuid is not None and uuid["UUID"] != _NO_UUID
         machine = Machine(
@@ -357,7 +357,7 @@ class QemuFrozen:
         return self.hypervisor.verify(self)
 
 
-def _doubt(drive: Drive, token: Token | None) -> str:
+def bitmap_doubt(drive: Drive, token: Token | None) -> str:
     """Why changes since the token can't be proved; empty when they can."""
     if token is None:
         return "No earlier checkpoint was given"
@@ -366,10 +366,10 @@ def _doubt(drive: Drive, token: Token | None) -> str:
         return f"{token.kind} {token.value} is not a checkpoint of QEMU"
     if bitmap is None:
         return f"Checkpoint {token.value} is gone from disk {drive.disk.id}: the machine or the disk was restarted or replaced"
-    return _bitmap_doubt(bitmap, drive.disk.id)
+    return _state_doubt(bitmap, drive.disk.id)
 
 
-def _bitmap_doubt(bitmap: Bitmap, disk: str) -> str:
+def _state_doubt(bitmap: Bitmap, disk: str) -> str:
     if bitmap.inconsistent:
         return f"Checkpoint {bitmap.name} on disk {disk} is inconsistent: the machine was not stopped cleanly"
     if not bitmap.recording:
@@ -385,7 +385,7 @@ def _optional(qmp: Qmp, command: str, **arguments: Any) -> Any:
         return None
 
 
-def _devices(qmp: Qmp, skipped: dict[str, str]) -> Sequence[Device]:
+def attached_devices(qmp: Qmp, skipped: dict[str, str]) -> Sequence[Device]:
     """The devices whose disks are captured; the others land in `skipped` with the reason."""
     found = []
     for block in qmp.command("query-block"):

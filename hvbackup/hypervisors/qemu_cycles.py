@@ -67,6 +67,7 @@ class Setting:
     sweep: Callable[[], None]
     release: Callable[[Collection[Token]], None]
     plan: Callable[[], qemu_freeze.Plan]  # how the guest can be frozen now
+    life: Callable[[Disk], str] = lambda disk: f"size={disk.size}"  # of tokens
 
 
 @dataclass(slots=True)
@@ -200,7 +201,7 @@ class QemuCycles:
         for drive in drives:
             disk = drive.disk
             uri = self._server.export(f"{s.names.prefix}{disk.id}")
-            token = Token(TOKEN_KIND, checkpoint, f"size={disk.size}")
+            token = Token(TOKEN_KIND, checkpoint, s.life(disk))
             disks.append(CycleDisk(disk, token, uri, s.names.merged, doubts[disk.id]))
         t = Instant(switch.t)
         return CycleFrozen(

@@ -149,3 +149,27 @@ def test_a_guest_of_libvirt_is_booted_from_its_point(libvirtd: Libvirtd, world: 
             assert not any("plain machine" in note for note in booted["notes"])
         finally:
             world.done("discard", "again")
+
+
+def test_a_machine_under_protection_whose_worker_is_killed(libvirtd: Libvirtd, world: Installed) -> None:
+    with machine(libvirtd, formats=("qcow2",)) as vm:
+        vm.define().start()
+        moments: list[tuple[int, bytes]] = []
+        for life in range(2):
+            worker = world.start("protect", vm.source(), "--every", "500ms", "--json")
+            assert worker.stdout
+            while len(moments) < 3 * (life + 1):
+                event = json.loads(worker.stdout.readline())
+                if event["event"] == "moment" and event["read_bytes"] == 0:
+                    moments.append((event["seq"], vm.content("vda")))  # nothing was written since
+                    vm.write("vda", len(moments) * 65536, b"moment %d" % len(moments) * 100)
+            worker.kill()
+            worker.communicate()
+        vm.write("vda", 20 * 65536, b"unprotected" * 100)
+        ran = json.loads(world.run("backup", vm.source(), "--json").out)["runs"][0]
+        assert [d["how"] for d in ran["point"]["disks"]] == ["incremental"]
+        assert len([name for name in vm.leftovers() if "safe" in name]) == len(vm.leftovers()) <= 2
+        for seq, content in moments:
+            to = world.folder / f"{seq}.raw"
+            world.run("restore", vm.name, "--at", f"seq:{seq}", "--disk", "vda", "--to", to)
+            assert to.read_bytes() == content

@@ -1,0 +1,131 @@
+"""Cycles of a machine of libvirt: through the QMP that a real libvirtd hands on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvbackup.errors import HostUnreachable, UsageError
+from hvbackup.model import Continuity, DiskId, LeaseId
+from tests.hypervisors.conformance import BLOCK, Cycle
+from tests.hypervisors.libvirtd import STORE, Libvirtd, LibvirtMachine, machine, wait_until
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def vm(libvirtd: Libvirtd) -> Iterator[LibvirtMachine]:
+    with machine(libvirtd) as made:
+        yield made.define().start()
+
+
+def ours(vm: LibvirtMachine) -> list[str]:
+    """What is ours inside QEMU, but for checkpoints."""
+    found = [n["node-name"] for n in vm.monitor("query-named-block-nodes", flat=True)]
+    found += [j["id"] for j in vm.monitor("query-jobs")] + [e["id"] for e in vm.monitor("query-block-exports")]
+    return [name for name in found if name.startswith("hvb-")]
+
+
+def test_points_and_moments_follow_one_another(vm: LibvirtMachine) -> None:
+    cycle, hypervisor = Cycle(vm), vm.hypervisor()
+    vm.write("vda", 0, b"point" * BLOCK)
+    cycle.capture()
+    [found] = hypervisor.machines()
+    cycles = hypervisor.cycles(found, LeaseId("cycles"))
+    for number in range(4):
+        vm.write("vda", number * BLOCK, b"%d" % number * 1000)
+        vm.write("vdb", number * 4096, b"%d" % number * 4096)
+        moment = {d: vm.content(d) for d in vm.disks}
+        with cycles.snapshot(cycle.tokens) as frozen:
+            vm.write("vda", 20 * BLOCK, b"during" * 1000)
+            cycle.images = {d.disk.id: cycle.fold(d) for d in frozen.disks}
+            cycle.tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
+            frozen.verify()
+        assert {str(d): bytes(image) for d, image in cycle.images.items()} == moment
+        assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
+        assert cycle.read[DiskId("vdb")] <= (BLOCK if number == 0 else 4096)  # the first one is since a point
+        cycles.keep(list(cycle.tokens.values()))
+    cycles.close()
+    assert not ours(vm)
+    assert len(vm.leftovers()) == len(vm.disks)
+    assert len(vm.domain.listAllCheckpoints()) == 1  # libvirt was told
+    vm.write("vda", 5 * BLOCK, b"after" * 1000)
+    cycle.capture()  # by libvirt's own means again
+    assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
+    assert cycle.equal()
+    assert len(vm.leftovers()) == len(vm.disks)
+
+
+def test_what_a_killed_process_left_is_let_go_and_released(vm: LibvirtMachine) -> None:
+    code = (
+        "import os; from pathlib import Path\n"
+        "from hvbackup.hypervisors.libvirt import *; from hvbackup.model import LeaseId\n"
+        f"h = LibvirtHypervisor(LibvirtUri.parse({vm.source().removeprefix('libvirt:')!r}), {STORE!r}, "
+        f"scratch_dir=Path({str(vm.folder / 's')!r}), runtime=Path({str(vm.folder / 'r')!r}))\n"
+        "c = h.cycles(h.machines()[0], LeaseId('dead')); s = c.snapshot({}); s.__enter__()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_until(lambda: all(j["status"] == "concluded" for j in vm.monitor("query-jobs")))
+    assert ours(vm)
+    vm.write("vda", 0, b"the guest goes on" * 1000)
+    hypervisor, found = vm.hypervisor(), Cycle(vm).machine()
+    for _ in range(2):
+        hypervisor.release(found, LeaseId("dead"), [])
+        assert not ours(vm)
+        assert not vm.leftovers()
+    Cycle(vm).capture()
+
+
+def test_cycles_of_disks_that_record_nothing_are_refused_by_name(libvirtd: Libvirtd) -> None:
+    with machine(libvirtd, formats=("qcow2", "raw")) as vm:
+        vm.define()
+        hypervisor = vm.hypervisor()
+        [found] = hypervisor.machines()
+        with pytest.raises(HostUnreachable, match="is off"):
+            hypervisor.cycles(found, LeaseId("l"))
+        vm.start()
+        with pytest.raises(UsageError, match="vdb; only qcow2"):
+            hypervisor.cycles(found, LeaseId("l"))
+        assert not vm.leftovers()
+
+
+def test_variables_of_the_firmware_are_in_every_moment(libvirtd: Libvirtd) -> None:
+    with machine(libvirtd, formats=("qcow2",)) as vm:
+        loader = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+        nvram = f"<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>{vm.folder}/vars.fd</nvram>"
+        text = vm.xml().replace("</type></os>", f"</type>{loader}{nvram}</os><features><acpi/></features>")
+        vm.connection.defineXML(text)
+        vm.start()
+        hypervisor = vm.hypervisor()
+        [found] = hypervisor.machines()
+        assert [d.id for d in found.disks] == ["vda", "nvram"]
+        cycle = Cycle(vm)
+        with hypervisor.snapshot(found, LeaseId("point"), {}, None) as frozen:
+            tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
+        hypervisor.release(found, LeaseId("point"), list(tokens.values()))
+        cycles = hypervisor.cycles(found, cycle.lease())
+        for expected in (0, 1, 0):
+            if expected:
+                _flip(Path(vm.folder / "vars.fd"))
+            with cycles.snapshot(tokens) as frozen:
+                changes = {d.disk.id: d.changes(tokens.get(d.disk.id)) for d in frozen.disks}
+                tokens = {d.disk.id: d.token for d in frozen.disks if d.token}
+            assert changes[DiskId("nvram")].continuity is Continuity.INCREMENTAL
+            assert len(changes[DiskId("nvram")].data) == expected
+            cycles.keep(list(tokens.values()))
+        cycles.close()
+
+
+def _flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([byte ^ 1]))
