@@ -14,9 +14,10 @@ from hvbackup.store.check import check
 from hvbackup.store.cold import AGE_NS, regroup_cold
 from hvbackup.store.condemned import CONDEMNED
 from hvbackup.store.store import Store
+from tests.store.mortal import Dies, Mortal
 from tests.store.test_check import data_packs
 from tests.store.test_repack import world_of
-from tests.world import KEY, CarelessKernel, World
+from tests.world import KEY, World
 
 NOW = Instant(2_000_000_000 * 10**9)  # long after the files were written
 
@@ -69,33 +70,6 @@ def test_a_pack_with_a_damaged_record_is_not_condemned(tmp_path: Path) -> None:
         done = regroup_cold(store, NOW)
         assert condemned_packs(store) == set(others)
         assert [bad in line for line in done.damaged] == [True]
-
-
-class Dies(BaseException):
-    """The process is killed here."""
-
-
-class Mortal(CarelessKernel):
-    """Dies at one of the calls that change a disk."""
-
-    left = 1 << 30
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise Dies
-
-    def create(self, path: str, mode: int) -> int:
-        self._count()
-        return super().create(path, mode)
-
-    def rename(self, old: str, new: str) -> None:
-        self._count()
-        super().rename(old, new)
-
-    def unlink(self, path: str) -> None:
-        if self.left >= 0:
-            super().unlink(path)
 
 
 def regroup_until(world: World, step: int) -> bool:

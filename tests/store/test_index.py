@@ -24,6 +24,7 @@ from hvbackup.store import pack as packs
 from hvbackup.store.generation import Generation
 from hvbackup.store.index import NOWHERE, Index
 from hvbackup.store.keys import Keyring
+from tests.store.mortal import Dies, Mortal
 from tests.world import CarelessKernel
 
 RING = Keyring.generate(bytes(16), encrypted=False)
@@ -244,6 +245,37 @@ def test_a_large_generation_is_kept_when_few_of_its_packs_go(monkeypatch: pytest
         b.reopen()
         assert b.state.names("index") != [file]
         assert b.index.chunks == 32
+
+
+def test_killed_at_every_step_of_a_rebuild_and_its_merges_the_next_one_knows_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index_module, "RUN_ROWS", 5)
+    monkeypatch.setattr(index_module, "MEMORY_ROWS", 2)
+    monkeypatch.setattr(generations, "PIECE_ROWS", 4)
+    for step in range(200):
+        with bench() as b:
+            known: Known = {}
+            for number in range(0, 60, 2):
+                name, rows = b.write([number, number + 1])
+                for row in rows:
+                    known.setdefault(row["id"].tobytes(), set()).add((name, int(row["offset"])))
+            mortal = Mortal()
+            dying = Index(b.files, Files(b.state.root, mortal), keep=True)
+            mortal.left = step
+            try:
+                dying.sync()
+            except Dies:
+                ended = False
+            else:
+                ended = True
+            b.state.sweep()
+            b.reopen()
+            b.check(known, set())
+            assert b.index.chunks == 60
+            if ended:
+                break
+    assert step > 20
 
 
 def test_a_reader_writes_nothing_down() -> None:

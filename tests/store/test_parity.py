@@ -16,6 +16,7 @@ from hvbackup.store import pack as packs
 from hvbackup.store import parity
 from hvbackup.store.check import check
 from hvbackup.store.parity import BLOCK_BYTES, DATA_SHARDS, PARITY_SHARDS
+from tests.store.mortal import Dies, Mortal
 from tests.store.test_check import many_packs
 from tests.world import KEY, CarelessKernel
 
@@ -145,6 +146,34 @@ def test_every_pack_of_a_store_is_covered_and_mended(tmp_path: Path) -> None:
         for path in packs.files_of(every[0]):
             store.files.remove(path)
         assert every[0] not in list(parity.sidecars(store.files))
+
+
+def test_killed_at_every_step_packs_are_whole_or_as_they_were(ram: Path) -> None:
+    for step in range(60):
+        mortal = Mortal()
+        files = Files(ram / str(step), mortal)
+        made = dict(a_pack(files, 60_000, seed=n) for n in range(3))
+        mortal.left = step
+        ended = True
+        try:
+            parity.want(files)
+            parity.cover(files)
+            for name in made:
+                damage(files, name, zeroed(10_000, 4_000))
+                parity.repair(files, name)
+        except Dies:
+            ended = False
+        again = Files(ram / str(step), CarelessKernel())
+        again.sweep()
+        for name, data in made.items():
+            if again.read(packs.path_of(name)) != data:
+                parity.repair(again, name)
+            assert again.read(packs.path_of(name)) == data
+        parity.cover(again)
+        assert all(parity.is_whole(again, name) for name in made)
+        if ended:
+            break
+    assert step > 10
 
 
 def test_a_damaged_pack_gets_no_parity_and_a_lonely_sidecar_goes(files: Files) -> None:
