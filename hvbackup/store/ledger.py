@@ -81,8 +81,7 @@ class Ledger:
 
 
 def _key(pack: str) -> bytes:
-    """A pack's name is its key; a segment has a path."""
-    return blake3.blake3(pack.encode()).digest() if "/" in pack else bytes.fromhex(pack)[:32].ljust(32, b"\0")
+    return blake3.blake3(pack.encode()).digest()
 
 
 def debt(ledger: Ledger, sizes: Iterable[tuple[str, int]], now: Instant) -> int:

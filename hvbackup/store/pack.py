@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 SUFFIX = ".pack"
+NAME = re.compile("[0-9a-f]{64}")
 PARITY_SUFFIX = ".parity"
 WRITE_BYTES = 1024 * 1024
 SCAN_PIECE_BYTES = 8 * 1024 * 1024
@@ -55,9 +57,10 @@ def parity_of(pack: str) -> str:
 
 
 def list_packs(backend: Backend) -> list[str]:
-    """The names of all packs in the store, sorted."""
+    """The names of all packs in the store, sorted; files that are not called as packs are none of ours."""
     folders = backend.names("packs")
-    return [n[: -len(SUFFIX)] for d in folders for n in backend.names(f"packs/{d}") if n.endswith(SUFFIX)]
+    found = [n for d in folders for n in backend.names(f"packs/{d}") if n.endswith(SUFFIX) and n.startswith(d)]
+    return [name for n in found if NAME.fullmatch(name := n.removesuffix(SUFFIX))]
 
 
 def sort_rows(rows: NDArray[np.void]) -> NDArray[np.void]:

@@ -216,7 +216,8 @@ def _front_of(sidecar: bytes, name: str) -> tuple[_Front, NDArray[np.void]]:
         if start < 0 or len(sidecar) < start + HEAD.size:
             continue
         magic, data, parity, _, block, size, whose = HEAD.unpack_from(sidecar, start)
-        if magic != MAGIC or not data or not parity or not 512 <= block <= MiB or size > PACK_MAX:
+        sane = 0 < parity <= data and data + parity <= 256 and 512 <= block <= MiB and 0 < size <= PACK_MAX
+        if magic != MAGIC or not sane:
             continue
         front = _Front(data, parity, block, size, whose)
         body = sidecar[start : start + front.size]

@@ -187,6 +187,15 @@ def test_a_damaged_ledger_means_that_nothing_was_verified(tmp_path: Path, how: s
         assert check(store, Wanted(Level.QUICK, NOW)).debt_bytes > 0
 
 
+def test_a_stray_file_among_the_packs_stops_nothing(tmp_path: Path) -> None:
+    world = many_packs(tmp_path, KEY, 2)
+    (world.store_path / "packs" / "00").mkdir(exist_ok=True)
+    (world.store_path / "packs" / "00" / "no name of ours.pack").write_bytes(b"stray")
+    with world.opened() as store:
+        assert check(store, Wanted(Level.DEEP, NOW)).problems == []
+        world.check_all(store)
+
+
 # --- refill -----------------------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,24 @@ def test_whatever_is_damaged_of_both_the_pack_is_what_it_was_or_stays_as_it_is(
         assert files.read(packs.path_of(name)) == whole
 
 
+@given(st.data())
+def test_a_head_that_lies_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    files = Files(tmp_path_factory.mktemp("store"), CarelessKernel())
+    name, whole = a_pack(files, 5_000)
+    numbers = st.integers(0, 255)
+    size = data.draw(st.integers(0, 20_000) | st.integers(0, (1 << 64) - 1))
+    block = data.draw(st.sampled_from([0, 1, 512, 4096, 1 << 20, (1 << 32) - 1]))
+    head = parity.HEAD.pack(b"hvP1", data.draw(numbers), data.draw(numbers), 0, block, size, bytes.fromhex(name))
+    body = head + data.draw(st.binary(max_size=600))
+    body += blake3.blake3(body).digest()
+    files.replace(packs.parity_of(name), body + data.draw(st.binary(max_size=3000)))
+    assert not parity.is_whole(files, name)
+    damage(files, name, zeroed(10, 5))
+    with pytest.raises(StoreDamage):
+        parity.repair(files, name)
+    assert files.read(packs.path_of(name)) != whole
+
+
 def test_every_pack_of_a_store_is_covered_and_mended(tmp_path: Path) -> None:
     world = many_packs(tmp_path, KEY, 3)
     with world.opened() as store:
