@@ -188,6 +188,7 @@ class Guest:
     memory_mib: int = 192
     agent: bool = False  # a port for the guest agent, at `agent_path`
     extra: Sequence[str] = ()
+    incoming: str = ""  # where it waits for a machine to come by live migration, instead of booting
     argv: list[str] = field(default_factory=list, init=False)
     console: Console = field(init=False)
     qmp: Qmp = field(init=False)
@@ -236,7 +237,8 @@ class Guest:
         try:
             self.qmp = Qmp(self._sockets / "monitor.sock")
             self.console = Console(self.serial_path)
-            self.console.wait_ready(timeout_seconds, booting=True)
+            if not self.incoming:
+                self.console.wait_ready(timeout_seconds, booting=True)
         except (GuestError, OSError) as error:
             self.kill()
             raise GuestError(f"Guest {self.name} did not start: {error}\n{self._log_tail()}") from error
@@ -333,7 +335,7 @@ class Guest:
             argv += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
         for index, disk in enumerate(self.disks):
             argv += _disk_options(index, disk)
-        return [*argv, *self.extra]
+        return [*argv, *(["-incoming", self.incoming] if self.incoming else []), *self.extra]
 
     def _log_tail(self) -> str:
         return (self.folder / "qemu.log").read_text(errors="replace")[-2000:]

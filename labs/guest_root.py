@@ -33,11 +33,11 @@ def add_lvm(root: Path) -> None:
         unpacked = [_unpacked(package, Path(work)) for package in LVM_PACKAGES]
         lvm = next(path for folder in unpacked for path in folder.glob("**/sbin/lvm"))
         libraries = [str(path.parent) for folder in unpacked for path in folder.glob("**/*.so*")]
-        _add_program(root, lvm, "/sbin/lvm", libraries)
+        add_program(root, lvm, "/sbin/lvm", libraries)
     mkfs = shutil.which("mkfs.ext4", path="/usr/sbin:/sbin")
     if mkfs is None:
         raise GuestError("mkfs.ext4 is missing: apt-get install e2fsprogs")
-    _add_program(root, Path(mkfs), "/sbin/mkfs.ext4")
+    add_program(root, Path(mkfs), "/sbin/mkfs.ext4")
 
 
 def add_hvbackup(root: Path) -> None:
@@ -46,7 +46,7 @@ def add_hvbackup(root: Path) -> None:
     # What is compiled is taken along: without KVM a guest compiles for ten seconds at each start.
     ignored = shutil.ignore_patterns("site-packages", "test", "tests", "idlelib", "config-*", "ensurepip")
     shutil.copytree(stdlib, _inside(root, stdlib), ignore=ignored, symlinks=True)
-    _add_program(root, python, str(python))
+    add_program(root, python, str(python))
     packages = root / "packages"
     for name in PACKAGES:
         _add_package(packages, name)
@@ -72,7 +72,8 @@ def lvm(guest: Guest, command: str, *devices: str) -> str:
     return guest.sh(f"LVM_SUPPRESS_FD_WARNINGS=1 chroot /root /sbin/lvm {command} --config '{config}'")
 
 
-def _add_program(root: Path, program: Path, at: str, libraries: Iterable[str] = ()) -> None:
+def add_program(root: Path, program: Path, at: str, libraries: Iterable[str] = ()) -> None:
+    """A program of this machine, or an unpacked one, and the libraries it needs."""
     target = _inside(root, Path(at))
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(program, target)

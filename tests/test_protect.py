@@ -15,6 +15,7 @@ import pytest
 
 from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap, NotFound
+from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.model import SECOND, DiskId, Instant, KiB
 from hvbackup.moments import rfc3339
@@ -410,3 +411,19 @@ def test_a_disk_that_is_slow_but_answers_is_only_slow(world: World, monkeypatch:
     world.images[life.cycle().moment.seq] = world.content()
     life.close()
     world.check()
+
+
+def test_a_block_that_was_overwritten_many_times_is_read_and_hashed_once(world: World) -> None:
+    life = world.protection.begin("a test")
+    disk = world.hv.machine("m1").disks["vda"]
+    for n in range(30):
+        disk.write(64 * KiB, bytes([n]) * 3000)
+        disk.write(256 * KiB, bytes([n]) * 64 * KiB)
+        moment = life.cycle().moment
+    life.points.prepare(life)
+    read = world.hv.read_bytes
+    figures = fold(world.store, world.machine.id, moment, Options()).figures
+    assert figures.read_bytes == figures.changed_bytes == 2 * 64 * KiB
+    assert figures.new_bytes == 2 * 64 * KiB
+    assert world.hv.read_bytes == read, "the hypervisor is not asked"
+    life.close()

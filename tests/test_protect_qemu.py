@@ -87,42 +87,6 @@ def test_every_moment_of_two_disks_is_a_prefix(daemon: Daemon, tmp_path: Path) -
     assert not daemon.leftovers()
 
 
-@pytest.mark.timeout(280)
-def test_kills_of_either_side_spoil_no_moment(daemon: Daemon, tmp_path: Path) -> None:
-    init(tmp_path / "store", None)
-    rng = random.Random(11)
-    source = f"qemu:{daemon.qmp_path}"
-    seen: dict[int, int] = {}
-    resumed = 0
-    with Scribe(daemon, SIZES, 800) as scribe:
-        for turn in range(10):
-            before = scribe.acked
-            worker = Worker(tmp_path, source)
-            worker.wait_for("begun")
-            if turn in (4, 7):
-                worker.wait_for("moment")
-                daemon.kill()
-                time.sleep(rng.random())
-                daemon.start()
-                worker.wait_for("begun", 2)
-            time.sleep(rng.random() * 2)
-            worker.end(signal.SIGKILL)
-            resumed += sum(e["event"] == "begun" and e["how"] == "resumed" for e in worker.events)
-            verify_all(tmp_path, scribe, seen, before)
-        last = Worker(tmp_path, source)
-        last.wait_for("begun")
-        scribe.stop()
-        tagged = last.run("tag", "m1", "the end", "--json")
-        assert tagged.returncode == 0, tagged.stderr
-        assert last.end(signal.SIGTERM) == 0
-        verify_all(tmp_path, scribe, seen, 0)
-        assert seen[json.loads(tagged.stdout)["seq"]] == scribe.acked
-    assert resumed >= 7, "a worker that was killed goes on from its newest barrier"
-    assert not daemon.leftovers()
-    told = json.loads(last.run("timeline", "m1", "--json").stdout)
-    assert len(told["gaps"]) >= 10
-
-
 def verify_all(folder: Path, scribe: Scribe, seen: dict[int, int], at_least: int) -> None:
     """Whatever a stranger finds in the store now is an exact prefix; what was offered before still is, and is the same."""
     with Store.open(folder / "store", folder / "state2", []) as store:

@@ -281,6 +281,7 @@ class QemuHypervisor:
         line = qemu_config.of_peer(qmp.peer)
         graph = BlockGraph.parse(qmp.command("query-named-block-nodes", flat=True), _optional(qmp, _GRAPH))
         uuid = _optional(qmp, "query-uuid")
+        qemu_stop.refuse_elsewhere(self.path, _optional(qmp, "query-status"))
         skipped: dict[str, str] = {}
         devices = self._daemon(qmp, graph) if uuid is None else attached_devices(qmp, skipped)
         drives = [graph.drive(device) for device in devices]

@@ -213,7 +213,9 @@ class QemuCycles:
 
         The bitmap of a node that nobody writes to any more would say that nothing changed.
         """
-        answers = wire.all([("query-named-block-nodes", {"flat": True}), (self._set.ask, {})])
+        status: list[Command] = [] if self._set.ask == "query-block-exports" else [("query-status", {})]
+        answers = wire.all([("query-named-block-nodes", {"flat": True}), (self._set.ask, {}), *status])
+        qemu_stop.refuse_elsewhere(self._set.path, answers[2] if status else None)
         nodes = {n["node-name"]: n for n in answers[0]}
         now = seats_of(answers[1], self._set.names.store.prefix)
         moved = [seat for seat, node in self._set.seats.items() if now.get(seat, node) != node]

@@ -11,16 +11,30 @@ A machine that somebody else has stopped stands still already, and stays so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from hvbackup.errors import HvbackupError
+from hvbackup.errors import HostUnreachable, HvbackupError
 from hvbackup.hypervisors.qemu_watch import Watch
 from hvbackup.hypervisors.qemu_wire import Wire
 from hvbackup.hypervisors.qmp import CommandRefused, Qmp
 
 MARKER = "stopped"  # in the folder of a lease
+
+
+ELSEWHERE = {
+    "postmigrate": "handed its machine to another QEMU by live migration",
+    "finish-migrate": "is handing its machine to another QEMU by live migration",
+    "inmigrate": "is waiting for a machine by live migration",
+}
+
+
+def refuse_elsewhere(path: Path, status: Mapping[str, Any] | None) -> None:
+    """The machine runs in this QEMU; its disks would not be what they are.  Raises HostUnreachable."""
+    if status and (where := ELSEWHERE.get(status["status"])):
+        raise HostUnreachable(f"QEMU at {path} {where}; name the socket of the one in which the machine runs")
 
 
 def can_stop(wire: Wire) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hvbackup.store.columns import Numbers
+
 PIECE = np.dtype(
     [
         ("start", "<i8"),  # bytes on the disk
@@ -68,10 +70,10 @@ def _owners(first: NDArray[np.int64], count: NDArray[np.int64], cells: int) -> N
 class Table:
     """Pieces, a column at a time: what is searched lies together, so a table in a file is mapped and barely touched."""
 
-    start: NDArray[np.int64]
-    end: NDArray[np.int64]
-    pos: NDArray[np.int64]
-    source: NDArray[np.int32]
+    start: Numbers
+    end: Numbers
+    pos: Numbers
+    source: Numbers
 
     @classmethod
     def of(cls, pieces: Pieces) -> Table:
@@ -85,7 +87,7 @@ class Table:
         """The same pieces, as rows."""
         out = np.zeros(len(self), PIECE)
         for name in COLUMNS:
-            out[name] = getattr(self, name)
+            out[name] = getattr(self, name)[:]
         return out
 
     def within(self, start: int, end: int) -> range:

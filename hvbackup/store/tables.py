@@ -3,15 +3,15 @@
     STATE/STORE/journal/MACHINE/EPOCH-SEQ.tab          of one segment: its moments, what its META facts say, its pieces
     STATE/STORE/journal/MACHINE/EPOCH-SEQ+COUNT.tab    the pieces that COUNT segments leave behind together
 
-A file is a header (magic, length, crc32, JSON) and columns of numbers that are mapped, not read: a view of a moment long after
-its point touches a few pages of each.  Nothing here is trusted to be there; what does not fit its segment is built again.
+A file is a header (magic, length, crc32, JSON), columns of numbers that are mapped, not read, and their checksums: a view of a
+moment long after its point touches a few pages of each, and verifies those.  Nothing here is trusted to be there;
+what does not fit its segment is built again.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import mmap
 import os
 import struct
 import zlib
@@ -23,22 +23,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvbackup.errors import HvbackupError, StoreDamage
+from hvbackup.errors import HvbackupError
 from hvbackup.files import Files
 from hvbackup.model import Instant
 from hvbackup.store import format as f
+from hvbackup.store.columns import Checked, Column, Numbers, sums_of
 from hvbackup.store.journal import Facts
 from hvbackup.store.overlay import COLUMNS, NOTHING, PIECE, Pieces, Table, laid
 
 FOLDER = "journal"
 SUFFIX = ".tab"
-_MAGIC = b"hvT3"
+_MAGIC = b"hvT4"
 _HEAD = struct.Struct("<4sII")  # magic, length of the JSON, its crc32
 _PAGE = 4096
 _END = 2**62  # behind every disk
-CHECKED_BYTES = (
-    16 * 1024 * 1024
-)  # a larger table is believed: reading all of it would cost more than the view it is for
 MERGED_AT_ONCE = 300_000  # pieces
 _EMPTY = Table(*(np.zeros(0, PIECE[name]) for name in COLUMNS))
 
@@ -86,35 +84,30 @@ class Arrays:
     columns: Mapping[str, tuple[int, int, str]] = field(default_factory=dict)  # name -> (offset, items, dtype)
     memory: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     path: Path | None = None
-    crc: int = 0  # of everything behind the header
     head: int = 0  # length of the header
-    _map: mmap.mmap | None = None
+    size: int = 0  # of all columns
+    crc: int = 0  # of their checksums
+    _file: Checked | None = None
 
     def column(self, name: str) -> NDArray[Any]:
-        """One column; empty when there is none of that name."""
+        """One whole column; empty when there is none of that name.  Raises StoreDamage."""
+        return self.lazy(name)[:]
+
+    def lazy(self, name: str) -> Numbers:
+        """One column, of which nothing is read yet."""
         if name in self.memory:
             return self.memory[name]
         offset, items, kind = self.columns.get(name, (0, 0, "<i8"))
         if not items:
             return np.zeros(0, kind)
-        if self._map is None:
+        if self._file is None:
             assert self.path is not None  # columns are of a file
-            self._map = _mapped(self.path, self.head, self.crc)
-        return np.frombuffer(self._map, kind, items, offset)
+            self._file = Checked(self.path, self.head, self.size, self.crc)
+        return Column(self._file, offset, items, kind)
 
     def table(self, name: str) -> Table:
         """The pieces stored under a name."""
-        return Table(*(self.column(f"{name}.{column}") for column in COLUMNS))
-
-
-def _mapped(path: Path, head: int, crc: int) -> mmap.mmap:
-    """A file of columns.  Raises StoreDamage, and removes it, when it is not what was written: it is made again next time."""
-    with path.open("rb") as file:
-        found = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    if len(found) <= CHECKED_BYTES and zlib.crc32(memoryview(found)[head:]) != crc:
-        path.unlink(missing_ok=True)
-        raise StoreDamage(f"The cache {path} was damaged and is removed; nothing of the store is lost, run this again")
-    return found
+        return Table(*(self.lazy(f"{name}.{column}") for column in COLUMNS))
 
 
 def summary_of(first: int, facts: Facts, metas: Metas) -> Summary:
@@ -214,7 +207,7 @@ class Cache:
             if value["of"] != of_bytes or value["size"] != size:
                 return None
             columns = {k: (int(v[0]), int(v[1]), str(v[2])) for k, v in value["columns"].items()}
-            return value, Arrays(columns, {}, path, int(value["crc"]), int(value["head"]))
+            return value, Arrays(columns, {}, path, int(value["head"]), int(value["body"]), int(value["crc"]))
         except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError):
             return None
 
@@ -222,22 +215,29 @@ class Cache:
         """Keep it for later; without room, later does without."""
         kept = {name: a for name, a in columns.items() if len(a)}
         total = sum(-(-a.nbytes // 8) * 8 for a in kept.values())
-        head = 2 * _PAGE
+        head, sums = 2 * _PAGE, b""
         while True:
             at, places, body = head, {}, []
             for key, array in kept.items():
                 places[key] = (at, len(array), array.dtype.str)
                 body.append(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0"))
                 at += len(body[-1])
-            sums = {"crc": zlib.crc32(b"".join(body)), "head": head}
-            text = json.dumps({**value, **sums, "of": of_bytes, "size": head + total, "columns": places}).encode()
+            sums = sums or sums_of(b"".join(body)).tobytes()
+            about = {
+                "crc": zlib.crc32(sums),
+                "head": head,
+                "body": total,
+                "of": of_bytes,
+                "size": head + total + len(sums),
+            }
+            text = json.dumps({**value, **about, "columns": places}).encode()
             if _HEAD.size + len(text) <= head:
                 break
             head = -(-(_HEAD.size + len(text) + 64) // _PAGE) * _PAGE
         try:
             with self._state.new() as file:
                 file.write((_HEAD.pack(_MAGIC, len(text), zlib.crc32(text)) + text).ljust(head, b"\0"))
-                for part in body:
+                for part in [*body, sums]:
                     file.write(part)
                 file.commit(f"{self._folder}/{name}{SUFFIX}")
         except (HvbackupError, OSError):
