@@ -72,6 +72,6 @@ def _load_machine(con: Connection, store: Store, folder: str, paths: list[str]) 
 def _segment_row(path: str, folder: str, run: SealedRun) -> Row:
     s = run.summary
     tables = [s.table(disk) for disk in s.disks.values()]
-    left = sum(int((t.end - t.start).sum()) for t in tables)
+    left = sum(int((t.end[:] - t.start[:]).sum()) for t in tables)
     head = (path, folder, run.name.epoch, s.first, s.last_seq, s.first_t, s.last_t)
     return (*head, s.moments, s.count, left, run.bytes)
