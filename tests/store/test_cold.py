@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from hvbackup.model import Instant
-from hvbackup.store import cold
+from hvbackup.store import cold, parity
 from hvbackup.store import pack as packs
 from hvbackup.store.check import check
 from hvbackup.store.cold import AGE_NS, regroup_cold
 from hvbackup.store.condemned import CONDEMNED
+from hvbackup.store.reclaim import Options, reclaim
 from hvbackup.store.store import Store
 from tests.store.mortal import Dies, Mortal
 from tests.store.test_check import data_packs
 from tests.store.test_repack import world_of
-from tests.world import KEY, World
+from tests.world import BLOCK, KEY, World
 
 NOW = Instant(2_000_000_000 * 10**9)  # long after the files were written
 
@@ -108,3 +109,25 @@ def test_killed_at_every_step_nothing_is_lost_and_the_next_run_ends_it(
     else:
         pytest.fail("it never came to its end")
     assert step > 10
+
+
+@pytest.mark.parametrize("covered", [False, True], ids=["plain", "with parity"])
+def test_reclaim_removes_what_was_joined_and_nothing_else(tmp_path: Path, covered: bool) -> None:
+    world = world_of(tmp_path, KEY)
+    with world.opened() as store:
+        if covered:
+            parity.cover(store.files)
+        old = set(data_packs(store))
+        regroup_cold(store, NOW)
+        done = reclaim(store, Options(grace_ns=0, clock=world.clock))
+        assert done.removed_packs >= len(old)
+        assert done.copied_bytes < BLOCK, "pages of sparse packs at most: blocks are in other packs already"
+        assert old.isdisjoint(packs.list_packs(store.files))
+        assert old.isdisjoint(parity.sidecars(store.files))
+        assert condemned_packs(store) == set()
+    with world.opened() as store:
+        world.check_all(store)
+        assert check(store, deep=True).problems == []
+        world.scribble()
+        world.capture(store)
+        world.check_all(store)
