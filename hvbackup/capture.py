@@ -49,6 +49,7 @@ from hvbackup.model import (
     Token,
 )
 from hvbackup.pipeline import ordered
+from hvbackup.sampling import sampled, witness
 from hvbackup.store.blockmap import BlockMap, Ids, MapEditor
 from hvbackup.store.format import ID_BYTES
 from hvbackup.store.point import new_id
@@ -356,7 +357,7 @@ class _Run:
         """What to read, after the hypervisor's word was tested on a sample."""
         found = self._plan(frozen, since, parent_size)
         sample = sampled(found.unchanged, self._block, self._options.sample_blocks, self._options.rng)
-        for batch in batches(sample, self._block):
+        for batch in batches(extents.union(sample, witness(base, found.unchanged, self._block)), self._block):
             # Only compared: what a sample claimed, nobody would write.
             if self._compared(readers, base, batch)[3].any():
                 self._outcome.distrusted = True
@@ -459,18 +460,6 @@ class _Run:
 def _block_runs(batch: Batch, block: int) -> Iterator[tuple[int, int]]:
     """(first block, number of blocks) of each run of a batch."""
     return ((offset // block, -(-length // block)) for offset, length in batch)
-
-
-def sampled(unchanged: Spans, block: int, count: int, rng: random.Random) -> Spans:
-    """At most `count` whole blocks out of a set of them.  Pure but for `rng`."""
-    sizes = -(-unchanged[:, 1] // block)
-    total = int(sizes.sum())
-    picked = np.array(sorted(rng.sample(range(total), min(count, total))), np.int64)
-    ends = np.cumsum(sizes)
-    row = np.searchsorted(ends, picked, side="right")
-    starts = unchanged[row, 0] + (picked - (ends[row] - sizes[row])) * block
-    lengths = np.minimum(block, unchanged[row].sum(axis=1) - starts)
-    return extents.spans(np.column_stack([starts, lengths]))
 
 
 class _Readers:

@@ -146,10 +146,17 @@ MUTANTS = (
     ),
     Mutant(
         "what the hypervisor calls unchanged is never sampled",
-        "hvbackup/capture.py",
+        "hvbackup/sampling.py",
         "min(count, total)",
         "0",
         (f"{FAULTS}test_a_lying_tracker_is_found_out_and_the_disk_compared_whole",),
+    ),
+    Mutant(
+        "a lost end of a disk is not looked for",
+        "hvbackup/sampling.py",
+        "for first, ids in base.leaves_backwards() if len(unchanged) else []:",
+        "for first, ids in []:",
+        ("tests/capture/test_shrunk.py",),
     ),
     Mutant(
         "last block not padded",

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from blake3 import blake3
 
 from hvbackup import extents
-from hvbackup.capture import sampled
 from hvbackup.copying import read_all
 from hvbackup.extents import Spans
 from hvbackup.hypervisors import Changes, FrozenDisk, Reader
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB
 from hvbackup.protect.events import TrackerLied
+from hvbackup.sampling import sampled
 from hvbackup.store.history import History, Moment
 from hvbackup.store.layered import LayeredView
 

@@ -91,6 +91,18 @@ class BlockMap:
         """The same for the leaves that hold any of the blocks [lo, hi)."""
         return self._walk(self.root, self.depth - 1, 0, lo, hi)
 
+    def leaves_backwards(self) -> Iterator[tuple[int, Ids]]:
+        """The same as `leaves`, descending."""
+        return self._walk_back(self.root, self.depth - 1, 0)
+
+    def _walk_back(self, at: ChunkId, level: int, first: int) -> Iterator[tuple[int, Ids]]:
+        page = _page(self._load(at)) if at != ZERO_CHUNK else np.zeros((0, ID_BYTES), np.uint8)
+        if level == 0 and len(page):
+            yield first, page
+            return
+        for i in np.flatnonzero(page.any(axis=1))[::-1].tolist():
+            yield from self._walk_back(ChunkId(page[i].tobytes()), level - 1, first + i * PAGE_IDS**level)
+
     def _walk(self, at: ChunkId, level: int, first: int, lo: int, hi: int) -> Iterator[tuple[int, Ids]]:
         if at == ZERO_CHUNK or first >= hi or first + PAGE_IDS ** (level + 1) <= lo:
             return

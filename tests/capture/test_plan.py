@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from hvbackup import capture as capture_module
 from hvbackup import extents
-from hvbackup.capture import batches, plan, sampled
+from hvbackup.capture import batches, plan
 from hvbackup.extents import Spans
 from hvbackup.hypervisors import Changes
 from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.model import Continuity
+from hvbackup.sampling import sampled
 from tests.world import BLOCK, World, contents
 
 GRAIN = 16  # a small block, so that sets of bytes stay small

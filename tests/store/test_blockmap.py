@@ -154,6 +154,7 @@ def test_leaves_in_a_range_are_those_that_touch_it(edit: Edit, first: int, count
     tree = apply(Pages(), None, edit)
     everything = [n for n, _ in tree.leaves()]
     lo, hi = first, first + count
+    assert [n for n, _ in tree.leaves_backwards()] == everything[::-1]
     assert [n for n, _ in tree.leaves_in(lo, hi)] == [n for n in everything if n < hi and n + PAGE_IDS > lo]
 
 
