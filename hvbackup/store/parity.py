@@ -285,7 +285,8 @@ def is_whole(backend: Backend, name: str) -> bool:
         return False
     parity = sidecar[front.size : front.size + front.parity * front.shard]
     parts = np.frombuffer(parity, np.uint8).reshape(front.parity, front.shard)
-    again = sidecar[: front.size] == sidecar[-8 - front.size : -8]
+    twice = sidecar[: front.size] == sidecar[-8 - front.size : -8]
+    again = twice and int.from_bytes(sidecar[-8:], "little") == front.size
     return again and all(_sums(front, p.tobytes()) == sums[front.data + i].tobytes() for i, p in enumerate(parts))
 
 

@@ -19,8 +19,9 @@ from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.leases import Leases
 from hvbackup.model import DiskRoot, Status
 from hvbackup.store import format as f
-from hvbackup.store import keys, pack
-from hvbackup.store.check import check
+from hvbackup.store import keys, pack, parity
+from hvbackup.store.check import Wanted, check
+from hvbackup.store.ledger import Level
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, OTHER_KEY, World, contents
 
@@ -57,6 +58,8 @@ def kind_of(root: Path, name: str) -> str:
     parts = name.split("/")
     if parts[0] == "state":
         return f"state {parts[-1] if not parts[-1].endswith('.idx') else 'index'}"
+    if name.endswith(pack.PARITY_SUFFIX):
+        return "parity"
     if parts[1] == "packs":
         return "data pack" if (root / name).read_bytes()[5] == f.KIND_DATA else "meta pack"
     return parts[1]
@@ -78,6 +81,7 @@ def origin(request: pytest.FixtureRequest, ram: Path) -> Origin:
     found = Origin(world, flips)
     with world.opened() as store:
         Leases(store, world.clock).take(world.hv.machine("m1").model().id, "fake:")
+        check(store, Wanted(Level.AUTHENTICATE, world.clock()))
         store.index.set_damaged({("0" * 64, 64)})
         store.set_damaged_disks([("points/none", "vda")])  # type: ignore[list-item]
         users = needs(store)
@@ -288,6 +292,7 @@ def test_damaged_state_costs_nothing(origin: Origin) -> None:
         "state owner.lock",
         "state damaged.json",
         "state damaged-disks.json",
+        "state verified",
     }
     for name in origin.files(*kinds):
         for world, _, how, _ in ways(origin, name):
@@ -297,6 +302,21 @@ def test_damaged_state_costs_nothing(origin: Origin) -> None:
                 assert named(store, world) == (set(), []), (name, how)
                 heal(store, world)
                 world.check_settled(store)
+
+
+def test_damaged_parity_costs_nothing_and_is_named(origin: Origin) -> None:
+    with origin.world.opened() as store:
+        parity.cover(store.files)
+    names = origin.files("parity")
+    assert len(names) == len(origin.files("data pack", "meta pack"))
+    for name in names[:2]:
+        for world, _, how, _ in ways(origin, name):
+            with world.opened() as store:
+                assert lost_in(store, world) == set(), how
+                told, sentences = named(store, world)
+                assert told == set(), how
+                assert [Path(name).stem in s for s in sentences] == ([] if how == "deleted" else [True]), how
+                parity.cover(store.files)
 
 
 @pytest.mark.parametrize("name", ["damaged.json", "damaged-disks.json", "head.json"])
