@@ -431,8 +431,9 @@ class Files:
         try:
             _lock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, what, wait_seconds)
             if not shared:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                with contextlib.suppress(OSError):  # on a full disk: the lock holds, only our number is not in it
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(fd)

@@ -12,6 +12,7 @@ from datetime import UTC, tzinfo
 from typing import Any
 
 from hvbackup.errors import NotFound, StoreDamage, UsageError
+from hvbackup.files import Files
 from hvbackup.model import Instant, RecoveryPoint
 from hvbackup.service.inventory import History, inventory
 from hvbackup.service.session import Session
@@ -77,6 +78,7 @@ def operator(session: Session, store: Store) -> Operator:
 @contextmanager
 def ordering(session: Session, now: Instant) -> Iterator[tuple[Store, Settings]]:
     """The store, nobody else of this machine forgetting, and what dead runs began is settled."""
+    reserve.open_up(Files(session.places.store))
     with session.open() as store:
         immutable.arm(store)
         store.runs.settle()

@@ -13,6 +13,7 @@ from hvbackup.model import MiB
 
 NAME = "reserve"
 RESERVE_BYTES = 8 * MiB  # for tombstones, records, condemned lists, and a pack of what lives in sparse ones
+LOW_BYTES = MiB  # less than this is a full disk
 FREE_SHARE = 8  # it is made where there is so many times as much room: never the last of it
 
 T = TypeVar("T")
@@ -24,6 +25,12 @@ def keep(files: Files) -> None:
         return
     with contextlib.suppress(HvbackupError, OSError):  # next time
         files.allocate(NAME, RESERVE_BYTES)
+
+
+def open_up(files: Files) -> None:
+    """On a full disk the reserve's room is free when this returns: STATE may be on the same disk, and locks need some as well."""
+    if files.exists(NAME) and shutil.disk_usage(files.root).free < LOW_BYTES:
+        files.remove(NAME)
 
 
 def using(files: Files, work: Callable[[], T]) -> T:
