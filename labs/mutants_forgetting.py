@@ -149,14 +149,6 @@ FORGETTING: tuple[Planted, ...] = (
         False,
     ),
     (
-        "chunks of condemned packs counted as safe there",
-        "hvbackup/store/mark.py",
-        "            no = self._unfit | self._gone\n",
-        "            no = self._gone\n",
-        (RECLAIM.removesuffix("::"),),
-        False,
-    ),
-    (
         "packs that another host removed counted as places",
         "hvbackup/store/reclaim.py",
         "set(store.index.packs).difference(packs.list_packs(store.files))",

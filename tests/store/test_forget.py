@@ -203,6 +203,7 @@ def life_of_forgetting(world: World, recorder: Recorder) -> None:
             recorder.note(("maybe", {points[0]}))
             undo(store, back, now, by="me")
             recorder.note(("there", {points[0]}))
+            recorder.note(("emptied", {points[1]}))
             empty(store, Instant(now + HOUR_NS))
 
 
@@ -211,6 +212,8 @@ def expected(wreck: Wreck) -> tuple[set[str], set[str]]:
     there: set[str] = set()
     maybe: set[str] = set()
     for what, paths in wreck.notes:
+        if what == "emptied":
+            continue
         there, maybe = there - paths, maybe - paths
         there |= paths if what == "there" else set()
         maybe |= paths if what == "maybe" else set()
@@ -231,6 +234,8 @@ def check_wreck(world: World, wreck: Wreck, path: Path, now: Instant) -> None:
             assert there <= found <= there | maybe
             trashed = {t.path for t in trash(store)}
             assert not trashed & found, "in both places"
+            lost = {p for what, paths in wreck.notes for p in paths} - found - trashed
+            assert not lost or "emptied" in {what for what, _ in wreck.notes}, "gone before its time"
             assert check(store).problems == []
         for point in store.points():
             world.check_point(store, point)

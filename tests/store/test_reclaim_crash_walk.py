@@ -60,7 +60,7 @@ def options(world: World, **changes: object) -> Options:
 
 
 def captured(run: Run, store: Store) -> str:
-    run.world.scribble(2)
+    run.world.scribble(3, 3 * BLOCK)
     run.note_host()
     outcome = run.world.capture(store)
     assert outcome.point is not None
@@ -82,10 +82,10 @@ def live(run: Run, rounds: int) -> None:
     paths: list[str] = []
     for number in range(rounds):
         with run.world.opened() as store:
-            paths.append(captured(run, store))
-            first = first or run.world.content()
-            paths.append(captured(run, store))
-            forgotten(run, store, [paths.pop(0)], 0 if number % 2 == 0 else HOUR_NS)
+            for _ in range(3):
+                paths.append(captured(run, store))
+                first = first or run.world.content()
+            forgotten(run, store, [paths.pop(0), paths.pop(0)], 0 if number % 2 == 0 else HOUR_NS)
             reclaim.reclaim(store, options(run.world))
             for name, disk in run.world.disks.items():
                 disk.write(0, first[name])
@@ -167,7 +167,7 @@ def test_a_crash_at_every_step_of_prune_reclaim_and_capture(
     run = recorded(ram / "run", secret, order)
     live(run, 1)
     steps = run.recorder.steps
-    assert sum(s.op is Op.UNLINK and s.path.startswith("store/packs/") for s in steps) > 4, "nothing was reclaimed"
+    assert sum(s.op is Op.UNLINK and s.path.startswith("store/packs/") for s in steps) > 6, "nothing was reclaimed"
     assert walk(run, ram, seeds=0) > 250
 
 
