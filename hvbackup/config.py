@@ -40,6 +40,11 @@ class Places:
         return self.state / "boots"
 
     @property
+    def rings(self) -> Path:
+        """What guests wrote and no journal has yet; in memory, for it is plain text."""
+        return Path(f"/dev/shm/hvbackup-{os.geteuid()}")  # noqa: S108 - `private` looks whose it is
+
+    @property
     def scratch(self) -> Path:
         """What a guest overwrites while it is read."""
         return self.state / "scratch"

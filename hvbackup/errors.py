@@ -6,7 +6,9 @@
     │   ├── JournalGap                a moment that was not recorded; names the nearest ones that were
     │   └── StoreMissing              no store there, or a store of another kind or version
     ├── HostUnreachable           4   a hypervisor, disk server or host does not answer
-    │   └── ReadFailed                it answered, and could not read or write these bytes
+    │   ├── ReadFailed                it answered, and could not read or write these bytes
+    │   └── StreamBroken              a machine's writes do not reach us any more
+    │       └── StreamBypassed        and some were missed before that was noticed
     ├── Busy                      5   somebody else holds the store, the machine or the disk
     ├── SpaceExhausted            1   no room left; what was committed is untouched
     ├── HookFailed                1   a program of the administrator's said no, or did not end
@@ -53,6 +55,14 @@ class HostUnreachable(HvbackupError):
     """A hypervisor, disk server or host refused, broke off or did not answer in time."""
 
     exit_code = 4
+
+
+class StreamBroken(HostUnreachable):
+    """The writes of a machine do not reach us any more; what was recorded until then is good."""
+
+
+class StreamBypassed(StreamBroken):
+    """Writes of a machine went past us before that was noticed: moments since the last good look may lack some."""
 
 
 class ReadFailed(HostUnreachable):

@@ -111,7 +111,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 venv_fingerprint() {    # what the environment was made from; it is made anew when one of these lines changes
     echo "home $PWD"
     echo "extras dev,libvirt"
-    { sed '/^# --- /,$d' pyproject.toml; cat constraints.txt; } | sha256sum    # not the tools' settings
+    { sed '/^# --- /,$d' pyproject.toml; cat constraints.txt packaging/build_target.py hvbackup/target/target.c; } | sha256sum    # not the tools' settings
 }
 
 # --- the lab guest ----------------------------------------------------------------------------------------------------

@@ -53,7 +53,13 @@ def add(verbs: Verbs) -> None:
         "--for", dest="for_", default="0", metavar="TIME", help="pause: for so long (default: until resume)"
     )
     verb.add_argument("--why", default="", metavar="TEXT", help="pause: what the gap in the timeline is called")
-    verb.add_argument("--every", default="5s", metavar="TIME", help="between two moments (default: 5s)")
+    verb.add_argument("--every", default="", metavar="TIME", help="between two moments (default: 5s)")
+    verb.add_argument(
+        "--stream", action="store_true", help="every write is a moment: see docs/continuous.md for what it costs"
+    )
+    verb.add_argument(
+        "--fsync", default="", metavar="TIME", help="with --stream: what a power cut may take (default: 100ms)"
+    )
     verb.add_argument("--fold", default="1h", metavar="TIME", help="between two recovery points (default: 1h)")
     verb.add_argument(
         "--window", default="24h", metavar="TIME", help="how long moments are kept (default: 24h; 0: for ever)"
@@ -113,15 +119,23 @@ def _rhythm(args: argparse.Namespace) -> Rhythm:
     from hvbackup.protect.events import Rhythm
     from hvbackup.store.window import Limits
 
-    every, fold = stretch(args.every), stretch(args.fold)
-    if every < _SECOND // 2 or fold < every:
+    if (args.stream and args.every) or (args.fsync and not args.stream):
+        raise UsageError("--every is for moments in turn, --fsync for --stream, which makes every write a moment")
+    every, fold = stretch(args.fsync or "100ms" if args.stream else args.every or "5s"), stretch(args.fold)
+    if args.stream and not _SECOND // 100 <= every <= 10 * _SECOND:
+        raise UsageError("--fsync is between 10ms and 10s; 50ms to 200ms are sensible")
+    if fold < every or (every < _SECOND // 2 and not args.stream):
         raise UsageError("--every is at least 500ms, and --fold is not shorter")
     freeze = stretch(args.freeze_every)
+    if args.stream and (freeze or args.group):
+        raise UsageError("--stream leaves the guest alone: its moments are of one machine, and crash-consistent")
     if freeze and freeze < every:
         raise UsageError("--freeze-every is not shorter than --every")
     if args.sample < 0:
         raise UsageError("--sample is a number of pieces, or 0 for none")
-    return Rhythm(every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)), freeze, args.sample)
+    return Rhythm(
+        every, fold, Limits(stretch(args.window), parse_size(args.journal_budget)), freeze, args.sample, args.stream
+    )
 
 
 # -- protect -----------------------------------------------------------------------------------------------------------------
@@ -185,7 +199,7 @@ class _Teller:
         self._heaps: dict[str, _Heap] = {}
 
     def __call__(self, machine: Machine, event: Event) -> None:
-        from hvbackup.protect.events import Cycle, Paused, Trouble
+        from hvbackup.protect.events import Cycle, Paused, Streamed, Trouble
         from hvbackup.service import shapes_continuous as shapes
 
         with self._lock:
@@ -194,7 +208,7 @@ class _Teller:
                 return
             if isinstance(event, Cycle):
                 self._out.warn_all([f"{machine.name}: no moment is tagged, for {note}" for note in event.notes])
-            if isinstance(event, Cycle) and not event.marks:
+            if isinstance(event, Cycle | Streamed) and not event.marks:
                 heap = self._heaps.setdefault(machine.id, _Heap())
                 if line := heap.add(event):
                     self._out.say(f"{machine.name}: {line}")
@@ -222,6 +236,11 @@ class _Heap:
         if time.monotonic() - self._told < LINE_SECONDS:
             return ""
         cycles, self._cycles, self._told = self._cycles, [], time.monotonic()
+        if hasattr(cycles[-1], "writes"):
+            return (
+                f"{count(sum(c.writes for c in cycles), 'write')} up to seq:{cycles[-1].moment.seq}, "
+                f"{size(sum(c.bytes for c in cycles))}, durable after {1000 * max(c.lag_seconds for c in cycles):.0f} ms at most"
+            )
         seconds = sorted(c.seconds for c in cycles)
         read = size(sum(c.read_bytes for c in cycles))
         return (
@@ -232,7 +251,7 @@ class _Heap:
 
 def _event_lines(event: Any) -> Iterator[str]:
     from hvbackup.moments import local
-    from hvbackup.protect.events import Begun, Cycle, Folded
+    from hvbackup.protect.events import Begun, Cycle, Folded, Streamed
 
     if isinstance(event, Begun):
         how = "goes on from its newest moment" if event.how == "resumed" else f"point {event.point.id} was made"
@@ -242,7 +261,7 @@ def _event_lines(event: Any) -> Iterator[str]:
     elif isinstance(event, Folded):
         removed = f", {size(event.removed_bytes)} of the journal removed" if event.removed_bytes else ""
         yield f"point {event.point.id} of {local(event.point.t)} folded in {duration(event.seconds)}{removed}"
-    elif isinstance(event, Cycle):
+    elif isinstance(event, Cycle | Streamed):
         yield f"seq:{event.moment.seq} of {local(event.moment.t)} is {', '.join(event.marks)}"
 
 

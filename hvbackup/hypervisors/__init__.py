@@ -21,9 +21,10 @@ Rules every adapter obeys, checked by one conformance suite (`tests/hypervisors/
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from hvbackup.extents import Spans
@@ -41,6 +42,7 @@ class Can:
     pushed_session: bool = False  # the platform begins the session
     readers: int = 1  # how many readers of one disk make sense in parallel
     cycles: bool = False  # has `cycles`: many snapshots, one after the other, at little cost each
+    stream: bool = False  # has `stream`: each write of the guest is sent to us as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,50 @@ class Cycles(Protocol):
         """Nothing but the checkpoints that are kept is left on the host.  Raises HostUnreachable."""
 
 
+class Stream(Protocol):
+    """The writes of one machine, sent to a target of ours as they happen, under one lease.
+
+    The target listens at `socket` before `arm`, with an export for each disk that is called as the disk.  The guest waits for
+    every answer of it: so the platform watches the target, and frees the guest when it hangs or we die.
+    Thread safety: one thread.
+    """
+
+    disks: Sequence[Disk]
+    socket: Path
+
+    @property
+    def reason(self) -> str:
+        """Why the stream was broken off from outside; empty while it was not."""
+
+    def arm(self, target: int, ring: Path, arrived: Callable[[DiskId], int]) -> None:
+        """Every write that begins from here on is answered by the target before it is to the guest.
+
+        `target` is its process, `ring` says whether it lives, `arrived` how many bytes of a disk it was sent.
+        Raises Busy, HostUnreachable.
+        """
+
+    def changed(self, since: Mapping[DiskId, Token]) -> AbstractContextManager[Sequence[FrozenDisk]]:
+        """The disks as they are now and go on to be, with what changed until now; checkpoints record what follows.
+
+        What is read of them may be newer than the stream: `settle` says when it is not any more.
+        """
+
+    def settle(self) -> Mapping[DiskId, Token]:
+        """Every write that was on a disk before is at the target when this returns; new checkpoints record what follows."""
+
+    def check(self, arrived: Callable[[DiskId], int]) -> None:
+        """Nothing went past the target.  Raises StreamBroken, StreamBypassed, HostUnreachable."""
+
+    def keep(self, tokens: Collection[Token]) -> None:
+        """Every other checkpoint of our store may go: a durable barrier or point names these."""
+
+    def close(self, *, healthy: bool) -> None:
+        """The guest's writes are its own again; nothing but the checkpoints that are kept is left.  Raises HostUnreachable.
+
+        `healthy`: the target still answers.
+        """
+
+
 class Hypervisor(Protocol):
     """One connection to a platform."""
 
@@ -186,3 +232,10 @@ class Cycling(Hypervisor, Protocol):
 
     def cycles(self, machine: Machine, lease: LeaseId) -> Cycles:
         """Begin a series of snapshots.  Raises HostUnreachable, Busy, NotFound."""
+
+
+class Streaming(Hypervisor, Protocol):
+    """A platform with `can.stream`."""
+
+    def stream(self, machine: Machine, lease: LeaseId) -> Stream:
+        """Prepare a stream; nothing is sent before `arm`.  Raises HostUnreachable, Busy, NotFound."""

@@ -38,8 +38,9 @@ from hvbackup.hypervisors.qemu_graph import (
     why_skipped,
 )
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames, StoreNames
-from hvbackup.hypervisors.qemu_watch import Watch
-from hvbackup.hypervisors.qmp import CommandRefused, Qmp
+from hvbackup.hypervisors.qemu_stream import QemuStream
+from hvbackup.hypervisors.qemu_watch import Watch, relieve
+from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.model import (
     Consistency,
     DiskId,
@@ -69,7 +70,13 @@ class QemuHypervisor:
 
     platform = "qemu"
     can = Can(
-        changed_extents=True, allocated_extents=True, freeze=True, several_disks_at_once=True, readers=2, cycles=True
+        changed_extents=True,
+        allocated_extents=True,
+        freeze=True,
+        several_disks_at_once=True,
+        readers=2,
+        cycles=True,
+        stream=True,
     )
 
     def __init__(
@@ -107,6 +114,7 @@ class QemuHypervisor:
         prefix = self._names.prefix if lease is None else self._names.of(lease).prefix
         keeping = {token.value for token in keep if token.kind == TOKEN_KIND}
         try:
+            self._end_mirrors(prefix)
             with self._connect() as qmp:
                 qemu_fleece.sweep(qmp, prefix, self._settings.settle_seconds)
                 self._thaw(qmp, folders)
@@ -118,6 +126,17 @@ class QemuHypervisor:
 
     def cycles(self, machine: Machine, lease: LeaseId) -> QemuCycles:
         """A series of snapshots, at little cost each.  Raises HostUnreachable, Busy, NotFound."""
+        setting, peer, seen, server = self._prepared(machine, lease)
+        return QemuCycles(setting, peer, seen.drives, server)
+
+    def stream(self, machine: Machine, lease: LeaseId) -> QemuStream:
+        """Each write of the guest goes to us as well, from `arm` on.  Raises HostUnreachable, Busy, NotFound."""
+        setting, peer, seen, server = self._prepared(machine, lease)
+        wanted = {disk.id for disk in machine.disks}
+        return QemuStream(setting, peer, [d for d in seen.drives if d.disk.id in wanted], server, seen.line)
+
+    def _prepared(self, machine: Machine, lease: LeaseId) -> tuple[Setting, Peer, _Seen, qemu_server.Server]:
+        """What is made once for all that a lease does: its folder, and a server of QEMU's in it."""
         names, s = self._names.of(lease), self._settings
         folder = self._scratch_dir / names.folder(machine.id)
         with self._connect() as qmp:
@@ -146,7 +165,7 @@ class QemuHypervisor:
             s.scratch_reserve_bytes, self._clock, ask, seats, bitmap_doubt, sweep,
             lambda keep: self.release(machine, lease, keep), plan,
         )  # fmt: skip
-        return QemuCycles(setting, qmp.peer, seen.drives, server)
+        return setting, qmp.peer, seen, server
 
     # --- a snapshot begins and ends ---------------------------------------------------------------------------------
 
@@ -253,6 +272,13 @@ class QemuHypervisor:
             return self._names.is_checkpoint(name) and name not in keeping
 
         qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, unwanted)
+
+    def _end_mirrors(self, prefix: str) -> None:
+        """Mirrors of a dead stream are not cancelled like other jobs: see qemu_stream_guard.py."""
+        with self._connect() as qmp:
+            left = [j for j in qmp.command("query-jobs") if j["type"] == "mirror" and str(j["id"]).startswith(prefix)]
+        for of_lease in {str(job["id"]).rpartition("m")[0] for job in left}:
+            relieve(self.path, of_lease, self._settings.settle_seconds)
 
     def _thaw(self, qmp: Qmp, folders: Sequence[Path]) -> None:
         """No run of ours that is dead, and whose guard is dead too, holds the guest still."""

@@ -4,6 +4,7 @@
     hvb-<store>-<lease>-p0      the file under it
     hvb-<store>-<lease>-j0      copy-before-write job;  -c0 the job that formats the scratch
     hvb-<store>-<lease>-e0      NBD export
+    hvb-<store>-<lease>-t0      the target of a stream; -m0 the mirror into it, -x0 the filter that it puts above the disk
     hvb-<store>-merged-<lease>  what is exported: a disabled copy of the checkpoint since which changes are asked
     hvb-<store>-safe-<random>   the checkpoint: recording, until a committed point names its successor
 
@@ -100,6 +101,18 @@ class LeaseNames:
     def formatter(self, index: int) -> str:
         """The job that writes an empty scratch image."""
         return f"{self.prefix}c{index}"
+
+    def target(self, index: int) -> str:
+        """The node of our target."""
+        return f"{self.prefix}t{index}"
+
+    def mirror(self, index: int) -> str:
+        """The job that sends each write there."""
+        return f"{self.prefix}m{index}"
+
+    def filter(self, index: int) -> str:
+        """The node through which the guest writes meanwhile."""
+        return f"{self.prefix}x{index}"
 
     def export(self, index: int) -> str:
         """The export's id in QEMU."""

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvbackup.errors import ReadFailed
+from hvbackup.target.process import PROGRAM as TARGET
 
 _PROGRAM = Path(__file__).with_name("qemu_watchdog.py")
+_GUARD = Path(__file__).with_name("qemu_stream_guard.py")
 _END_SECONDS = 5.0
 
 
@@ -26,12 +28,12 @@ class Watch:
         arguments = [str(socket_path.absolute()), prefix, str(folder), str(reserve_bytes)]
         self.start([sys.executable, "-I", "-S", str(_PROGRAM), *arguments])
 
-    def start(self, command: Sequence[str]) -> None:
+    def start(self, command: Sequence[str], fds: Sequence[int] = ()) -> None:
         """The watchdog runs when this returns."""
         self._said = b""
         # A session of its own: ctrl-C and the end of a terminal are meant for us, not for the guest's protection.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, pass_fds=fds, cwd="/"
         )
 
     @property
@@ -70,3 +72,26 @@ class Watch:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+class StreamGuard(Watch):
+    """The one that looks after the target of a stream."""
+
+    def __init__(self, socket_path: Path, prefix: str, target: int, ring: Path, fds: Sequence[int]) -> None:
+        arguments = ["watch", str(socket_path.absolute()), prefix, str(TARGET), str(target), str(ring), *map(str, fds)]
+        self.start([sys.executable, "-I", "-S", str(_GUARD), *arguments], fds)
+
+    def relieve(self, seconds: float) -> None:
+        """The target is killed and the mirrors are ended, if that can be done in time; the guard goes on trying."""
+        self.abandon()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+
+def relieve(socket_path: Path, prefix: str, seconds: float) -> None:
+    """The mirrors that a dead run left, whose guard is dead too, are ended, if that can be done in time."""
+    words = ["relieve", str(socket_path.absolute()), prefix, str(TARGET)]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-I", "-S", str(_GUARD), *words], stdin=subprocess.DEVNULL, timeout=seconds, check=False
+        )

@@ -26,7 +26,7 @@ Command = tuple[str, dict[str, Any]]
 class Wire:
     """One connection to a monitor.  Thread safety: one thread."""
 
-    def __init__(self, path: Path, timeout_seconds: float) -> None:
+    def __init__(self, path: Path, timeout_seconds: float, *, out_of_band: bool = False) -> None:
         self.path = path
         self._socket = connected(path, timeout_seconds)
         self._socket.settimeout(timeout_seconds)
@@ -34,7 +34,7 @@ class Wire:
         self.peer = Peer(*_UCRED.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
         try:
             self._receive("its greeting")
-            self.all([("qmp_capabilities", {})])
+            self.all([("qmp_capabilities", {"enable": ["oob"]} if out_of_band else {})])
         except BaseException:
             self.close()
             raise
@@ -83,6 +83,10 @@ class Wire:
         return HostUnreachable(
             f"QEMU at {self.path}: The connection broke off (waiting for {what}); is the machine still running?"
         )
+
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._socket.fileno()
 
     def close(self) -> None:
         """Let go of the socket; idempotent."""

@@ -6,23 +6,28 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from hvbackup.capture import capture
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
+from hvbackup.hypervisors import Streaming
 from hvbackup.model import DiskId, Machine, RecoveryPoint, Token
+from hvbackup.protect import rings
 from hvbackup.protect.cycles import CycleLife, cycles_of
 from hvbackup.protect.events import Begun, ContinuityLost
 from hvbackup.protect.journaling import Journaling
 from hvbackup.protect.points import Points
 from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
+from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.history import History, Moment
 from hvbackup.store.recorder import Recorder
 from hvbackup.store.told import Told
 
+AnyLife = CycleLife | StreamLife
 
-def begin(setting: Setting, why: str) -> CycleLife:
+
+def begin(setting: Setting, why: str) -> AnyLife:
     """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
     began = time.monotonic()
     setting.machine = present(setting)
@@ -30,6 +35,8 @@ def begin(setting: Setting, why: str) -> CycleLife:
     recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks)
     recorder.doubts = history.told.doubts
     try:
+        if rings.salvage(setting, recorder, history):
+            history = History(setting.store, setting.machine.id)
         if history.last and setting.is_full():
             Points(setting, history.last.t).make_room(history.last)
         life = resumed(setting, recorder, history, why) or captured(setting, recorder, why)
@@ -49,7 +56,7 @@ def present(setting: Setting) -> Machine:
     return found
 
 
-def resumed(setting: Setting, recorder: Recorder, history: History, why: str) -> CycleLife | None:
+def resumed(setting: Setting, recorder: Recorder, history: History, why: str) -> AnyLife | None:
     """A life that goes on from the newest barrier, or None when its tokens prove nothing any more."""
     told, last = history.told, history.last
     if last is None or told.distrusted:
@@ -65,19 +72,27 @@ def resumed(setting: Setting, recorder: Recorder, history: History, why: str) ->
     life = _life(setting, recorder, point, tokens, "resumed", last)
     life.gap = {"from": int(last.t), "why": why}
     try:
-        life.cycle()
+        _catch_up(life)
     except ContinuityLost:
-        life.let_go()
         recorder.rotate()  # what was appended belongs to no moment
         return None
+    return life
+
+
+def _catch_up(life: AnyLife) -> None:
+    """The gap at the head of the life is closed, or nothing is left of it on the host."""
+    try:
+        life.catch_up()
+    except ContinuityLost:
+        life.let_go()
+        raise
     except BaseException:
         with contextlib.suppress(HvbackupError):
             life.let_go()
         raise
-    return life
 
 
-def captured(setting: Setting, recorder: Recorder, why: str) -> CycleLife:
+def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
     """A life that begins with a point, which compares what it must."""
     told, last = (history := History(setting.store, setting.machine.id)).told, history.last
     with setting.writing:
@@ -94,6 +109,9 @@ def captured(setting: Setting, recorder: Recorder, why: str) -> CycleLife:
     # Nothing before this point may be laid under what follows: what happened in between is in the point alone.
     more = {"base": point.seq, **({"doubt": doubt} if doubt else {}), **({"gap": gap} if gap else {})}
     life.newest, life.told_gap = Moment(recorder.barrier(point.t, tokens, **more), point.t), gap
+    if setting.rhythm.stream:
+        life.gap = {"from": int(point.t), "why": "the stream was not armed yet"}
+        _catch_up(life)
     return life
 
 
@@ -113,8 +131,11 @@ def _life(
     tokens: Mapping[DiskId, Token],
     how: str,
     newest: Moment,
-) -> CycleLife:
+) -> AnyLife:
     lease = setting.leases.take(setting.machine.id, setting.options.source)
+    if setting.rhythm.stream:
+        stream = cast(Streaming, setting.hypervisor).stream(setting.machine, lease.id)
+        return StreamLife(setting, recorder, stream, lease, Points(setting, point.t), point, tokens, how, newest)
     cycles = cycles_of(setting.hypervisor, setting.machine, lease.id)
     samples = Samples(setting.rhythm.sample_blocks, setting.options.rng)
     points, journaling = Points(setting, point.t), Journaling(recorder)

@@ -110,6 +110,13 @@ class CycleLife:
             self.setting.marks.add(marks.Mark(marks.FROZEN, Consistency.FILESYSTEM))
             self.frozen = time.monotonic_ns()
 
+    def catch_up(self) -> None:
+        """A moment of this life is durable."""
+        self.cycle()
+
+    def name_tokens(self) -> None:
+        """Every moment does."""
+
     def close(self) -> None:
         """The host is clean, and then, however long a point takes that is being made, the journal is sealed."""
         with contextlib.ExitStack() as stack:

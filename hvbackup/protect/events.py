@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hvbackup.errors import HvbackupError
-from hvbackup.model import SECOND, RecoveryPoint
+from hvbackup.model import SECOND, MiB, RecoveryPoint
 from hvbackup.store.history import Moment
 from hvbackup.store.pauses import Pause
 from hvbackup.store.window import Limits
@@ -21,6 +22,9 @@ class Rhythm:
     limits: Limits = field(default_factory=Limits)
     freeze_every_ns: int = 0  # between two marks with the guest's file systems frozen; 0: none
     sample_blocks: int = 8  # of each disk and cycle: read again although the tracker says that nothing changed
+    stream: bool = False  # every write is a moment; `every_ns` is then the time between two fsyncs
+    ring_bytes: int = 128 * MiB  # of a stream: so much of a guest's writes waits for a slow disk, and no more
+    rings: Path | None = None  # where rings of streams are
 
 
 @dataclass(slots=True)
@@ -34,6 +38,18 @@ class Cycle:
     marks: Sequence[str] = ()
     common: Mapping[str, object] = field(default_factory=dict)  # of a moment that several machines have in common
     notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What a stream has recorded since it was told last."""
+
+    moment: Moment
+    writes: int
+    bytes: int
+    seconds: float  # the longest time between taking writes and their being durable
+    lag_seconds: float  # the oldest write that was not durable yet: what would have been lost by a power cut
+    marks: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,7 @@ class Paused:
     pause: Pause
 
 
-Event = Cycle | Folded | Trouble | Begun | Paused
+Event = Cycle | Streamed | Folded | Trouble | Begun | Paused
 
 
 class ContinuityLost(HvbackupError):

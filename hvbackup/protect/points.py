@@ -35,6 +35,9 @@ class Recorded(Protocol):
     newest: Moment
     tokens: Mapping[DiskId, Token]
 
+    def name_tokens(self) -> None:
+        """The newest moment names the tokens."""
+
 
 class Points:
     """The points of one life.  Thread safety: one thread."""
@@ -90,6 +93,7 @@ class Points:
 
     def prepare(self, life: Recorded) -> Moment:
         """The newest moment ends a segment, so that a point and the facts behind it never share one."""
+        life.name_tokens()
         life.recorder.rotate()
         life.recorder.finish()
         self._set.clock_stepped |= life.recorder.clock_stepped

@@ -14,7 +14,6 @@ from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
 from hvbackup.model import SECOND, Consistency, Machine
 from hvbackup.protect import beginning
-from hvbackup.protect.cycles import CycleLife
 from hvbackup.protect.events import ContinuityLost, Event, JournalStalled, Paused, Rhythm, Trouble
 from hvbackup.protect.life import Life
 from hvbackup.protect.marks import Mark
@@ -134,7 +133,7 @@ class Protection:
             self._wake.clear()
         return why
 
-    def begin(self, why: str) -> CycleLife:
+    def begin(self, why: str) -> beginning.AnyLife:
         """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
         return beginning.begin(self.setting, why)
 

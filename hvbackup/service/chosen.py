@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from hvbackup.errors import NotFound
-from hvbackup.hypervisors import Frozen, FrozenDisk, Hypervisor
+from hvbackup.hypervisors import Frozen, FrozenDisk, Hypervisor, Stream, Streaming
 from hvbackup.model import (
     Consistency,
     Disk,
@@ -52,6 +52,10 @@ class ChosenDisks:
             notes = [*frozen.notes, *(f"Disk {disk} was left out, as asked" for disk in left_out)]
             disks = [d for d in frozen.disks if d.disk.id in self._disks]
             yield cast(Frozen, _Fewer(frozen, chosen, notes, disks))
+
+    def stream(self, machine: Machine, lease: LeaseId) -> Stream:
+        """Of the chosen disks alone: `machine` has no others."""
+        return cast(Streaming, self._whole).stream(machine, lease)
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
         self._whole.release(machine, lease, keep)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hvbackup import memory
 from hvbackup.capture import Options, system_clock
+from hvbackup.config import Places
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import SECOND, Consistency, Instant, Machine, MiB
@@ -84,7 +85,7 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
             report(machine, event)
 
         workers = [
-            _worker(store, source, hypervisor, machine, request, told)
+            _worker(session.places, store, source, hypervisor, machine, request, told)
             for source in request.sources
             for hypervisor, machine in _found(session, store, source, request)
         ]
@@ -108,11 +109,16 @@ def _found(session: Session, store: Store, source: str, request: Request) -> Ite
     hypervisor = backup.open_hypervisor(session, store, source, backup.Request([source], request.name, request.disks))
     if not hypervisor.can.changed_extents:
         raise UsageError(f"{source} does not know what changed while it runs, so it can't be protected continuously")
+    if request.rhythm.stream and not hypervisor.can.stream:
+        raise UsageError(
+            f"{source} can't send us each write of a machine; leave --stream out: a moment every second can be had"
+        )
     wanted = backup.Request([source], request.name, only=request.only)
     yield from ((hypervisor, machine) for machine in backup.machines_of(hypervisor, source, wanted))
 
 
 def _worker(
+    places: Places,
     store: Store,
     source: str,
     hypervisor: Hypervisor,
@@ -122,8 +128,9 @@ def _worker(
 ) -> Worker:
     name = backup.name_of(store, machine, request.name)
     options = Options(source=source, name=name)
+    rhythm = replace(request.rhythm, rings=places.rings)
     protection = Protection(
-        store, hypervisor, machine, options, request.rhythm, lambda event: report(machine, event), store.writing
+        store, hypervisor, machine, options, rhythm, lambda event: report(machine, event), store.writing
     )
     return Worker(machine, protection)
 

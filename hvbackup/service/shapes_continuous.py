@@ -6,7 +6,7 @@ from typing import Any
 
 from hvbackup.model import Instant, Machine
 from hvbackup.moments import rfc3339
-from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused
+from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused, Streamed
 from hvbackup.service import shapes
 from hvbackup.service.protection import Left
 from hvbackup.service.timeline import Timeline
@@ -27,6 +27,14 @@ def event(machine: Machine, e: Event) -> Json:
         figures = {"read_bytes": e.read_bytes, "seconds": round(e.seconds, 4), "lag_seconds": round(e.lag_seconds, 4)}
         return {"event": "moment", **base, **moment(e.moment), **figures, "marks": list(e.marks),
                 "common": dict(e.common) or None, "notes": list(e.notes)}  # fmt: skip
+    if isinstance(e, Streamed):
+        figures = {
+            "writes": e.writes,
+            "bytes": e.bytes,
+            "seconds": round(e.seconds, 4),
+            "lag_seconds": round(e.lag_seconds, 4),
+        }
+        return {"event": "moment", **base, **moment(e.moment), **figures, "marks": list(e.marks)}
     if isinstance(e, Begun):
         gap = _gap(dict(e.gap)) if e.gap else None
         return {"event": "begun", **base, **moment(e.moment), "how": e.how, "point": e.point.id, "gap": gap,

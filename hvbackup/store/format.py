@@ -118,7 +118,7 @@ def parse_json(data: bytes) -> Any:
 #  16  4  number of facts, n
 #  20  4  stored length: of what follows this header, with the 16 bytes of the tag when encrypted
 #  24  4  plain length
-#  28  4  flags: 1 a barrier, the state after the last fact of this frame is a moment
+#  28  4  flags: 1 a barrier, the state after the last fact of this frame is a moment; 2 the state after each of its facts is
 #  32  8  wall clock, nanoseconds since 1970, UTC
 #  40  8  monotonic clock of the writer, nanoseconds
 #  48 12  zero
@@ -128,6 +128,7 @@ FRAME = struct.Struct("<4sIQIIIIqq12x")
 FRAME_BYTES = 64
 FRAME_MAGIC = b"hvL1"
 FLAG_BARRIER = 1
+FLAG_EACH = 2  # always together with FLAG_BARRIER: who does not know it offers the last fact alone
 
 FACT = np.dtype(
     [

@@ -4,8 +4,9 @@
     journals/MACHINE/EPOCH-SEQ.seg     sealed: the same facts, compressed (segment.py)
     journals/MACHINE/EPOCH-SEQ-LAST.seg    several of those in one (merging.py); they don't count any more
 
-A moment is a durable barrier: the state after the last fact of a frame with the barrier flag.  Facts behind the last barrier of
-a log are no part of any moment, and are dropped when the log is taken over.  Order comes from the sequence; times label.
+A moment is a durable barrier: the state after the last fact of a frame with the barrier flag, or after each of its facts where
+they are single writes of a stream.  Facts behind the last barrier of a log are no part of any moment, and are dropped when the
+log is taken over.  Order comes from the sequence; times label.
 
     killed after                left behind                           cleaned by
     1 log created               an empty log                          take_over(): removed
@@ -118,6 +119,7 @@ class Frame:
     data: memoryview
     t: Instant
     barrier: bool
+    each: bool = False  # every fact is a barrier of its own
 
 
 class LogWriter:
@@ -142,14 +144,16 @@ class LogWriter:
         """Bytes written so far."""
         return self._file.size
 
-    def append(self, facts: Facts, data: bytes | bytearray | memoryview, t: Instant, *, barrier: bool) -> int:
+    def append(
+        self, facts: Facts, data: bytes | bytearray | memoryview, t: Instant, *, barrier: bool, each: bool = False
+    ) -> int:
         """The facts are with the operating system when this returns the sequence number of the last one.
 
-        `pos` of each fact says where its bytes are in `data`.
+        `pos` of each fact says where its bytes are in `data`; `each`: all of them are barriers.
         """
         payload = b"".join((facts.tobytes(), data))
         stored = len(payload) + (16 if self._cipher else 0)
-        flags = f.FLAG_BARRIER if barrier else 0
+        flags = f.FLAG_BARRIER | f.FLAG_EACH if each else f.FLAG_BARRIER if barrier else 0
         head = f.FRAME.pack(
             f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, len(payload), flags, t, time.monotonic_ns()
         )
@@ -196,7 +200,8 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: b
         if len(plain) != fields[5] or len(plain) < fields[3] * f.FACT.itemsize:
             return
         facts = np.frombuffer(plain[: fields[3] * f.FACT.itemsize], f.FACT)
-        yield Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), bool(fields[6] & f.FLAG_BARRIER))
+        barrier, each = bool(fields[6] & f.FLAG_BARRIER), bool(fields[6] & f.FLAG_EACH)
+        yield Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), barrier, barrier and each)
         at, ordinal, first = at + f.FRAME_BYTES + len(payload), ordinal + 1, first + len(facts)
 
 
@@ -245,7 +250,7 @@ def joined_facts(frames: Sequence[Frame]) -> Facts:
     for frame in frames:
         part = frame.facts.copy()
         part["pos"] += at
-        part["flags"][-1:] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
+        part["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
         parts.append(part)
         at += len(frame.data)
     return np.concatenate(parts)

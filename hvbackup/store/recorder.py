@@ -2,13 +2,15 @@
 
 `take_over` settles what a dead writer left and begins a new epoch; every file of the journal carries the epoch, so that a writer
 that was replaced and does not know it is fenced off.  Facts are appended in sets, a barrier closes a set, and only then is there
-a new moment.  A log is sealed when it is old or large enough; sealing runs on a thread of its own.
+a new moment; of the writes of a stream each is one.  A log is sealed when it is old or large enough; sealing runs on a thread
+of its own.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,13 +22,14 @@ from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store import format as f
 from hvbackup.store import journal
 from hvbackup.store.history import History
-from hvbackup.store.journal import FOLDER, LOG, LogWriter, Name
+from hvbackup.store.journal import FOLDER, LOG, Facts, LogWriter, Name
 from hvbackup.store.segment import write_segment
 from hvbackup.store.store import Store
 from hvbackup.store.told import Doubt, carried
 
 SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a crash to well under a second
 SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
+SEALING_MAX = 4  # logs that wait to be sealed: each costs a reader as much memory
 CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 
 
@@ -68,7 +71,9 @@ class Recorder:
         self._clock: tuple[int, int] | None = None  # wall and monotonic time of the newest barrier
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
-        self._sealing: threading.Thread | None = None
+        self._sealing: deque[threading.Thread] = deque()
+        self._position: dict[str, Any] = {}  # how far the ring of a stream has been taken into the journal
+        self._carried: dict[str, Any] = {}  # the tokens of a stream, repeated at the head of each file
         self._failed: BaseException | None = None
         self._numbers: dict[DiskId, int] = {}
         self.set_disks(disks)
@@ -92,7 +97,7 @@ class Recorder:
 
     def _table(self) -> dict[str, Any]:
         disks = [{"number": i, "id": d.id, "size": d.size, "sector": d.sector} for i, d in enumerate(self.disks)]
-        return {"disks": disks, "epoch": self.epoch, **carried(self.doubts)}
+        return {"disks": disks, "epoch": self.epoch, **carried(self.doubts), **self._carried, **self._streamed()}
 
     def _open(self, t: Instant) -> LogWriter:
         if self._log is None:
@@ -126,13 +131,46 @@ class Recorder:
         `more` is told with it: `gap={"from": t, "why": ...}` that ends here, `mark={"label": ...}`, `sampled=N` blocks that were
         as the tracker said, `doubt={"after": seq, "start": t, "why": ...}` about the moments since, this one included.
         """
-        value = {"tokens": {d: asdict(token) for d, token in tokens.items()}, **self._clock_step(t), **more}
-        log = self._open(t)
-        seq = log.note(t, value, barrier=True)
-        log.sync()
-        if log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS:
-            self.rotate()
+        named = {"tokens": {d: asdict(token) for d, token in tokens.items()}}
+        if self._position:
+            self._carried = named
+        value = {**named, **self._clock_step(t), **self._streamed(), **more}
+        seq = self._open(t).note(t, value, barrier=True)
+        self.sync(t)
         return seq
+
+    # -- streams -----------------------------------------------------------------------------------------------------------
+
+    def begin_stream(self, ring: str, rows: int = 0) -> None:
+        """What `stream` is given from here on comes from this ring, of which so many rows are in the journal."""
+        self._position = {"ring": ring, "rows": rows}
+
+    def end_stream(self) -> None:
+        """Nothing more comes from a ring."""
+        self._position, self._carried = {}, {}
+
+    def stream(self, facts: Facts, data: bytes, *, each: bool) -> int:
+        """Single writes in the order in which they arrived; `each`: every one is a moment once `sync` has returned.
+
+        Else they are part of a set.  Returns the sequence number of the last one.
+        """
+        t = Instant(int(facts["t"][-1]))
+        log = self._open(t)
+        if each and (step := self._clock_step(t)):
+            log.note(t, step, barrier=True)
+        self._position["rows"] += len(facts)
+        return log.append(facts, data, t, barrier=each, each=each)
+
+    def _streamed(self) -> dict[str, Any]:
+        return {"stream": dict(self._position)} if self._position else {}
+
+    def sync(self, t: Instant) -> None:
+        """Everything that was appended is durable when this returns; at `t`, an old or large log ends here."""
+        if self._log is None:
+            return
+        self._log.sync()
+        if self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS:
+            self.rotate()
 
     def _clock_step(self, t: Instant) -> dict[str, Any]:
         """What to tell when the wall clock went another way than the monotonic one."""
@@ -151,11 +189,17 @@ class Recorder:
         log, self._log = self._log, None
         self._next = log.next
         log.close()
-        self.finish()
-        self._sealing = threading.Thread(target=self._seal, args=(log.name,), name="hvbackup-seal")
-        self._sealing.start()
+        while len(self._sealing) >= SEALING_MAX:
+            self._sealing.popleft().join()
+        self._raise_failed()
+        before = self._sealing[-1] if self._sealing else None
+        thread = threading.Thread(target=self._seal, args=(log.name, before), name="hvbackup-seal")
+        self._sealing.append(thread)
+        thread.start()
 
-    def _seal(self, name: Name) -> None:
+    def _seal(self, name: Name, before: threading.Thread | None) -> None:
+        if before:
+            before.join()
         try:
             if seal(self._store, self._folder, name):
                 self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
@@ -165,9 +209,11 @@ class Recorder:
 
     def finish(self) -> None:
         """No segment is being sealed any more when this returns.  Raises what sealing raised."""
-        if self._sealing:
-            self._sealing.join()
-            self._sealing = None
+        while self._sealing:
+            self._sealing.popleft().join()
+        self._raise_failed()
+
+    def _raise_failed(self) -> None:
         if self._failed:
             failed, self._failed = self._failed, None
             raise failed
@@ -177,8 +223,8 @@ class Recorder:
         if self._log:
             self._log.close()
             self._log = None
-        if self._sealing:
-            self._sealing.join()
+        for thread in self._sealing:
+            thread.join()
 
     def close(self) -> None:
         """Everything is sealed when this returns."""

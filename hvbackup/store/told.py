@@ -72,6 +72,15 @@ class Doubt:
         return self.after < seq <= self.until
 
 
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """How much of a stream's ring was in the journal at `seq`."""
+
+    ring: str
+    rows: int
+    seq: int
+
+
 @dataclass(slots=True)
 class Told:
     """What the META facts of a journal say, folded in order."""
@@ -86,6 +95,7 @@ class Told:
     tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
     tokens_seq: int = -1
     epoch: int = -1
+    stream: Streamed | None = None  # the ring of the newest stream, as it was told last
     base: int = 0  # a view may not build upon a point before this sequence number
 
     def tell(self, seq: int, t: int, value: dict[str, Any]) -> None:
@@ -112,6 +122,8 @@ class Told:
             )
         if clock := value.get("clock"):
             self.clocks.append(ClockStep(seq, Instant(t), int(clock["step_ns"])))
+        if stream := value.get("stream"):
+            self.stream = Streamed(str(stream["ring"]), int(stream["rows"]), seq)
         if "tokens" in value:
             self.tokens = {DiskId(d): token for d, token in value["tokens"].items()}
             self.tokens_seq = seq

@@ -1,0 +1,273 @@
+"""A life in single writes: each write of the guest comes to our target, and is a moment of its own.
+
+The target keeps what it answers in a ring, which outlives us; here it is taken out ten times a second, appended to the journal,
+fsynced, and only then the ring's room is given back.  So what the guest was told survives our death, and a power cut takes what
+came since the last fsync.
+
+    killed after                     left behind                            cleaned by
+    1 lease written                  nothing on the host                    settle() of the next life
+    2 target started, ring made      a ring that nobody wrote to            salvage() of the next life
+    3 mirrors armed                  QEMU waits for the target              the target ends with us, the watchdog cancels
+    4 some of the closing set        a set without a barrier                dropped when the log is taken over
+    5 closing barrier durable        what the ring holds                    salvage(): it follows what the journal has
+    6 writes appended, not freed     the same in the ring                   salvage(): it counts what the journal has
+
+A life begins with a gap, for nobody knows what was written meanwhile.  It is closed by reading what the checkpoint of the newest
+barrier calls changed, while the stream runs: before each piece is read, what has arrived is appended, so whatever the reading
+did not see comes behind it.  When all is read, QEMU is drained, and what has arrived then closes the set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from hvbackup import extents
+from hvbackup.copying import copy, portions
+from hvbackup.errors import StreamBroken, StreamBypassed
+from hvbackup.hypervisors import FrozenDisk, Reader, Stream
+from hvbackup.leases import Lease, point_tokens
+from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, MiB, RecoveryPoint, Token
+from hvbackup.protect import marks
+from hvbackup.protect.events import ContinuityLost, Streamed
+from hvbackup.protect.points import Points
+from hvbackup.protect.rings import ring_path
+from hvbackup.protect.setting import Setting
+from hvbackup.store import format as f
+from hvbackup.store.history import Moment
+from hvbackup.store.recorder import Recorder
+from hvbackup.target.process import Export, Target
+
+SET_MAX_BYTES = 256 * MiB  # a larger closing set makes a point at once, so that the next one is smaller
+FRAME_BYTES = 4 * MiB  # taken out of the ring at a time: bounds memory
+LOOK_SECONDS = 1.0  # between two looks at QEMU: so many moments are in doubt when writes went past us
+LEFT_ALONE = "a stream leaves the guest alone"
+SETTLE_SECONDS = 60.0  # between two checkpoints: bounds what the next life has to read
+
+
+@dataclass(slots=True)
+class StreamLife:
+    """See the module.  Thread safety: one thread."""
+
+    setting: Setting
+    recorder: Recorder
+    stream: Stream
+    lease: Lease
+    points: Points
+    point: RecoveryPoint
+    tokens: Mapping[DiskId, Token]
+    how: str
+    newest: Moment
+    gap: dict[str, object] | None = None  # to be told with the next barrier
+    told_gap: Mapping[str, object] | None = None
+    target: Target | None = None
+    _rows: int = 0  # of the ring that are in the journal
+    _data: int = 0  # and their bytes
+    _failed: bool = False  # to append to the journal
+    _closed: bool = False  # the gap at the head of the life: single writes are moments from here on
+    _good: Moment | None = None  # known at the newest look at QEMU
+    _looked: float = 0.0
+    _settled: float = 0.0
+    _since: Streamed | None = None  # what to report with the next look
+    _numbers: dict[DiskId, int] = field(default_factory=dict)
+
+    # -- beginning and end -----------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Every write is recorded from here on, and the gap before is closed.  Raises ContinuityLost, StreamBroken, Busy."""
+        disks, rhythm = self.stream.disks, self.setting.rhythm
+        if [d.id for d in disks] != [d.id for d in self.recorder.disks]:
+            raise ContinuityLost(f"The disks of machine {self.setting.machine.name} are others than before")
+        self._numbers = {d.id: i for i, d in enumerate(disks)}
+        self.stream.keep(self._kept())
+        path = ring_path(self.setting)
+        self.target = target = Target(
+            [Export(d.id, d.size) for d in disks], path, self.stream.socket, rhythm.ring_bytes
+        )
+        self.recorder.begin_stream(target.ring.id)
+        self.stream.arm(target.pid, path, self._arrived)
+        with self.stream.changed(self.tokens) as live:
+            read = self._append_changed(target, live)
+        tokens = self.stream.settle()
+        self._take(target, each=False)
+        self._look_at_target(target)
+        self._close_gap(tokens)
+        self._since = Streamed(self.newest, 0, read, 0.0, 0.0)
+
+    def _close_gap(self, tokens: Mapping[DiskId, Token]) -> None:
+        t = Instant(self.setting.options.clock())
+        gap = {"to": int(t), **self.gap} if self.gap else None
+        seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
+        self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
+        self.told_gap, self._closed = gap or self.told_gap, True
+        self._looked = self._settled = time.monotonic()
+        self.stream.keep(self._kept())
+
+    def let_go(self) -> None:
+        """The guest's writes are its own again; what had arrived is in the journal.  Else the lease stays."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.recorder.end_stream)
+            stack.callback(self._end_target)
+            if self.target:
+                self.target.ring.end()
+            self.stream.close(healthy=self.target is not None and not self.target.dead)
+        self.setting.leases.remove(self.lease.id)
+
+    def _end_target(self) -> None:
+        """What had arrived is in the journal, or else stays in the ring: the next life finds it."""
+        if not self.target:
+            return
+        target, self.target = self.target, None
+        kept = self._closed
+        try:
+            if self._closed and not self._failed:
+                self._record(target)
+                kept = False
+        finally:
+            target.close(keep_ring=kept)
+
+    def close(self) -> None:
+        """The journal is sealed and the host is clean."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.recorder.close)
+            stack.callback(self.let_go)
+            self.points.join()
+
+    # -- the closing set -------------------------------------------------------------------------------------------------
+
+    def _append_changed(self, target: Target, live: Collection[FrozenDisk]) -> int:
+        """What changed until the stream was armed, read while it runs; how many bytes."""
+        found = [(disk, self._changes(disk)) for disk in live]
+        total = sum(extents.total(spans) for _, spans in found)
+        if total > SET_MAX_BYTES:
+            raise ContinuityLost(f"{total} bytes changed, more than a journal takes at once")
+        for disk, spans in found:
+            if len(spans):
+                with contextlib.closing(disk.open()) as reader:
+                    self._append(target, disk.disk.id, reader, spans)
+        return total
+
+    def _append(self, target: Target, disk: DiskId, reader: Reader, spans: extents.Spans) -> None:
+        for runs in portions(spans):
+            self._take(target, each=False)  # what is read next may be newer than this, and never older
+            self._look_at_target(target)
+            copy(self.recorder, disk, Instant(self.setting.options.clock()), reader, extents.spans(runs))
+
+    def _changes(self, disk: FrozenDisk) -> extents.Spans:
+        changes = disk.changes(self.tokens.get(disk.disk.id))
+        known = {d.id: d.size for d in self.recorder.disks}
+        if changes.continuity is not Continuity.INCREMENTAL or known.get(disk.disk.id) != disk.disk.size:
+            raise ContinuityLost(f"Disk {disk.disk.id}: {changes.reason or 'it is new or was resized'}")
+        return extents.union(changes.data, changes.zero)
+
+    # -- from the ring into the journal ----------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """What has arrived is durable; seconds until the next step is due."""
+        assert self.target
+        began = time.monotonic()
+        self._record(self.target)
+        self._look_at_target(self.target)
+        if began - self._looked >= LOOK_SECONDS:
+            self._look_at_machine()
+            self._keep_up(self.target)
+        return max(0.0, self.setting.rhythm.every_ns / SECOND - (time.monotonic() - began))
+
+    def _record(self, target: Target) -> None:
+        """Every write that has arrived is a durable moment, and marks are on the newest."""
+        began, self._failed = time.monotonic(), True  # a log in which something went wrong is not written to again
+        with self.setting.marks.taken() as taken:
+            writes, size, oldest = self._take(target, each=True)
+            t = Instant(self.setting.options.clock())
+            self.recorder.sync(t)
+            fitting = marks.fitting(taken, Consistency.CRASH, [LEFT_ALONE])
+            if fitting:
+                self._name(t, **marks.told(fitting, Consistency.CRASH))
+        target.ring.free(self._rows, self._data)
+        self._failed = False
+        lag = (time.time_ns() - oldest) / SECOND if writes else 0.0
+        for mark in fitting:
+            mark.put_on(self.newest)
+            if mark.point:
+                self.points.want(self.newest, mark)
+        self._note(writes, size, time.monotonic() - began, lag, [m.label for m in fitting if m.label])
+
+    def _take(self, target: Target, *, each: bool) -> tuple[int, int, int]:
+        """Append what the ring holds; how many writes and bytes, and when the oldest came."""
+        first, at, oldest = self._rows, self._data, 0
+        for batch in target.ring.batches(self._rows, self._data, FRAME_BYTES):
+            facts = batch.rows.view(f.FACT)
+            seq = self.recorder.stream(facts, batch.data, each=each)
+            self._rows, self._data = batch.row_end, batch.data_end
+            oldest = oldest or int(facts["t"][0])
+            if each:
+                self.newest = Moment(seq, Instant(int(facts["t"][-1])))
+            else:
+                target.ring.free(
+                    self._rows, self._data
+                )  # the set counts once it is closed; the ring would be full before
+        return self._rows - first, self._data - at, oldest
+
+    def _name(self, t: Instant, **more: object) -> None:
+        """The newest moment names the tokens: what they call changed is more than what changed since, never less."""
+        self.newest = Moment(self.recorder.barrier(t, self.tokens, **more), t)
+
+    def name_tokens(self) -> None:
+        """The newest moment names tokens, so that a point made of it has them."""
+        self._name(self.newest.t)
+
+    def _arrived(self, disk: DiskId) -> int:
+        assert self.target
+        return self.target.ring.written(self._numbers[disk])[1]
+
+    # -- is everything still as it should be? ----------------------------------------------------------------------------
+
+    def _look_at_target(self, target: Target) -> None:
+        """Raises StreamBroken when writes are not kept any more; what came before is good."""
+        why = "the target ended" if target.dead else target.ring.heads.broken
+        if why:
+            if self._closed:
+                self._record(target)
+            raise StreamBroken(
+                f"The stream of machine {self.setting.machine.name} broke off: {self.stream.reason or why}"
+            )
+
+    def _look_at_machine(self) -> None:
+        """Raises StreamBroken, and StreamBypassed once no moment is offered any more that may lack a write."""
+        self._looked = time.monotonic()
+        now = self.newest
+        try:
+            self.stream.check(self._arrived)
+        except StreamBypassed as e:
+            good = self._good or self.newest
+            self._name(self.newest.t, doubt={"after": good.seq, "start": int(good.t), "why": str(e)})
+            raise
+        self._good = now
+
+    def _keep_up(self, target: Target) -> None:
+        """Checkpoints are fresh, points are made when they are due, and what was done is told."""
+        self.lease = self.setting.leases.renew(self.lease)
+        if time.monotonic() - self._settled >= SETTLE_SECONDS:
+            self._settled, tokens = time.monotonic(), self.stream.settle()
+            self._record(target)  # what the new checkpoints don't hold has arrived before
+            self.tokens = tokens
+            self.name_tokens()
+            self.stream.keep(self._kept())
+        if self._since:
+            self.setting.report(self._since)
+            self._since = None
+        self.points.keep_up(self)
+
+    def _kept(self) -> list[Token]:
+        """What barrier and point name: no clean-up may remove it."""
+        store, machine = self.setting.store, self.setting.machine
+        return [*self.tokens.values(), *self.points.tokens, *point_tokens(store, machine.id)]
+
+    def _note(self, writes: int, size: int, seconds: float, lag: float, labels: list[str]) -> None:
+        s = self._since or Streamed(self.newest, 0, 0, 0.0, 0.0)
+        self._since = Streamed(
+            self.newest, s.writes + writes, s.bytes + size, max(s.seconds, seconds), max(s.lag_seconds, lag),
+            [*s.marks, *labels],
+        )  # fmt: skip

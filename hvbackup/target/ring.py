@@ -1,0 +1,192 @@
+"""The ring: a file on tmpfs between the target, which puts the guest's writes into it, and the worker, which takes them out.
+
+It outlives both: whoever takes the journal over finds in it what was answered and is not durable yet.  It is never on a disk, so
+nothing of the guest is ever on one in plain text; a power cut takes it, and that is the loss that group fsync promises.
+
+    0      header: one page.  Magic, sizes and id by whoever makes it; heads, state and counters by the target; tails by
+           the worker
+    4096   rows_max rows, each a fact of the journal (store.format.FACT); row n is at n mod rows_max
+    ..     data_max bytes: those of data rows one after the other, round and round
+
+A row counts when `rows_head` has passed it.  The target never waits: a full ring breaks the stream, see target.c.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvbackup.errors import SpaceExhausted, UsageError
+from hvbackup.model import MiB
+
+ROW = np.dtype(
+    [
+        ("t", "<i8"),  # when it arrived, wall clock, never twice the same
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("pos", "<u4"),
+        ("disk", "<u2"),  # number of the export
+        ("kind", "u1"),  # DATA, ZERO
+        ("flags", "u1"),
+    ]
+)
+Rows = NDArray[np.void]
+DATA, ZERO = 1, 2
+
+RECORDING, BROKEN = 1, 2  # states
+ENDED = 4  # why
+_WHY = {
+    1: "its ring was full: what it held could not be made durable fast enough",
+    2: "QEMU's connection to it was cut",
+    3: "QEMU sent what it does not understand",
+    4: "it was told to end",
+}
+
+DEFAULT_BYTES = 128 * MiB
+_MAGIC = 0x31676E5262766800
+_HEADER_BYTES = 4096
+_ROW_PER_BYTES = 1024  # room for as many rows as there would be writes of this size
+_MADE = struct.Struct("<QQQ16sQ")  # magic, rows_max, data_max, id, pid
+_HEADS = struct.Struct("<8Q")  # rows_head, data_head, alive_ns, state, why, broke_at, lost, flushes
+_TAILS = struct.Struct("<2Q")
+_COUNTERS = struct.Struct("<4Q")
+_HEADS_AT, _STATE_AT, _WHY_AT, _TAILS_AT, _DISKS_AT = 64, 88, 96, 128, 192
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What the target has done so far."""
+
+    rows: int
+    data: int
+    alive_ns: int  # monotonic clock of its newest sign of life
+    state: int
+    why: int
+    broke_at: int
+    lost: int
+    flushes: int
+
+    @property
+    def broken(self) -> str:
+        """Why nothing is kept any more; empty while everything is."""
+        return _WHY.get(self.why, "it broke off") if self.state == BROKEN else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that were taken out, and their bytes; `pos` says where in `data` those of a row are."""
+
+    rows: Rows
+    data: bytes
+    row_end: int  # the ring's tail once they are durable
+    data_end: int
+
+
+class Ring:
+    """One ring, made or found.  Thread safety: one worker; anybody may read the heads."""
+
+    def __init__(self, fd: int) -> None:
+        """Takes the descriptor.  Raises UsageError when it is no ring of ours."""
+        self.fd = fd
+        size = os.fstat(fd).st_size
+        if size < _HEADER_BYTES:
+            raise UsageError("What should be the ring of a stream is too short")
+        self._map = mmap.mmap(fd, size)
+        magic, self.rows_max, self.data_max, ident, _ = _MADE.unpack_from(self._map)
+        if magic != _MAGIC or size < _HEADER_BYTES + self.rows_max * ROW.itemsize + self.data_max:
+            raise UsageError("What should be the ring of a stream is none")
+        self.id: str = ident.hex()
+        self._rows: Rows = np.frombuffer(self._map, ROW, self.rows_max, _HEADER_BYTES)
+        self._data = memoryview(self._map)[_HEADER_BYTES + self._rows.nbytes :][: self.data_max]
+
+    @property
+    def pid(self) -> int:
+        """The target's."""
+        return int(_MADE.unpack_from(self._map)[4])
+
+    @property
+    def heads(self) -> Heads:
+        """What the target has done so far."""
+        return Heads(*_HEADS.unpack_from(self._map, _HEADS_AT))
+
+    @property
+    def tails(self) -> tuple[int, int]:
+        """Everything before these is durable elsewhere: rows, bytes."""
+        rows, data = _TAILS.unpack_from(self._map, _TAILS_AT)
+        return rows, data
+
+    def written(self, disk: int) -> tuple[int, int]:
+        """Writes and bytes of one disk that are, or were, in the ring."""
+        writes, nbytes, _, _ = _COUNTERS.unpack_from(self._map, _DISKS_AT + disk * _COUNTERS.size)
+        return writes, nbytes
+
+    def batches(self, after: int, after_data: int, max_bytes: int, until: int | None = None) -> Iterator[Batch]:
+        """What came after these rows and bytes, until now or a row, in pieces of about `max_bytes`.  The tail stays."""
+        end = self.heads.rows if until is None else until
+        while after < end:
+            batch = self._batch(after, after_data, end, max_bytes)
+            yield batch
+            after, after_data = batch.row_end, batch.data_end
+
+    def _batch(self, first: int, at: int, until: int, max_bytes: int) -> Batch:
+        numbers = np.arange(first, min(until, first + self.rows_max)) % self.rows_max
+        rows = self._rows[numbers]
+        sizes = np.where(rows["kind"] == DATA, rows["length"], 0).astype(np.int64)
+        ends = np.cumsum(sizes)
+        count = max(1, int(ends.searchsorted(max_bytes, side="right")))
+        rows, total = rows[:count], int(ends[count - 1])
+        rows["pos"] = ends[:count] - sizes[:count]
+        return Batch(rows, self._bytes(at, total), first + count, at + total)
+
+    def _bytes(self, at: int, length: int) -> bytes:
+        inside = at % self.data_max
+        first = self._data[inside : inside + length]
+        return bytes(first) + bytes(self._data[: length - len(first)]) if len(first) < length else bytes(first)
+
+    def free(self, rows: int, data: int) -> None:
+        """Everything before these is durable: the target may use the room."""
+        _TAILS.pack_into(self._map, _TAILS_AT, rows, data)
+
+    def end(self) -> None:
+        """Nothing is kept any more: the mirrors of several disks do not end at the same moment."""
+        if self.heads.state == RECORDING:
+            struct.pack_into("<Q", self._map, _WHY_AT, ENDED)
+            struct.pack_into("<Q", self._map, _STATE_AT, BROKEN)
+
+    def close(self) -> None:
+        """Let go of it; the file stays."""
+        self._data.release()
+        del self._rows
+        self._map.close()
+        os.close(self.fd)
+
+
+def make(path: Path, size: int = DEFAULT_BYTES) -> Ring:
+    """A new ring with room for `size` bytes of writes, all of it claimed at once.  Raises SpaceExhausted."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    rows_max = size // _ROW_PER_BYTES
+    try:
+        os.posix_fallocate(fd, 0, _HEADER_BYTES + rows_max * ROW.itemsize + size)
+    except OSError as e:
+        os.close(fd)
+        path.unlink()
+        raise SpaceExhausted(f"No {size} bytes for the ring of a stream on {path.parent}: {e.strerror}") from e
+    os.pwrite(fd, _MADE.pack(_MAGIC, rows_max, size, secrets.token_bytes(16), 0), 0)
+    return Ring(fd)
+
+
+def find(path: Path) -> Ring | None:
+    """A ring that somebody left; None when there is none."""
+    try:
+        return Ring(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except (FileNotFoundError, UsageError, ValueError):
+        return None

@@ -1,0 +1,265 @@
+"""The write stream of a real guest: each moment recovers as after a power failure, and every trap of the mirror is sprung."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hvbackup.hypervisors
+from hvbackup.capture import Options
+from hvbackup.errors import JournalGap, NotFound, StreamBroken, StreamBypassed
+from hvbackup.hypervisors.qemu import QemuHypervisor
+from hvbackup.hypervisors.qemu_wire import Wire
+from hvbackup.hypervisors.qmp import Qmp
+from hvbackup.model import SECOND, DiskId, Instant
+from hvbackup.protect.events import Rhythm
+from hvbackup.protect.protection import Protection
+from hvbackup.protect.streaming import StreamLife
+from hvbackup.store.history import History, Moment
+from hvbackup.store.store import Store, init
+from hvbackup.target.ring import find
+from labs.guest import Guest, make_disk
+from tests.hypervisors.daemon import SETTINGS, only
+from tests.test_protect_guest import FILES, SIZE, mounted, recovered
+from tests.test_stream_kills import Worker
+
+pytestmark = [pytest.mark.real, pytest.mark.guest]
+WRITER = f"-s {4 << 20}"
+
+
+@pytest.fixture
+def folder() -> Generator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hvt-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def guest(folder: Path) -> Generator[Guest]:
+    """Two disks with a file system each, and a second monitor that nobody uses."""
+    disks = [make_disk(folder / "a.qcow2", SIZE), make_disk(folder / "b.raw", SIZE, "raw")]
+    extra = ["-qmp", f"unix:{folder / 'second.sock'},server=on,wait=off"]
+    with Guest(folder / "g", disks, extra=extra) as made:
+        mounted(made)
+        yield made
+
+
+@pytest.fixture
+def store(folder: Path) -> Generator[Store]:
+    init(folder / "store", None)
+    with Store.open(folder / "store", folder / "state", []) as found:
+        yield found
+
+
+def protection_of(store: Store, guest: Guest, folder: Path) -> Protection:
+    hypervisor = QemuHypervisor(guest.qmp_path, "00c0ffee", scratch_dir=folder / "s", settings=SETTINGS)
+    rhythm = Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=folder / "rings")
+    return Protection(store, hypervisor, only(hypervisor), Options(), rhythm)
+
+
+def begun(protection: Protection) -> StreamLife:
+    life = protection.begin("a test")
+    assert isinstance(life, StreamLife)
+    return life
+
+
+class Stepping:
+    """A life that goes on by itself, until left."""
+
+    def __init__(self, life: StreamLife) -> None:
+        self._life, self._stop = life, threading.Event()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._stop.wait(self._life.step())
+        except BaseException as e:  # noqa: BLE001 - looked at by the test
+            self.error = e
+
+    def __enter__(self) -> Stepping:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    def wait(self, seconds: float = 20) -> BaseException:
+        self._thread.join(seconds)
+        assert self.error is not None, "nothing was noticed"
+        return self.error
+
+
+def moments(history: History) -> list[Moment]:
+    seqs, times = history.moments
+    return [Moment(int(s), Instant(int(t))) for s, t in zip(seqs, times, strict=True)]
+
+
+def check_moments(folder: Path, history: History, after: int, count: int, rng: random.Random) -> None:
+    """Random moments recover to prefixes, and later ones hold as much or more."""
+    offered = [m for m in moments(history) if m.seq > after]
+    picked = sorted(rng.sample(offered, min(count, len(offered))), key=lambda m: m.seq)
+    reached = [recovered(folder, history, m) for m in [*picked, offered[-1]]]
+    assert reached == sorted(reached)
+
+
+@pytest.mark.timeout(400)
+def test_every_moment_of_a_guest_recovers_and_kills_lose_nothing(guest: Guest, folder: Path) -> None:
+    """Three kills of hvbackup and two of QEMU; what was acknowledged before each is in the journal before the gap."""
+    init(folder / "store", None)
+    rng = random.Random(7)
+    source = f"qemu:{guest.qmp_path}"
+    guest.start_writer(*FILES, mode="overwrite", options=WRITER)
+    guest.wait_acked(20)
+    worker = Worker(folder, source)
+    worker.wait_for("begun", seconds=90)
+    for turn in range(5):
+        time.sleep(0.5 + rng.random())
+        if turn in (2, 4):
+            guest.kill()
+            acked = guest.acked()
+            time.sleep(1.0)
+            worker.end(signal.SIGKILL)
+            guest.start()
+            mounted(guest)
+            guest.start_writer(*FILES, mode="overwrite", options=f"{WRITER} -i {turn}")
+            guest.wait_acked(20)
+        else:
+            acked = guest.acked()
+            worker.end(signal.SIGKILL)
+        worker = Worker(folder, source)
+        worker.wait_for("begun", seconds=90)
+        with Store.open(folder / "store", folder / "state2", []) as store:
+            history = History(store, next(iter(store.points())).machine.id)
+            before = history.newest_at(history.told.gaps[-1].start)
+            assert before
+            assert acked <= recovered(folder, history, before), "what was acknowledged is recorded"
+            first = history.told.gaps[-2].end if len(history.told.gaps) > 1 else history.told.gaps[-1].start
+            start = history.newest_at(first)
+            if turn in (0, 2) and start and start.seq < before.seq:
+                check_moments(folder, history, start.seq, 4, rng)
+    guest.stop_writer()
+    assert worker.end(signal.SIGINT) == 0
+
+
+@pytest.mark.timeout(300)
+def test_writes_that_go_past_the_mirror_are_noticed(guest: Guest, store: Store, folder: Path) -> None:
+    protection = protection_of(store, guest, folder)
+    life = begun(protection)
+    guest.start_writer(*FILES, mode="overwrite", options=WRITER)
+    guest.wait_acked(20)
+    with Stepping(life) as stepping:
+        time.sleep(2.5)
+        good = life._good
+        guest.qmp("qom-set", path="/machine/peripheral/vda/virtio-backend", property="drive", value="disk0")
+        assert isinstance(stepping.wait(), StreamBypassed)
+    assert good
+    with contextlib.suppress(StreamBroken):
+        life.close()
+    history = History(store, protection.setting.machine.id)
+    check_moments(folder, history, good.seq - 200, 3, random.Random(1))
+    doubtful = life.newest
+    with pytest.raises((JournalGap, NotFound)):
+        history.by_seq(doubtful.seq)
+    again = begun(protection)
+    guest.stop_writer()
+    guest.pause()
+    again.step()
+    again.close()
+    history = History(store, protection.setting.machine.id)
+    assert_is_the_disk(guest, folder, history)
+
+
+def assert_is_the_disk(guest: Guest, folder: Path, history: History) -> None:
+    """The newest moment is what the disks of a paused guest hold."""
+    raw = bytearray(SIZE)
+    history.view(moments(history)[-1], DiskId("vdb")).read_into(0, memoryview(raw))
+    assert raw == (folder / "b.raw").read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_a_target_that_hangs_holds_a_guest_for_about_a_second(guest: Guest, store: Store, folder: Path) -> None:
+    """Its watchdog kills it; discards are swallowed and zeroes arrive, before that."""
+    protection = protection_of(store, guest, folder)
+    life = begun(protection)
+    allocated = os.stat(folder / "b.raw").st_blocks
+    guest.sh("dd if=/dev/urandom of=/mnt/b/junk bs=64k count=128 conv=fsync 2>/dev/null; rm /mnt/b/junk; sync")
+    grown = os.stat(folder / "b.raw").st_blocks
+    guest.sh("fstrim /mnt/b; sync")
+    assert os.stat(folder / "b.raw").st_blocks >= grown > allocated, "the mirror swallows discards"
+    guest.start_writer(*FILES, mode="overwrite", options=WRITER)
+    guest.wait_acked(20)
+    assert life.target
+    with Stepping(life) as stepping:
+        time.sleep(1.0)
+        os.kill(life.target.pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        before = guest.acked()
+        assert isinstance(stepping.wait(), StreamBroken)
+        assert guest.wait_acked(before + 20) >= before + 20
+        assert time.monotonic() - stopped < 8
+    with contextlib.suppress(StreamBroken):
+        life.close()
+    again = begun(protection)
+    guest.stop_writer()
+    guest.sh("sync")
+    guest.pause()
+    again.step()
+    again.close()
+    assert_is_the_disk(guest, folder, History(store, protection.setting.machine.id))
+    assert find(folder / "rings" / "none") is None
+    with Qmp(guest.qmp_path) as qmp:
+        names = [n["node-name"] for n in qmp.command("query-named-block-nodes", flat=True)]
+    assert not [n for n in names if n.startswith("hvb-")]
+
+
+@pytest.mark.timeout(300)
+def test_a_main_loop_that_hangs_is_freed_out_of_band(guest: Guest, store: Store, folder: Path) -> None:
+    """Somebody cancels a mirror whose target hangs: QEMU hears nothing any more, but a yank on the second monitor."""
+    guard = guard_module()
+    protection = protection_of(store, guest, folder)
+    life = begun(protection)
+    stream = life.stream
+    assert life.target
+    guest.start_writer(*FILES, mode="overwrite", options=WRITER)
+    guest.wait_acked(20)
+    assert stream._guard  # type: ignore[attr-defined]
+    stream._guard._process.kill()  # type: ignore[attr-defined]
+    with Wire(folder / "second.sock", 5, out_of_band=True) as second:
+        os.kill(life.target.pid, signal.SIGSTOP)
+        time.sleep(0.3)
+        with Wire(guest.qmp_path, 2.0) as wire, contextlib.suppress(Exception):
+            wire.one("job-cancel", id=stream._set.names.mirror(0))  # type: ignore[attr-defined]
+        before = guest.acked()
+        time.sleep(1.0)
+        assert guest.acked() <= before + 1, "the guest waits"
+        guard.yank(second.fileno(), stream._set.names.prefix)  # type: ignore[attr-defined]
+        guest.wait_acked(before + 20)
+    os.kill(life.target.pid, signal.SIGKILL)
+    with contextlib.suppress(StreamBroken):
+        life.close()
+    assert guest.acked() > before
+    guest.stop_writer()
+
+
+def guard_module() -> Any:
+    """The guard's program, as it is imported when it runs as a file."""
+    folder = str(Path(hvbackup.hypervisors.__file__).parent)
+    sys.path.append(folder)
+    try:
+        return importlib.import_module("qemu_stream_guard")
+    finally:
+        sys.path.remove(folder)

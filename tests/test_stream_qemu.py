@@ -1,0 +1,101 @@
+"""The write stream of a storage daemon: every moment is an exact prefix of what the guest was told, and nothing told is lost."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvbackup.capture import Options
+from hvbackup.model import SECOND, DiskId, Instant, MiB
+from hvbackup.protect.events import Event, Rhythm
+from hvbackup.protect.protection import Protection
+from hvbackup.protect.streaming import StreamLife
+from hvbackup.store.history import History, Moment
+from hvbackup.store.store import Store, init
+from tests.hypervisors.daemon import Daemon, make_image, node, only
+from tests.scribe import Scribe
+
+pytestmark = pytest.mark.real
+SIZES = {"vda": 8 * MiB, "vdb": 4 * MiB}
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """Two raw disks: what a guest was told is written survives the death of the daemon."""
+    nodes = [node(name, make_image(tmp_path / f"{name}.raw", size, "raw"), "raw") for name, size in SIZES.items()]
+    made = Daemon(tmp_path, nodes).start()
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    init(tmp_path / "store", None)
+    with Store.open(tmp_path / "store", tmp_path / "state", []) as found:
+        yield found
+
+
+def rhythm(tmp_path: Path, **more: int) -> Rhythm:
+    return Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=tmp_path / "rings", **more)  # type: ignore[arg-type]
+
+
+def protection_of(store: Store, daemon: Daemon, wanted: Rhythm, events: list[Event] | None = None) -> Protection:
+    hypervisor = daemon.hypervisor()
+    report = events.append if events is not None else lambda _: None
+    return Protection(store, hypervisor, only(hypervisor), Options(), wanted, report)
+
+
+def begun(protection: Protection) -> StreamLife:
+    life = protection.begin("a test")
+    assert isinstance(life, StreamLife)
+    return life
+
+
+def images(history: History, moment: Moment) -> dict[str, bytearray]:
+    found = {}
+    for disk, size in SIZES.items():
+        found[disk] = bytearray(size)
+        history.view(moment, DiskId(disk)).read_into(0, memoryview(found[disk]))
+    return found
+
+
+def every_moment(history: History) -> list[Moment]:
+    seqs, times = history.moments
+    return [Moment(int(s), Instant(int(t))) for s, t in zip(seqs, times, strict=True)]
+
+
+def on_disk(folder: Path) -> dict[str, bytes]:
+    return {disk: (folder / f"{disk}.raw").read_bytes() for disk in SIZES}
+
+
+def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    rng, known = random.Random(3), {}
+    with Scribe(daemon, SIZES, 800) as scribe:
+        protection = protection_of(store, daemon, rhythm(tmp_path))
+        life = begun(protection)
+        first = scribe.acked
+        for turn in range(15):
+            time.sleep(rng.random() * 0.2)
+            before = scribe.acked
+            life.step()
+            known[life.newest.seq] = (before, scribe.acked)
+            if turn == 7:
+                protection.setting.report(life.points.fold(life.points.prepare(life)))
+        last = scribe.acked
+        life.close()
+        scribe.stop()
+        history = History(store, protection.setting.machine.id)
+        offered = every_moment(history)
+        assert len(offered) >= last - first > 500
+        for seq, (low, high) in known.items():
+            assert low <= scribe.verify(images(history, history.by_seq(seq))) <= high + 1
+        for moment in rng.sample(offered, 40):
+            reached = scribe.verify(images(history, moment))
+            following = next((m for m in offered if m.seq > moment.seq), None)
+            if following and following.seq == moment.seq + 1:
+                assert scribe.verify(images(history, following)) == reached + 1, "each write is a moment of its own"
+    assert not daemon.leftovers()

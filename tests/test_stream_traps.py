@@ -1,0 +1,261 @@
+"""What can go wrong with a mirror, on a storage daemon: the guest never waits long, never sees an error, and no moment lies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hvbackup.errors import Busy, SpaceExhausted, StreamBroken, UsageError
+from hvbackup.hypervisors.qmp import CommandRefused
+from hvbackup.model import DiskId, MiB
+from hvbackup.nbd.client import NbdClient
+from hvbackup.protect.events import Begun, Event, Trouble
+from hvbackup.protect.protection import Protection
+from hvbackup.protect.streaming import StreamLife
+from hvbackup.store.history import History
+from hvbackup.store.store import Store
+from hvbackup.target import process
+from tests.hypervisors.daemon import Daemon
+from tests.scribe import Scribe, percentile
+from tests.test_stream_qemu import SIZES, begun, daemon, every_moment, images, on_disk, protection_of, rhythm, store
+
+__all__ = ["daemon", "store"]
+pytestmark = pytest.mark.real
+
+
+class Running:
+    """A protection on a thread of its own, until left."""
+
+    def __init__(self, protection: Protection, events: list[Event]) -> None:
+        self.protection, self.events = protection, events
+        self._thread = threading.Thread(target=protection.run)
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        self.wait(lambda: self.count(Begun) == 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.protection.end()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def count(self, kind: type[Event]) -> int:
+        return sum(isinstance(e, kind) for e in self.events)
+
+    def wait(self, done: Callable[[], bool], seconds: float = 40) -> None:
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end, self.events[-3:]
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(store: Store, daemon: Daemon, folder: Path) -> Iterator[Running]:
+    events: list[Event] = []
+    with Running(protection_of(store, daemon, rhythm(folder), events), events) as made:
+        yield made
+
+
+def target_pid(folder: Path) -> int:
+    from hvbackup.target.ring import find
+
+    [path] = (folder / "rings").glob("*.ring")
+    ring = find(path)
+    assert ring is not None
+    pid = ring.pid
+    ring.close()
+    return pid
+
+
+def verify(store: Store, scribe: Scribe, folder: Path, made: Running) -> None:
+    """All moments are prefixes, and the newest one is the disk."""
+    history = History(store, made.protection.setting.machine.id)
+    offered = every_moment(history)
+    reached = [scribe.verify(images(history, m)) for m in offered[:: max(1, len(offered) // 30)]]
+    assert reached == sorted(reached)
+    assert images(history, offered[-1]) == on_disk(folder)
+
+
+def troubles(made: Running) -> str:
+    return " ".join(str(e.error) for e in made.events if isinstance(e, Trouble))
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "is killed"])
+def test_a_target_that_hangs_or_is_killed_frees_the_guest(
+    daemon: Daemon, store: Store, tmp_path: Path, number: int
+) -> None:
+    with Scribe(daemon, SIZES, 300) as scribe:
+        with running(store, daemon, tmp_path) as made:
+            time.sleep(0.5)
+            os.kill(target_pid(tmp_path), number)
+            made.wait(lambda: made.count(Begun) == 2)
+            time.sleep(0.5)
+            scribe.stop()
+        assert max(scribe.latencies) < (4.0 if number == signal.SIGSTOP else 2.0)
+        assert "the target ended" in troubles(made) or "no sign of life" in troubles(made)
+        verify(store, scribe, tmp_path, made)
+    assert not daemon.leftovers()
+
+
+def test_a_drained_stream_closes_no_gap(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """What is written while the target is away is read from the disk, because a bitmap says so."""
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    client = daemon.guest("vda")
+    client.write(0, b"a" * 4096)
+    os.kill(target_pid(tmp_path), signal.SIGKILL)
+    client.write(4096, b"b" * 4096)  # only the disk has it
+    with pytest.raises(StreamBroken):
+        for _ in range(20):
+            life.step()
+            time.sleep(0.05)
+    with contextlib.suppress(StreamBroken):
+        life.close()
+    client.write(8192, b"c" * 4096)
+    again = begun(protection)
+    assert again.how == "resumed"
+    client.close()
+    again.close()
+    history = History(store, protection.setting.machine.id)
+    held = images(history, every_moment(history)[-1])
+    assert held == on_disk(tmp_path)
+    assert held["vda"][:12288] == b"a" * 4096 + b"b" * 4096 + b"c" * 4096
+    assert not daemon.leftovers()
+
+
+def test_a_journal_that_can_not_keep_up_costs_a_gap_and_not_the_guest(
+    daemon: Daemon, store: Store, tmp_path: Path
+) -> None:
+    """Nobody takes anything out of a small ring: the guest goes on at its pace, and the stream is broken."""
+    protection = protection_of(store, daemon, rhythm(tmp_path, ring_bytes=1 * MiB))
+    life = begun(protection)
+    with Scribe(daemon, SIZES, 2000) as scribe:
+        time.sleep(1.0)
+        assert life.target
+        assert life.target.ring.heads.broken
+        stalled = percentile(scribe.latencies, 0.99)
+        with pytest.raises(StreamBroken, match="ring was full"):
+            life.step()
+        scribe.stop()
+        assert scribe.acked > 300
+        assert stalled < 0.5
+        life.close()
+        history = History(store, protection.setting.machine.id)
+        last = every_moment(history)[-1]
+        assert 200 <= scribe.verify(images(history, last)) <= scribe.acked, "what was kept before is a prefix"
+        again = begun(protection)
+        again.close()
+        history = History(store, protection.setting.machine.id)
+        assert images(history, every_moment(history)[-1]) == on_disk(tmp_path)
+    assert not daemon.leftovers()
+
+
+def test_a_full_journal_disk_keeps_what_was_answered(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    client = daemon.guest("vda")
+    client.write(0, b"x" * 4096)
+    append = store.files.kernel.write
+
+    def full(fd: int, data: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    store.files.kernel.write = full  # type: ignore[method-assign,assignment]
+    with pytest.raises(SpaceExhausted):
+        life.step()
+    with contextlib.suppress(SpaceExhausted):
+        life.close()
+    store.files.kernel.write = append  # type: ignore[method-assign]
+    client.write(4096, b"y" * 4096)
+    again = begun(protection)
+    history = History(store, protection.setting.machine.id)
+    before = history.newest_at(history.told.gaps[-1].start)
+    assert before
+    view = history.view(before, DiskId("vda"))
+    held = bytearray(8192)
+    view.read_into(0, memoryview(held))
+    assert held == b"x" * 4096 + bytes(4096), "what was answered was in the ring, and is recorded"
+    client.close()
+    again.close()
+    history = History(store, protection.setting.machine.id)
+    assert images(history, every_moment(history)[-1]) == on_disk(tmp_path)
+
+
+def test_other_jobs_are_refused_and_refuse(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    with daemon.qmp() as qmp:
+        with pytest.raises(CommandRefused, match="in use by block job: mirror"):
+            qmp.command("blockdev-backup", job_id="b", device="vda", target="vdb", sync="none")
+        with pytest.raises(CommandRefused, match="in use"):
+            qmp.command("block_resize", node_name="vda", size=16 * MiB)
+    life.close()
+    null = {"driver": "null-co", "size": SIZES["vda"]}
+    with daemon.qmp() as qmp:
+        qmp.command("blockdev-add", node_name="elsewhere", **null)
+        qmp.command("blockdev-mirror", job_id="admin", device="vda", target="elsewhere", sync="none")
+    with pytest.raises(Busy, match="wait for the other"):
+        begun(protection)
+    with daemon.qmp() as qmp:
+        qmp.command("block-job-cancel", device="admin", force=True)
+        time.sleep(0.2)
+        qmp.command("blockdev-del", node_name="elsewhere")
+    begun(protection).close()
+    assert not daemon.leftovers()
+
+
+def test_a_connection_that_broke_is_not_taken_up_again(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """QEMU connects again by itself; a target that let it would call a stream whole that lacks writes."""
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    assert life.target
+    before = daemon.guest("vda")
+    before.write(0, b"1" * 4096)
+    with pytest.raises(Exception, match=r"vda|polic|refus"):  # the export is taken
+        NbdClient.open(f"nbd+unix:///vda?socket={life.target.path}")
+    before.close()
+    life.step()
+    life.close()
+
+
+def test_zeroes_and_odd_writes_arrive_as_they_are(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    client = daemon.guest("vda")
+    client.write(512, b"o" * 1536)
+    client.write(0, bytes(range(256)) * 8192)  # 2 MiB
+    qemu_io(daemon, "vda", "write -z 1M 512k", "write -P 7 3584 512", "discard 2M 1M", "write -z -u 1536k 64k")
+    life.step()
+    life.close()
+    client.close()
+    history = History(store, protection.setting.machine.id)
+    assert images(history, every_moment(history)[-1]) == on_disk(tmp_path)
+
+
+def qemu_io(daemon: Daemon, disk: str, *commands: str) -> None:
+    import subprocess
+
+    image = f"driver=nbd,server.type=unix,server.path={daemon.folder / 'guest.sock'},export={disk},discard=unmap"
+    words = [word for command in commands for word in ("-c", command)]
+    subprocess.run(["qemu-io", *words, "--image-opts", image], check=True, timeout=30, capture_output=True)
+
+
+def test_without_a_compiler_the_message_says_what_to_do(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PROGRAM", tmp_path / "hvbackup-target")
+    with pytest.raises(UsageError, match="install gcc"):
+        protection_of(store, daemon, rhythm(tmp_path)).begin("a test")
+    assert not daemon.leftovers()
+
+
+def test_a_stream_life_has_what_every_life_has() -> None:
+    assert {"step", "close", "catch_up", "name_tokens"} <= set(dir(StreamLife))
