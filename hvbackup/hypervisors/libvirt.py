@@ -32,6 +32,7 @@ from types import TracebackType
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
 from hvbackup.hypervisors import Can, libvirt_cycles, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
 from hvbackup.hypervisors.libvirt_cycles import LibvirtCycles
+from hvbackup.hypervisors.libvirt_events import Event, watching
 from hvbackup.hypervisors.libvirt_host import Domain, Host, LibvirtRefused
 from hvbackup.hypervisors.libvirt_pull import LibvirtFrozen, Pull, Room
 from hvbackup.hypervisors.libvirt_seen import Seen, look
@@ -127,6 +128,12 @@ class LibvirtHypervisor:
             raise HostUnreachable(f"Machine {machine.name} is off: nothing of it can be protected until it runs")
         room.refuse_second(machine)
         return libvirt_cycles.begin(room, domain, seen, lease, self.release)
+
+    def watching(
+        self, report: Callable[[Event], None], lost: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[None]:
+        """Be told what happens to machines of the host while the context lasts.  Raises HostUnreachable."""
+        return watching(self.host, report, lost)
 
     def _release_cycles(
         self, room: Room, domain: Domain, folders: Sequence[Path], lease: LeaseId | None, keeping: Collection[str]

@@ -16,6 +16,8 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import libvirt
@@ -56,6 +58,38 @@ class LibvirtRefused(HostUnreachable):
         super().__init__(f"libvirt at {where} refused {what}: {self.words}" + (f"; {advice}" if advice else ""))
 
 
+_EVENTS = {
+    libvirt.VIR_DOMAIN_EVENT_DEFINED: "defined",
+    libvirt.VIR_DOMAIN_EVENT_UNDEFINED: "undefined",
+    libvirt.VIR_DOMAIN_EVENT_STARTED: "started",
+    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: "suspended",
+    libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED: "stopped",
+    libvirt.VIR_DOMAIN_EVENT_CRASHED: "crashed",
+}
+_DETAILS = {
+    (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED): "migrated",
+    (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT): "snapshot",
+    (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_FROM_SNAPSHOT): "snapshot",
+    (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED): "migrated",
+    (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_RESUMED_FROM_SNAPSHOT): "snapshot",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED): "crashed",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED): "failed",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED): "migrated",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT): "snapshot",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """Something libvirt told of a domain, in words."""
+
+    event: str
+    detail: str
+    uuid: str
+    name: str
+
+
 class _Loop:
     """libvirt's event loop: one for each process, without which no connection is kept alive."""
 
@@ -88,7 +122,6 @@ class Host:
 
     def call(self, what: str, work: Callable[[libvirt.virConnect], T], seconds: float = 0.0) -> T:
         """What the daemon answers.  Raises NotFound, LibvirtRefused, HostUnreachable."""
-        seconds = seconds or self._reply_seconds
         connection = self._connected(seconds)
         return self._run(what, lambda: work(connection), seconds)
 
@@ -112,6 +145,39 @@ class Host:
     def networks(self) -> Sequence[str]:
         """The names of its virtual networks."""
         return self.call("listing networks", lambda c: [str(n.name()) for n in c.listAllNetworks()])
+
+    def watch(self, happened: Callable[[Happening], None], lost: Callable[[], None]) -> Callable[[], None]:
+        """Be told what happens to domains, and of the end of the connection; what is returned ends that."""
+        connection = self._connected(self._reply_seconds)
+
+        def lifecycle(_: Any, domain: libvirt.virDomain, event: int, detail: int, __: Any) -> None:
+            told = Happening(
+                _EVENTS.get(event, "other"), _DETAILS.get((event, detail), ""), domain.UUIDString(), domain.name()
+            )
+            happened(told)
+
+        def disks(_: Any, domain: libvirt.virDomain, *__: Any) -> None:
+            happened(Happening("disks", "", domain.UUIDString(), domain.name()))
+
+        wanted = {
+            libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE: lifecycle,
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: disks,
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: disks,
+            libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2: disks,
+        }
+        ids = [
+            self._run("events", partial(connection.domainEventRegisterAny, None, i, f, None), 0)
+            for i, f in wanted.items()
+        ]
+        connection.registerCloseCallback(lambda *_: lost(), None)
+
+        def stop() -> None:
+            try:
+                _within(self._reply_seconds, lambda: _deregister(connection, ids))
+            except (libvirt.libvirtError, TimeoutError):
+                return  # the connection is gone, and the events with it
+
+        return stop
 
     def close(self) -> None:
         """The connection is given back; idempotent."""
@@ -138,6 +204,7 @@ class Host:
         return connection
 
     def _run(self, what: str, work: Callable[[], T], seconds: float) -> T:
+        seconds = seconds or self._reply_seconds
         try:
             return _within(seconds, work)
         except TimeoutError as error:
@@ -288,6 +355,12 @@ class Domain:
 
     def _ask(self, what: str, work: Callable[[libvirt.virDomain], T], seconds: float = 0.0) -> T:
         return self.host.call(what, lambda c: work(c.lookupByUUIDString(self.uuid)), seconds)
+
+
+def _deregister(connection: libvirt.virConnect, ids: Sequence[int]) -> None:
+    for number in ids:
+        connection.domainEventDeregisterAny(number)
+    connection.unregisterCloseCallback()
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
