@@ -13,7 +13,7 @@ PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu
           debootstrap                                    # a bare system, for the test of the package
           ca-certificates)
 LIBVIRT_PACKAGES=(libvirt-dev pkg-config gcc libc6-dev)   # libvirt-python is built against the libvirt that is here
-BENCH_PACKAGES=(restic gdisk e2fsprogs python3-libnbd nbdkit qemu-utils
+BENCH_PACKAGES=(virtnbdbackup restic gdisk e2fsprogs python3-libnbd nbdkit qemu-utils
                 gcc pkg-config libacl1-dev liblz4-dev libzstd-dev libxxhash-dev libssl-dev)   # borg is built from source
 LAB=.lab
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import libvirt
 import pytest
 
+from labs.libvirtd import Libvirtd, daemon, run
 from tests.endtoend.rig import Installed
-from tests.hypervisors.libvirtd import Libvirtd, LibvirtMachine, daemon, guest, machine, run, wait_until
+from tests.hypervisors.libvirtd import LibvirtMachine, guest, machine, wait_until
 
 pytestmark = pytest.mark.real
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hypervisors.libvirtd import Libvirtd, daemon
+from labs.libvirtd import Libvirtd, daemon
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ from collections.abc import Generator
 
 import pytest
 
+from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import Conformance
-from tests.hypervisors.libvirtd import Libvirtd, LibvirtMachine, machine
+from tests.hypervisors.libvirtd import LibvirtMachine, machine
 
 pytestmark = pytest.mark.real
 

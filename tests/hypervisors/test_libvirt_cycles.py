@@ -12,8 +12,9 @@ import pytest
 
 from hvbackup.errors import HostUnreachable, UsageError
 from hvbackup.model import Continuity, DiskId, LeaseId
+from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import STORE, Libvirtd, LibvirtMachine, machine, wait_until
+from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine, wait_until
 
 pytestmark = pytest.mark.real
 

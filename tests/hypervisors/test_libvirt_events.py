@@ -10,7 +10,8 @@ import pytest
 
 from hvbackup.hypervisors.libvirt_events import Event, Kind, watching
 from hvbackup.hypervisors.libvirt_host import Host
-from tests.hypervisors.libvirtd import Libvirtd, daemon, disk_xml, machine, run, wait_until
+from labs.libvirtd import Libvirtd, daemon, disk_xml, run
+from tests.hypervisors.libvirtd import machine, wait_until
 
 pytestmark = pytest.mark.real
 

@@ -15,8 +15,9 @@ from hvbackup.hypervisors import Frozen
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.model import Consistency, Continuity, DiskId, LeaseId, MiB
 from labs.guest import verify_on_host
+from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import Cycle
-from tests.hypervisors.libvirtd import Libvirtd, LibvirtGuest, guest, wait_until
+from tests.hypervisors.libvirtd import LibvirtGuest, guest, wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.guest]
 

@@ -19,8 +19,9 @@ from hvbackup.errors import HostUnreachable, UsageError
 from hvbackup.hypervisors.libvirt import LibvirtHypervisor, Settings
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import Continuity, LeaseId
+from labs.libvirtd import Libvirtd, daemon
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import STORE, Libvirtd, LibvirtMachine, daemon, free_port, machine
+from tests.hypervisors.libvirtd import STORE, LibvirtMachine, free_port, machine
 
 pytestmark = pytest.mark.real
 

@@ -17,8 +17,9 @@ from hvbackup.errors import Busy, HostUnreachable, NotFound, ReadFailed, SpaceEx
 from hvbackup.hypervisors.libvirt import LibvirtHypervisor, Settings
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import Consistency, Continuity, DiskId, LeaseId, MiB
+from labs.libvirtd import Libvirtd, daemon, run
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import SIZE, STORE, Libvirtd, LibvirtMachine, daemon, machine, run, wait_until
+from tests.hypervisors.libvirtd import SIZE, STORE, LibvirtMachine, machine, wait_until
 
 pytestmark = pytest.mark.real
 

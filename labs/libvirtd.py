@@ -1,0 +1,142 @@
+"""A libvirtd of the lab's own, which neither sees nor disturbs one that runs on this host, and leaves nothing behind.
+
+It runs in a mount namespace in which libvirt's directories are folders of ours.  Needs root, and Debian's libvirt-daemon and
+libvirt-daemon-driver-qemu; libvirt-python is what asks whether it answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import libvirt
+
+_START = """\
+set -e
+for d in etc lib run log; do mkdir -p "$1/$d"; done
+mkdir -p /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt
+cp /etc/passwd "$1/passwd"; cp /etc/group "$1/group"
+grep -q ^libvirt-qemu: "$1/passwd" || echo "libvirt-qemu:x:64055:64055::/:/bin/false" >>"$1/passwd"
+for group in libvirt-qemu kvm; do grep -q "^$group:" "$1/group" || echo "$group:x:6405$((${#group} % 10)):" >>"$1/group"; done
+mount --bind "$1/passwd" /etc/passwd; mount --bind "$1/group" /etc/group
+mount --bind "$1/etc" /etc/libvirt; mount --bind "$1/lib" /var/lib/libvirt; mount --bind "$1/run" /run/libvirt
+mount --bind "$1/log" /var/log/libvirt; mount --bind "$2" /var/cache/libvirt
+shift 2
+exec /usr/sbin/libvirtd "$@"
+"""
+
+
+class Libvirtd:
+    """One daemon."""
+
+    def __init__(self, folder: Path, qemu_conf: str = "", libvirtd_conf: str = "", *options: str) -> None:
+        self.folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        (folder / "etc").mkdir(parents=True)
+        (folder / "libvirtd.conf").write_text(
+            f'unix_sock_dir = "{folder}"\nauth_unix_rw = "none"\nlog_outputs = "2:file:{folder}/libvirtd.log"\n'
+            + libvirtd_conf
+        )
+        (folder / "etc/qemu.conf").write_text(
+            'user = "root"\ngroup = "root"\nsecurity_driver = "none"\ndynamic_ownership = 0\nremember_owner = 0\n'
+            'namespaces = []\ncgroup_controllers = []\nstdio_handler = "file"\n'
+            'swtpm_user = "root"\nswtpm_group = "root"\n' + qemu_conf
+        )
+
+    @property
+    def uri(self) -> str:
+        return f"qemu:///system?socket={self.folder}/libvirt-sock"
+
+    def start(self) -> Libvirtd:
+        """It answers when this returns."""
+        command = ["unshare", "--mount", "--propagation", "slave", "bash", "-c", _START, "libvirtd"]
+        command += [str(self.folder), str(_cache())]
+        options = ["-f", f"{self.folder}/libvirtd.conf", "-p", f"{self.folder}/libvirtd.pid", *self._options]
+        log = (self.folder / "out").open("ab")
+        self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        log.close()
+        end = time.monotonic() + 30
+        while True:
+            try:
+                self.connection().close()
+                return self
+            except libvirt.libvirtError as error:
+                if time.monotonic() > end or self._process.poll() is not None:
+                    said = (self.folder / "out").read_text() + (self.folder / "libvirtd.log").read_text()
+                    raise RuntimeError(f"libvirtd did not start: {said}") from error
+                time.sleep(0.05)
+
+    def connection(self) -> libvirt.virConnect:
+        """A connection to it."""
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        return libvirt.open(self.uri)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def stop(self) -> None:
+        """The daemon ends; its machines go on."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(20)
+            self._process = None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(20)
+            self._process = None
+
+    def end(self) -> None:
+        """Daemon, machines and everything else are gone."""
+        for file in (self.folder / "run/qemu").glob("*.pid"):
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _cache() -> Path:
+    """What libvirtd found out of the QEMUs here, which takes it ten seconds: kept from one test run to the next."""
+    folder = Path(__file__).resolve().parents[1] / ".lab/libvirt-cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def daemon(*arguments: str) -> Iterator[Libvirtd]:
+    """A daemon for as long as the context lasts."""
+    folder = Path(tempfile.mkdtemp(prefix="hvt-lv-"))
+    made = Libvirtd(folder / "d", *arguments)
+    try:
+        yield made.start()
+    finally:
+        made.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def disk_xml(target: str, path: Path, driver: str = "qcow2") -> str:
+    return (
+        f"<disk type='file' device='disk'><driver name='qemu' type='{driver}' discard='unmap'/><source file='{path}'/>"
+        f"<target dev='{target}' bus='virtio'/></disk>"
+    )
