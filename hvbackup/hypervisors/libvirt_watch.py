@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,11 +10,20 @@ from hvbackup.hypervisors.libvirt_host import Domain
 from hvbackup.hypervisors.libvirt_room import Room
 from hvbackup.hypervisors.qemu_watch import Watch
 
+_PROGRAM = Path(__file__).with_name("libvirt_watchdog.py")
+
 
 class LibvirtWatch(Watch):
     """One watchdog process, which speaks to libvirt."""
 
     def __init__(self, room: Room, domain: Domain, prefix: str, folder: Path) -> None:
         looked_at = str(folder) if room.where.local else ""
-        arguments = [domain.host.uri, domain.uuid, prefix, looked_at, str(room.limits.scratch_reserve_bytes)]
-        self.start([sys.executable, "-m", "hvbackup.hypervisors.libvirt_watchdog", *arguments])
+        arguments = [
+            os.pathsep.join(sys.path),
+            domain.host.uri,
+            domain.uuid,
+            prefix,
+            looked_at,
+            str(room.limits.scratch_reserve_bytes),
+        ]
+        self.start([sys.executable, "-I", "-S", str(_PROGRAM), *arguments])

@@ -1,11 +1,14 @@
 """A process that outlives ours and looks after the scratch of one libvirt backup: it must never cost the guest anything.
 
-    python -m hvbackup.hypervisors.libvirt_watchdog URI UUID PREFIX FOLDER RESERVE_BYTES
+    python -I -S libvirt_watchdog.py PATH URI UUID PREFIX FOLDER RESERVE_BYTES
 
 When a block can't be kept any more, QEMU fails the guest's write or stops the machine.  So the backup is ended before the room
 runs out, and as soon as nobody is left to read it.  FOLDER is empty where the scratch is on another host: then only that a
 machine stands still tells that there is no room.  A byte on standard input ends the watchdog, the end of input means that its
 parent died.  What it did is said on standard output.
+
+It is run as a file, with nothing but the standard library, so that it starts in a few milliseconds: almost always it is told to
+end and nothing more.  When it has to do something it takes PATH for its own and imports us, and libvirt.
 """
 
 from __future__ import annotations
@@ -15,25 +18,26 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
 
-from hvbackup.errors import HvbackupError, NotFound
-from hvbackup.hypervisors import libvirt_xml
-from hvbackup.hypervisors.libvirt_host import Domain, Host
-from hvbackup.hypervisors.qemu_watchdog import LOOK_SECONDS, RETRY_SECONDS, free_bytes, say
+LOOK_SECONDS = 0.1  # a guest that overwrites 2 GB/s uses 200 MB of the reserve meanwhile
+RETRY_SECONDS = 0.5
+REMOTE_LOOK_SECONDS = 2.0
+GIVE_UP_SECONDS = 3600.0  # a daemon that is away for longer has its machines restarted, or `release` will see to it
 
-_REMOTE_LOOK_SECONDS = 2.0
-_GIVE_UP_SECONDS = 3600.0  # a daemon that is away for longer has its machines restarted, or `release` will see to it
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what is imported at all times is paid for by every snapshot
+    from collections.abc import Sequence
+
+    from hvbackup.hypervisors.libvirt_host import Domain
 
 
 def main(argv: Sequence[str]) -> int:
     """Look until told to stop or until something has to be done; then do it."""
-    uri, uuid, prefix, folder, reserve_bytes = argv
+    path, uri, uuid, prefix, folder, reserve_bytes = argv
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # who ends a whole service wants us to let go of the guest first
-    domain = Domain(Host(uri), uuid)
     while True:
-        readable = select.select([0], [], [], LOOK_SECONDS if folder else _REMOTE_LOOK_SECONDS)[0]
+        readable = select.select([0], [], [], LOOK_SECONDS if folder else REMOTE_LOOK_SECONDS)[0]
         if readable and os.read(0, 1):
             return 0
         if readable:
@@ -41,29 +45,59 @@ def main(argv: Sequence[str]) -> int:
         if folder and free_bytes(folder) <= int(reserve_bytes):
             say(f"scratch directory {os.path.dirname(folder)} ran full")
             break
-        if not folder and _stands(domain):
+        if not folder and stands(domain(path, uri, uuid)):
             say("the machine stopped because there was no room left for its scratch")
             break
-    let_go(domain, prefix, folder)
+    let_go(domain(path, uri, uuid), prefix, folder)
     return 0
 
 
-def _stands(domain: Domain) -> bool:
+def domain(path: str, uri: str, uuid: str) -> Domain:
+    """The machine, by the modules that speak to libvirt."""
+    sys.path[:] = path.split(os.pathsep)
+    from hvbackup.hypervisors.libvirt_host import Domain, Host
+
+    return Domain(Host(uri), uuid)
+
+
+def free_bytes(folder: str) -> int:
+    """Room left; plenty when the folder is gone, for then the snapshot was released by somebody else."""
     try:
-        return domain.paused_by_error()
+        found = os.statvfs(folder)
+    except FileNotFoundError:
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize
+
+
+def say(text: str) -> None:
+    """Tell the parent, if it lives."""
+    try:
+        os.write(1, text.encode())
+    except BrokenPipeError:
+        return
+
+
+def stands(machine: Domain) -> bool:
+    """Whether the machine stands still for want of room; a daemon that does not answer says nothing."""
+    from hvbackup.errors import HvbackupError
+
+    try:
+        return machine.paused_by_error()
     except HvbackupError:
         return False
 
 
-def let_go(domain: Domain, prefix: str, folder: str) -> None:
+def let_go(machine: Domain, prefix: str, folder: str) -> None:
     """The backup has ended and the machine runs when this returns, or it is gone.  A busy daemon is asked again and again.
 
     When the folder is gone somebody else released the snapshot, or is about to.
     """
-    end = time.monotonic() + _GIVE_UP_SECONDS
+    from hvbackup.errors import HvbackupError, NotFound
+
+    end = time.monotonic() + GIVE_UP_SECONDS
     while time.monotonic() < end and (not folder or os.path.isdir(folder)):
         try:
-            _end(domain, prefix)
+            end_backup(machine, prefix)
         except NotFound:
             return
         except HvbackupError:
@@ -72,12 +106,15 @@ def let_go(domain: Domain, prefix: str, folder: str) -> None:
             return
 
 
-def _end(domain: Domain, prefix: str) -> None:
-    while any(e.startswith(prefix) for e in libvirt_xml.exports(domain.backup_xml())):
-        domain.abort_job()
+def end_backup(machine: Domain, prefix: str) -> None:
+    """One attempt.  Raises NotFound, HostUnreachable."""
+    from hvbackup.hypervisors import libvirt_xml
+
+    while any(e.startswith(prefix) for e in libvirt_xml.exports(machine.backup_xml())):
+        machine.abort_job()
         time.sleep(RETRY_SECONDS)
-    if domain.active() and domain.paused_by_error():
-        domain.resume()
+    if machine.active() and machine.paused_by_error():
+        machine.resume()
 
 
 if __name__ == "__main__":
