@@ -28,6 +28,7 @@ FAILED, NOTHING_RAN = 1, 5  # exit codes of pytest
 WALK = "tests/store/test_crash_walk.py::"
 FAULTS = "tests/capture/test_faults.py::"
 DAMAGE = "tests/store/test_damage.py::"
+PROTECT = "tests/test_protect.py::"
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +351,57 @@ MUTANTS = (
         ("tests/store/test_security.py",),
     ),
     *(Mutant(*planted) for planted in FORGETTING),
+    Mutant(
+        "moments in doubt still offered after a lie",
+        "hvbackup/protect/cycles.py",
+        "                self._doubt(str(e))\n",
+        "                pass\n",
+        (f"{PROTECT}test_after_a_lie_no_moment_since_the_last_good_sample_is_offered",),
+    ),
+    Mutant(
+        "doubts forgotten with the file they were told in",
+        "hvbackup/store/recorder.py",
+        ", **carried(self.doubts)}",
+        "}",
+        (f"{PROTECT}test_a_lie_that_a_later_worker_finds_costs_the_same",),
+    ),
+    Mutant(
+        "a machine kept frozen while the journal's disk stalls",
+        "hvbackup/protect/journaling.py",
+        "        if self._since is not None and time.monotonic() - self._since > STALL_SECONDS:\n",
+        "        if False:\n",
+        (f"{PROTECT}test_a_journal_disk_that_takes_too_long_opens_a_gap",),
+    ),
+    Mutant(
+        "machines of a group go on before all have switched",
+        "hvbackup/protect/meeting.py",
+        "            while not self._closed[step] and not self._expected <= self._reached[step]:\n",
+        "            while False:\n",
+        ("tests/test_protect_group.py::test_all_meet",),
+    ),
+    Mutant(
+        "segments merged across a point",
+        "hvbackup/store/merging.py",
+        "        and not any(summary.last_seq <= p < next_name.first for p in covered)\n",
+        "",
+        ("tests/store/test_merging.py::test_a_point_divides_or_its_segments_could_never_go",),
+        quick=True,
+    ),
+    Mutant(
+        "parts of a merged segment count again when it goes",
+        "hvbackup/store/window.py",
+        "                for part in merging.parts_of(store, folder, piece.name):  # first, or they would count again\n",
+        "                for part in ():\n",
+        ("tests/store/test_journal_crash_walk.py::test_a_crash_at_every_step_of_merging",),
+    ),
+    Mutant(
+        "pages of a table believed",
+        "hvbackup/store/columns.py",
+        "                if zlib.crc32(self._body[at : at + PAGE_BYTES]) != int(self._sums[page]):\n",
+        "                if False:\n",
+        ("tests/store/test_columns.py::test_a_flipped_bit_never_gives_a_wrong_answer",),
+        quick=True,
+    ),
 )
 
 

@@ -427,3 +427,20 @@ def test_a_block_that_was_overwritten_many_times_is_read_and_hashed_once(world: 
     assert figures.new_bytes == 2 * 64 * KiB
     assert world.hv.read_bytes == read, "the hypervisor is not asked"
     life.close()
+
+
+def test_a_damaged_point_or_cache_is_told_and_recording_goes_on(world: World) -> None:
+    for disk in world.hv.machine("m1").disks.values():
+        disk.write(0, random.Random(1).randbytes(disk.size))
+    life = world.protection.begin("a test")
+    world.guest_writes(1)
+    life.cycle()
+    life.samples = Samples(8, random.Random(1))  # which compares with the journal at once
+    for pack in world.store.files.root.glob("packs/*/*.pack"):
+        pack.write_bytes(pack.read_bytes()[:100])
+    world.store.chunks._cache.clear()
+    world.guest_writes(1)
+    done = life.cycle()
+    assert "could not be compared" in done.notes[0]
+    assert life.cycle().notes == [], "once a minute is enough"
+    life.recorder.abandon()

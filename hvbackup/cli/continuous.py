@@ -207,7 +207,7 @@ class _Teller:
                 print(json.dumps(shapes.event(machine, event), ensure_ascii=False), flush=True)
                 return
             if isinstance(event, Cycle):
-                self._out.warn_all([f"{machine.name}: no moment is tagged, for {note}" for note in event.notes])
+                self._out.warn_all([f"{machine.name}: {note}" for note in event.notes])
             if isinstance(event, Cycle | Streamed) and not event.marks:
                 heap = self._heaps.setdefault(machine.id, _Heap())
                 if line := heap.add(event):

@@ -23,6 +23,7 @@ from typing import cast
 
 from hvbackup import extents
 from hvbackup.copying import copy
+from hvbackup.errors import StoreDamage
 from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Seat
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
@@ -90,6 +91,7 @@ class CycleLife:
     journaling: Journaling
     gap: dict[str, object] | None = None  # to be told with the next barrier
     told_gap: Mapping[str, object] | None = None
+    notes: list[str] = field(default_factory=list)  # to be told with the next moment
     frozen: int = field(
         default_factory=time.monotonic_ns
     )  # when the guest took part in a moment last, by the monotonic clock
@@ -176,7 +178,8 @@ class CycleLife:
             if mark.point:
                 self.points.want(moment, mark)
         self.cycles.keep(self._kept())
-        labels, notes = [m.label for m in fitting if m.label], [m.refused for m in taken if m.refused]
+        labels, notes = [m.label for m in fitting if m.label], [*self.notes, *marks.refusals(taken)]
+        self.notes = []
         return Cycle(moment, read, time.monotonic() - began, lag, labels, common, notes)
 
     @contextmanager
@@ -228,8 +231,13 @@ class CycleLife:
         """What is compared with the journal in this cycle; nothing when that has been done lately."""
         if not self.samples.due(now):
             return {}
-        history = History(self.setting.store, self.setting.machine.id)
-        return self.samples.picked(history, self.newest, self.recorder.disks, self.setting.store.block)
+        try:
+            history = History(self.setting.store, self.setting.machine.id)
+            return self.samples.picked(history, self.newest, self.recorder.disks, self.setting.store.block)
+        except StoreDamage as e:  # of a point, or of a cache that is made again: no reason to record nothing
+            self.notes.append(f"What did not change could not be compared: {e}")
+            self.samples.compared(now)
+            return {}
 
     def _sample(self, frozen: Frozen, found: Sequence[Changes], picked: Content) -> dict[str, object]:
         """What the barrier says of blocks that were called unchanged, and are.  Raises TrackerLied."""

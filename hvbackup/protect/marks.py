@@ -96,6 +96,11 @@ def fitting(marks: Sequence[Mark], reached: Consistency, why: Sequence[str]) -> 
     return good
 
 
+def refusals(marks: Sequence[Mark]) -> list[str]:
+    """Why marks have no moment, for people."""
+    return [f"No moment is tagged {m.label}, for {m.refused}" for m in marks if m.refused]
+
+
 def told(marks: Sequence[Mark], reached: Consistency) -> dict[str, object]:
     """What a barrier says of its marks."""
     label = "; ".join(m.label for m in marks if m.label)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from hvbackup.capture import Options, Progress
-from hvbackup.errors import Busy, HostUnreachable, HvbackupError, Interrupted, SpaceExhausted
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, Interrupted, SpaceExhausted, StoreDamage
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
 from hvbackup.model import SECOND, Consistency, Machine
@@ -97,7 +97,7 @@ class Protection:
         return pauses.current(self.setting.store, self.setting.machine.id, self.setting.options.clock())
 
     def run(self) -> None:
-        """Protect until told to end.  Raises UsageError, StoreDamage; whatever may pass by itself is waited for."""
+        """Protect until told to end.  Raises UsageError; whatever may pass by itself is waited for."""
         why = "protection was not running"
         while not self._ended.is_set():
             try:
@@ -107,7 +107,7 @@ class Protection:
                     self._live(self.begin(why))
             except Interrupted:
                 continue  # told to end, or to pause
-            except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled) as e:
+            except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled, StoreDamage) as e:
                 why = str(e)
                 self._retry(e)
             finally:
