@@ -272,3 +272,24 @@ def test_a_crash_at_every_step_of_forgetting_and_having_back(ram: Path, secret: 
                 raise
             shutil.rmtree(ram / f"wreck{count}")
     assert count > 100
+
+
+def test_a_booted_machine_pins_its_point_until_it_is_discarded(tmp_path: Path) -> None:
+    from hvbackup.config import Places
+    from hvbackup.service import bootpin
+
+    world = World(tmp_path).life(2)
+    places = Places(world.store_path, world.state_path, tmp_path / "conf", tmp_path / "run")
+    with world.opened() as store:
+        [first, _], now = list(store.points()), world.clock()
+        with bootpin.BootPin(places, store, first, now) as pin:
+            pin.take("vm-1")
+        with pytest.raises(RuntimeError), bootpin.BootPin(places, store, first, now) as failed:
+            failed.take("vm-2")
+            raise RuntimeError
+        [there] = pins.every(store, Instant(now + 10**6 * HOUR_NS))
+        assert there.what.startswith("boot vm-1 on ")
+        assert not gone(store, [first], Instant(now + 10**6 * HOUR_NS)).points, "however long it runs, and who owns it"
+    bootpin.drop(places, "vm-1")  # without a key
+    with world.opened() as store:
+        assert gone(store, [first], world.clock()).points
