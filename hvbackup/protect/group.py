@@ -37,7 +37,9 @@ class Group:
         """All members that are alive make their next moment a common one, at once; the others are left out, and named."""
         meeting = Meeting(secrets.token_hex(4), self.name, [m.setting.machine.id for m in self._members])
         for member in self._members:
-            if member.begun:
+            if member.setting.rhythm.stream:
+                meeting.leave(member.setting.machine.id, "its stream can't be held still")
+            elif member.begun:
                 member.meet(meeting)
             else:
                 meeting.leave(member.setting.machine.id, "nothing of it is recorded at present")
