@@ -30,13 +30,15 @@ from tests.store.test_format import point_copies
 GOLDEN = Path(__file__).parents[1] / "golden"
 READER = Path(__file__).parents[2] / "labs" / "readpoint.py"
 NAMES = ("format1-key-64k", "format1-passphrase-256k", "format1-plain-64k", "format1-plain-256k", "format1-merged-64k")
+COPIED = ("format1-copied-key-64k", "format1-copied-plain-64k")  # test_golden_copied.py
 BYTES_MAX = 300_000
 
 Unpacked = tuple[Path, dict[str, Any]]
 
 
 def test_every_golden_store_is_named_here() -> None:
-    assert {p.stem for p in GOLDEN.glob("*.tar")} == set(NAMES) == {p.stem for p in GOLDEN.glob("*.json")}
+    named = {*NAMES, *COPIED}
+    assert {p.stem for p in GOLDEN.glob("*.tar")} == named == {p.stem for p in GOLDEN.glob("*.json")}
     assert all(p.stat().st_size < BYTES_MAX for p in GOLDEN.glob("*.tar"))
 
 
