@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from labs.mutants_copying import COPYING
 from labs.mutants_forgetting import FORGETTING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -350,7 +351,7 @@ MUTANTS = (
         "            if False\n",
         ("tests/store/test_security.py",),
     ),
-    *(Mutant(*planted) for planted in FORGETTING),
+    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING)),
     Mutant(
         "moments in doubt still offered after a lie",
         "hvbackup/protect/cycles.py",
