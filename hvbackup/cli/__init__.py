@@ -9,6 +9,8 @@ stores       init, key, check, status, sql, benchmark
 machines     backup, points
 continuous   protect, tag, timeline
 recovery     map, restore, boot, discard
+copies       copy
+insight      stats, size
 doctor       doctor
 retention    prune, forget, hold, holds, release, approve, settings, reclaim
 audit        audit
