@@ -241,7 +241,8 @@ MUTANTS = (
         "hvbackup/store/generations.py",
         "            part[0] = self._open\n",
         "            part[0] = 0\n",
-        ("tests/store/test_index.py::TestLargeIndexLife",),
+        ("tests/store/test_index.py",),
+        quick=True,
     ),
     Mutant(
         "a merge keeps the old numbers of packs",

