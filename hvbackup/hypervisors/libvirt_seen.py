@@ -118,7 +118,8 @@ def shell_of(where: LibvirtUri) -> Sequence[str]:
         "ConnectTimeout=10",
         *(["-p", str(where.ssh_port)] if where.ssh_port else []),
     ]
-    return ["ssh", *options, *(["-i", where.keyfile] if where.keyfile else []), login]
+    options += [] if where.verify else ["-o", "StrictHostKeyChecking=no"]
+    return [where.ssh, *options, *(["-i", where.keyfile] if where.keyfile else []), login]
 
 
 def _capacity(domain: Domain, target: str) -> int:

@@ -43,6 +43,8 @@ class LibvirtUri:
     host: str = ""
     ssh_port: int = 0
     keyfile: str = ""
+    ssh: str = "ssh"  # the program
+    verify: bool = True  # whether the host's key must be known
 
     @property
     def local(self) -> bool:
@@ -81,6 +83,8 @@ class LibvirtUri:
             host=parts.hostname or "",
             ssh_port=parts.port or 0,
             keyfile=dict(theirs).get("keyfile", ""),
+            ssh=dict(theirs).get("command", "ssh"),
+            verify="no_verify" not in dict(theirs),
         )
 
 
