@@ -21,6 +21,7 @@ from pathlib import Path
 
 from labs.mutants_copying import COPYING
 from labs.mutants_forgetting import FORGETTING
+from labs.mutants_libvirt import LIBVIRT
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 1200
@@ -352,7 +353,7 @@ MUTANTS = (
         "            if False\n",
         ("tests/store/test_security.py",),
     ),
-    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING)),
+    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING, *LIBVIRT)),
     Mutant(
         "moments in doubt still offered after a lie",
         "hvbackup/protect/cycles.py",

@@ -82,6 +82,8 @@ def test_a_machine_killed_while_off_backups_are_made_is_compared(vm: LibvirtMach
     vm.define().start()
     cycle = Cycle(vm)
     cycle.capture()
+    vm.stop()  # the bitmap is in the image
+    vm.start()
     vm.write("vda", 0, b"unsaved bitmap" * 100)
     os.kill(vm.qemu_pid(), signal.SIGKILL)
     wait_until(lambda: not vm.domain.isActive())
@@ -226,6 +228,21 @@ def test_an_external_snapshot_is_compared(vm: LibvirtMachine) -> None:
     vm.write("vda", 2 * BLOCK, b"above" * 100)
     cycle.capture()
     assert not compared(cycle)
+    assert cycle.equal()
+
+
+def test_a_file_below_a_disk_that_was_written_to_is_noticed(vm: LibvirtMachine) -> None:
+    base = vm.folder / "base.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", base, str(SIZE))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, vm.path("vda"), str(SIZE))
+    vm.define().start()
+    cycle = Cycle(vm)
+    cycle.capture()
+    vm.stop()
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 3 0 64k", base)
+    vm.start()
+    cycle.capture()
+    assert compared(cycle)
     assert cycle.equal()
 
 

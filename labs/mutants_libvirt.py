@@ -1,0 +1,76 @@
+"""Planted bugs in the libvirt adapter, as in `mutants_forgetting`."""
+
+from __future__ import annotations
+
+from labs.mutants_forgetting import Planted
+
+TRAPS = "tests/hypervisors/test_libvirt_traps.py::"
+PULL, REST = "hvbackup/hypervisors/libvirt_pull.py", "hvbackup/hypervisors/libvirt_rest.py"
+WATCHDOG = "hvbackup/hypervisors/libvirt_watchdog.py"
+
+LIBVIRT: tuple[Planted, ...] = (
+    (
+        "libvirt: lost checkpoints not redefined",
+        PULL,
+        "            there = [t for t in targets if self._redefined(name, [t])]\n",
+        "            there = list(targets)\n",
+        (f"{TRAPS}test_a_transient_machine_keeps_its_continuity",),
+        False,
+    ),
+    (
+        "libvirt: files below a disk trusted",
+        "hvbackup/hypervisors/libvirt_lineage.py",
+        '    if was.get("below") != now.below:\n',
+        '    if was.get("below") == "no such":\n',
+        (f"{TRAPS}test_a_file_below_a_disk_that_was_written_to_is_noticed",),
+        False,
+    ),
+    (
+        "libvirt: broken bitmap of a machine at rest believed",
+        REST,
+        '    if "in-use" in flags:\n',
+        '    if "no-such-flag" in flags:\n',
+        (f"{TRAPS}test_a_machine_killed_while_off_backups_are_made_is_compared",),
+        False,
+    ),
+    (
+        "libvirt: nobody looks after the scratch",
+        WATCHDOG,
+        "        if folder and free_bytes(folder) <= int(reserve_bytes):\n",
+        "        if folder and free_bytes(folder) < 0:\n",
+        (f"{TRAPS}test_a_scratch_that_runs_full_costs_the_snapshot_and_not_the_guest",),
+        False,
+    ),
+    (
+        "libvirt: backup not ended when its process dies",
+        WATCHDOG,
+        "        if readable:\n            break\n",
+        "        if readable:\n            return 0\n",
+        (f"{TRAPS}test_a_backup_whose_process_was_killed_is_ended_by_its_watchdog",),
+        False,
+    ),
+    (
+        "libvirt: another's job waited for",
+        PULL,
+        "            self._refuse_busy()\n",
+        "",
+        (f"{TRAPS}test_somebody_elses_backup_is_busy_at_once",),
+        False,
+    ),
+    (
+        "libvirt: another's backup ended",
+        PULL,
+        "            if self._is_open(prefix):\n                self._domain.abort_job()\n",
+        "            if self._domain.busy():\n                self._domain.abort_job()\n",
+        (f"{TRAPS}test_somebody_elses_backup_is_busy_at_once",),
+        False,
+    ),
+    (
+        "libvirt: no deadline",
+        "hvbackup/hypervisors/libvirt_host.py",
+        "        answer, error = answers.get(timeout=seconds)\n",
+        "        answer, error = answers.get(timeout=seconds * 100)\n",
+        (f"{TRAPS}test_a_daemon_that_hangs_costs_a_few_seconds",),
+        False,
+    ),
+)
