@@ -41,7 +41,7 @@ FORGETTING: tuple[Planted, ...] = (
         "if point.t > since else []",
         "if point.t >= since else []",
         (RETENTION,),
-        True,
+        False,
     ),
     (
         "one period too many kept",
@@ -65,7 +65,7 @@ FORGETTING: tuple[Planted, ...] = (
         "    for held in (holds.active(store, now), pins.active(store, now)):\n",
         "    for held in (holds.active(store, now),):\n",
         (f"{FORGET}test_what_must_stay_stays",),
-        True,
+        False,
     ),
     (
         "record of forgetting written after the points are gone",
@@ -122,7 +122,7 @@ FORGETTING: tuple[Planted, ...] = (
         "            if not left or not self._options.wait:\n                return not left\n",
         "            return True\n",
         (RECLAIM.removesuffix("::"),),
-        True,
+        False,
     ),
     (
         "what a writer builds upon not marked",

@@ -11,7 +11,7 @@ PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu
           libvirt-daemon libvirt-daemon-driver-qemu swtpm swtpm-tools ovmf    # a libvirtd of the tests' own
           e2fsprogs sqlite3 gcc libc6-dev                # the lab guest's file systems and its one C program
           debootstrap                                    # a bare system, for the test of the package
-          ca-certificates)
+          ca-certificates tzdata)                        # tzdata: calendars of retention
 LIBVIRT_PACKAGES=(libvirt-dev pkg-config gcc libc6-dev)   # libvirt-python is built against the libvirt that is here
 BENCH_PACKAGES=(virtnbdbackup restic gdisk e2fsprogs python3-libnbd nbdkit qemu-utils
                 gcc pkg-config libacl1-dev liblz4-dev libzstd-dev libxxhash-dev libssl-dev)   # borg is built from source
