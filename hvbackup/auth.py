@@ -1,0 +1,336 @@
+"""Who may do what: users with passwords, tokens for programs, their roles, and what slows a guesser down.
+
+Everybody who may come in is in `accounts.json` of the configuration directory, readable by its owner alone: passwords as
+argon2id, tokens as BLAKE2b of 32 random bytes, which no guesser needs slowing down for.  The file is read again when it changed.
+
+    role        may
+    viewer      see machines, points, timelines, jobs
+    operator    also capture, pause, tag, hold, check, cancel
+    restorer    also boot, map and restore
+    admin       everything: prune, release, people, audit
+
+A role may be limited to machines by the words that policies use: names, patterns, `tag:`, `source:`, `id:`.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import hashlib
+import hmac
+import json
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from hvbackup.errors import HvbackupError, NotFound, UsageError
+from hvbackup.files import Files
+from hvbackup.model import SECOND, Instant
+
+FILE = "accounts.json"
+PREFIX = "hvb_"  # of a token, so that scanners of leaked secrets know it
+TOTP_STEP_SECONDS = 30
+TOTP_DRIFT = 1  # steps a clock may be off, either way
+FREE_TRIES = 5  # before each further one waits twice as long
+WAIT_MAX_SECONDS = 900.0
+PASSWORD_MIN = 10
+
+
+class Role(enum.StrEnum):
+    """What somebody is."""
+
+    VIEWER = "viewer"
+    OPERATOR = "operator"
+    RESTORER = "restorer"
+    ADMIN = "admin"
+
+
+class Permission(enum.StrEnum):
+    """What a call needs."""
+
+    READ = "read"
+    OPERATE = "operate"
+    RESTORE = "restore"
+    ADMIN = "admin"
+
+
+GRANTS: Mapping[Role, frozenset[Permission]] = {
+    Role.VIEWER: frozenset({Permission.READ}),
+    Role.OPERATOR: frozenset({Permission.READ, Permission.OPERATE}),
+    Role.RESTORER: frozenset({Permission.READ, Permission.OPERATE, Permission.RESTORE}),
+    Role.ADMIN: frozenset(Permission),
+}
+
+
+class Refused(HvbackupError):
+    """Who asks is not known, or not allowed."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks."""
+
+    name: str
+    role: Role
+    machines: Sequence[str] = ("*",)
+
+    def may(self, permission: Permission) -> bool:
+        """Whether the role allows it."""
+        return permission in GRANTS[self.role]
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether every machine is theirs."""
+        return "*" in self.machines and not any(w.startswith("!") for w in self.machines)
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A person."""
+
+    name: str
+    role: Role
+    machines: Sequence[str]
+    password: str  # argon2id
+    totp: str = ""  # base32
+    made: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A program's way in."""
+
+    id: str
+    name: str
+    role: Role
+    machines: Sequence[str]
+    digest: str
+    made: int = 0
+    expires: int = 0  # 0: never
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    users: Mapping[str, User] = field(default_factory=dict)
+    tokens: Mapping[str, Token] = field(default_factory=dict)
+
+
+class Accounts:
+    """Everybody who may come in.  Thread safety: every method from any thread."""
+
+    def __init__(self, configuration: Path, clock: Callable[[], Instant]) -> None:
+        self._files, self._clock = Files(configuration), clock
+        self._lock = threading.RLock()
+        self._book, self._stamp = _Book(), (0, 0)
+        self._counters: dict[str, int] = {}  # the newest code that each user has used
+        self.guard = Guard()
+
+    # -- coming in -----------------------------------------------------------------------------------------------------
+
+    def by_token(self, text: str) -> Principal:
+        """Whose token it is.  Raises Refused."""
+        digest = _digest(text)
+        for token in self._now().tokens.values():
+            if hmac.compare_digest(token.digest, digest):
+                if token.expires and self._clock() >= token.expires:
+                    raise Refused(f"Token {token.name} has expired; make another with `hvbackup token add`")
+                return Principal(f"token {token.name}", token.role, tuple(token.machines))
+        raise Refused("This token is not known")
+
+    def by_password(self, name: str, password: str, code: str, address: str) -> Principal:
+        """The person with this name.  Raises Refused; whoever guesses waits ever longer, and learns nothing else."""
+        keys = (f"user {name}", f"address {address}")
+        self.guard.admit(keys)
+        user = self._now().users.get(name)
+        good = _fits(user.password if user else _NOBODY, password) and user is not None
+        if not good or user is None or not self._code_fits(user, code):
+            self.guard.failed(keys)
+            raise Refused("Name, password or code is wrong")
+        self.guard.succeeded(keys)
+        return Principal(user.name, user.role, tuple(user.machines))
+
+    def still(self, principal: Principal) -> Principal:
+        """The person as they are now: a session ends with its user, and changes with their role.  Raises Refused."""
+        user = self._now().users.get(principal.name)
+        if user is None:
+            raise Refused("This user is not known any more")
+        return Principal(user.name, user.role, tuple(user.machines))
+
+    def _code_fits(self, user: User, code: str) -> bool:
+        """Each code counts once: whoever looked over a shoulder comes too late."""
+        if not user.totp:
+            return True
+        now = int(self._clock() // SECOND) // TOTP_STEP_SECONDS
+        with self._lock:
+            for counter in range(now - TOTP_DRIFT, now + TOTP_DRIFT + 1):
+                fits = hmac.compare_digest(hotp(_secret(user.totp), counter), code.strip())
+                if fits and counter > self._counters.get(user.name, -1):
+                    self._counters[user.name] = counter
+                    return True
+        return False
+
+    # -- changing ------------------------------------------------------------------------------------------------------
+
+    def users(self) -> list[User]:
+        """Everybody."""
+        return list(self._now().users.values())
+
+    def tokens(self) -> list[Token]:
+        """Every token."""
+        return list(self._now().tokens.values())
+
+    def add_user(self, name: str, role: Role, machines: Sequence[str], password: str, *, totp: bool) -> User:
+        """The user is known when this returns; one of that name is replaced.  Raises UsageError."""
+        if not name.isprintable() or not 1 <= len(name) <= 64:
+            raise UsageError("A user's name has 1 to 64 printable characters")
+        if len(password) < PASSWORD_MIN:
+            raise UsageError(f"A password has at least {PASSWORD_MIN} characters")
+        secret = base64.b32encode(secrets.token_bytes(20)).decode() if totp else ""
+        user = User(name, role, list(machines) or ["*"], _hashed(password), secret, self._clock())
+        self._change(lambda book: replace(book, users={**book.users, name: user}))
+        return user
+
+    def remove_user(self, name: str) -> None:
+        """Nobody of this name comes in any more.  Raises NotFound."""
+        if name not in self._now().users:
+            raise NotFound(f"There is no user {name}")
+        self._change(lambda book: replace(book, users={k: v for k, v in book.users.items() if k != name}))
+
+    def add_token(self, name: str, role: Role, machines: Sequence[str], lasts_ns: int) -> tuple[Token, str]:
+        """A token, and its text, which is kept nowhere.  Raises UsageError."""
+        if not name.isprintable() or not 1 <= len(name) <= 64:
+            raise UsageError("A token's name has 1 to 64 printable characters")
+        text, now = PREFIX + secrets.token_urlsafe(32), self._clock()
+        expires = now + lasts_ns if lasts_ns else 0
+        token = Token(secrets.token_hex(6), name, role, list(machines) or ["*"], _digest(text), now, expires)
+        self._change(lambda book: replace(book, tokens={**book.tokens, token.id: token}))
+        return token, text
+
+    def remove_token(self, token_id: str) -> None:
+        """The token opens nothing any more.  Raises NotFound."""
+        if token_id not in self._now().tokens:
+            raise NotFound(f"There is no token {token_id}")
+        self._change(lambda book: replace(book, tokens={k: v for k, v in book.tokens.items() if k != token_id}))
+
+    def _change(self, change: Callable[[_Book], _Book]) -> None:
+        with self._lock, self._files.owner("accounts.lock", "The accounts", wait_seconds=10.0):
+            book = change(self._now())
+            value = {kind: [asdict(v) for v in getattr(book, kind).values()] for kind in ("users", "tokens")}
+            self._files.replace(FILE, json.dumps(value, indent=1).encode())
+
+    def _now(self) -> _Book:
+        path = self._files.path(FILE)
+        with self._lock:
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                return _Book()
+            stamp = (found.st_mtime_ns, found.st_ino)
+            if stamp != self._stamp:
+                self._book, self._stamp = _load(path), stamp
+            return self._book
+
+
+def _load(path: Path) -> _Book:
+    """Raises HvbackupError: who can't be read comes in as nobody."""
+    try:
+        value = json.loads(path.read_bytes())
+        users = [User(**{**u, "role": Role(u["role"])}) for u in value["users"]]
+        tokens = [Token(**{**t, "role": Role(t["role"])}) for t in value["tokens"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise HvbackupError(
+            f"{path} can't be read: {e}; put a copy of it back, or remove it and add users again"
+        ) from e
+    return _Book({u.name: u for u in users}, {t.id: t for t in tokens})
+
+
+@dataclass(slots=True)
+class Guard:
+    """Slows guessers down, by name and by address.  Thread safety: any thread."""
+
+    clock: Callable[[], float] = time.monotonic
+    _failures: dict[str, tuple[int, float]] = field(default_factory=dict)  # how many, and when the next try may come
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def admit(self, keys: Sequence[str]) -> None:
+        """Raises Refused while one of them has to wait."""
+        with self._lock:
+            wait = max((self._failures[k][1] - self.clock() for k in keys if k in self._failures), default=0.0)
+        if wait > 0:
+            raise TooMany(wait)
+
+    def failed(self, keys: Sequence[str]) -> None:
+        """One more wrong try."""
+        with self._lock:
+            now = self.clock()
+            if len(self._failures) > 10_000:  # an attacker with many names does not fill our memory
+                self._failures = {k: v for k, v in self._failures.items() if v[1] > now}
+            for key in keys:
+                count = self._failures.get(key, (0, 0.0))[0] + 1
+                pause = 0.0 if count < FREE_TRIES else min(WAIT_MAX_SECONDS, 2.0 ** (count - FREE_TRIES))
+                self._failures[key] = (count, now + pause)
+
+    def succeeded(self, keys: Sequence[str]) -> None:
+        """Those who know are not slowed down by others' tries any more."""
+        with self._lock:
+            for key in keys:
+                self._failures.pop(key, None)
+
+
+class TooMany(Refused):
+    """Too many wrong tries; `seconds` until the next one is looked at."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"Too many wrong tries; wait {seconds:.0f} seconds")
+
+
+# -- secrets -----------------------------------------------------------------------------------------------------------------
+
+
+def hotp(secret: bytes, counter: int, digits: int = 6) -> str:
+    """RFC 4226: the code of a counter."""
+    mac = hmac.new(secret, struct.pack(">Q", counter), hashlib.sha1).digest()
+    at = mac[-1] & 15
+    return f"{(int.from_bytes(mac[at : at + 4], 'big') & 0x7FFFFFFF) % 10**digits:0{digits}d}"
+
+
+def totp_uri(user: User, host: str) -> str:
+    """What an authenticator app reads as a QR code."""
+    from urllib.parse import quote
+
+    return f"otpauth://totp/hvbackup:{quote(user.name)}@{quote(host)}?secret={user.totp}&issuer=hvbackup"
+
+
+def _secret(text: str) -> bytes:
+    return base64.b32decode(text + "=" * (-len(text) % 8))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def _hashed(password: str) -> str:
+    from argon2 import PasswordHasher
+
+    return PasswordHasher().hash(password)
+
+
+# The hash of a password that nobody has: who is not known takes as long as who is.
+_NOBODY = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHRzb21lc2FsdA$4eDkKxY9Yd3H6m4vCk9sY4m0h1uT2f4b3kq1q0c8q5w"
+
+
+def _fits(hashed: str, password: str) -> bool:
+    from argon2 import PasswordHasher
+    from argon2.exceptions import InvalidHashError, VerificationError
+
+    try:
+        return PasswordHasher().verify(hashed, password)
+    except (VerificationError, InvalidHashError):
+        return False

@@ -1,0 +1,133 @@
+"""Who comes in: passwords, tokens, second factors, and guessers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from hvbackup.auth import FREE_TRIES, Accounts, Guard, Refused, Role, TooMany, hotp
+from hvbackup.errors import HvbackupError, NotFound, UsageError
+from hvbackup.model import SECOND, Instant
+
+PASSWORD = "correct horse battery"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000 * SECOND
+
+    def __call__(self) -> Instant:
+        return Instant(self.now)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "code"),
+    [(59, "94287082"), (1111111109, "07081804"), (1111111111, "14050471"), (1234567890, "89005924"),
+     (2000000000, "69279037"), (20000000000, "65353130")],
+)  # fmt: skip
+def test_codes_are_those_of_rfc_6238(seconds: int, code: str) -> None:
+    assert hotp(b"12345678901234567890", seconds // 30, 8) == code
+
+
+@pytest.mark.parametrize(
+    ("counter", "code"), list(enumerate(["755224", "287082", "359152", "969429", "338314", "254676"]))
+)
+def test_codes_are_those_of_rfc_4226(counter: int, code: str) -> None:
+    assert hotp(b"12345678901234567890", counter) == code
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def accounts(tmp_path: Path, clock: Clock) -> Accounts:
+    return Accounts(tmp_path, clock)
+
+
+def test_a_token_lets_in_until_it_expires_or_is_removed_and_is_kept_nowhere(
+    accounts: Accounts, clock: Clock, tmp_path: Path
+) -> None:
+    token, text = accounts.add_token("ci", Role.OPERATOR, ["web*"], 60 * SECOND)
+    assert accounts.by_token(text).role is Role.OPERATOR
+    book = tmp_path / "accounts.json"
+    assert text not in book.read_text()
+    assert text.removeprefix("hvb_") not in book.read_text()
+    assert stat.S_IMODE(book.stat().st_mode) == 0o600
+    clock.now += 60 * SECOND
+    with pytest.raises(Refused, match="expired"):
+        accounts.by_token(text)
+    accounts.remove_token(token.id)
+    with pytest.raises(Refused, match="not known"):
+        accounts.by_token(text)
+    with pytest.raises(NotFound):
+        accounts.remove_token(token.id)
+
+
+def test_another_process_sees_a_change_at_once(accounts: Accounts, tmp_path: Path, clock: Clock) -> None:
+    other = Accounts(tmp_path, clock)
+    assert other.users() == []
+    accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=False)
+    assert other.by_password("ann", PASSWORD, "", "a").may is not None
+    accounts.remove_user("ann")
+    with pytest.raises(Refused):
+        other.still(other.by_token(accounts.add_token("t", Role.ADMIN, [], 0)[1]))
+
+
+def test_a_second_factor_counts_once(accounts: Accounts, clock: Clock) -> None:
+    user = accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=True)
+    code = hotp(base64.b32decode(user.totp), int(clock() // SECOND) // 30)
+    with pytest.raises(Refused, match="wrong"):
+        accounts.by_password("ann", PASSWORD, "", "a")
+    assert accounts.by_password("ann", PASSWORD, code, "a").name == "ann"
+    with pytest.raises(Refused, match="wrong"):
+        accounts.by_password("ann", PASSWORD, code, "a")
+    clock.now += 30 * SECOND
+    assert accounts.by_password("ann", PASSWORD, hotp(base64.b32decode(user.totp), int(clock() // SECOND) // 30), "a")
+
+
+def test_a_wrong_name_and_a_wrong_password_look_the_same(accounts: Accounts) -> None:
+    accounts.add_user("ann", Role.VIEWER, [], PASSWORD, totp=False)
+    said = set()
+    for name, password in (("ann", "x"), ("bob", PASSWORD), ("", "")):
+        with pytest.raises(Refused) as caught:
+            accounts.by_password(name, password, "", f"from {name}")
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+def test_a_guesser_waits_ever_longer_and_the_owner_of_another_name_does_not() -> None:
+    now = [0.0]
+    guard = Guard(lambda: now[0])
+    for _ in range(FREE_TRIES):
+        guard.admit(["user ann", "address 1"])
+        guard.failed(["user ann", "address 1"])
+    waits = []
+    for _ in range(12):
+        with pytest.raises(TooMany) as caught:
+            guard.admit(["user ann", "address 2"])
+        waits.append(caught.value.seconds)
+        now[0] += caught.value.seconds
+        guard.admit(["user ann"])
+        guard.failed(["user ann"])
+    assert waits == sorted(waits)
+    assert waits[0] == 1.0
+    assert waits[-1] == 900.0
+    guard.admit(["user bob", "address 3"])
+    guard.succeeded(["user ann"])
+    guard.admit(["user ann"])
+
+
+def test_bad_accounts(accounts: Accounts, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least 10"):
+        accounts.add_user("ann", Role.ADMIN, [], "short", totp=False)
+    with pytest.raises(UsageError, match="printable"):
+        accounts.add_token("a\nb", Role.ADMIN, [], 0)
+    (tmp_path / "accounts.json").write_text(json.dumps({"users": [{"name": "x"}]}))
+    with pytest.raises(HvbackupError, match=r"accounts\.json can't be read"):
+        accounts.users()
