@@ -80,6 +80,13 @@ def window(value: Any) -> str:
     return str(value)
 
 
+def whole_path(value: Any) -> str:
+    """A path from the root."""
+    if text(value) and not value.startswith("/"):
+        raise UsageError("is a path that begins with /")
+    return str(value)
+
+
 def consistency(value: Any) -> str:
     """What a point must hold."""
     if value not in (AUTO, *Consistency):
@@ -120,6 +127,7 @@ class ServiceSettings:
     prune: str = setting(when, "daily", "when policies with `keep` are applied")
     discover: str = setting(stretch, "5m", "how often sources are asked for their machines")
     jobs: int = setting(count, 4, "how many jobs run at once")
+    restores: str = setting(whole_path, "", "the folder of restores that are asked for over the API")
     history: str = setting(stretch, "30d", "how long ended jobs are remembered")
 
 
@@ -127,7 +135,7 @@ class ServiceSettings:
 class StoreSettings:
     """`[store.NAME]`."""
 
-    path: str = setting(text, "", "its directory; empty: the default store")
+    path: str = setting(whole_path, "", "its directory; empty: the default store")
     jobs: int = setting(count, 2, "how many jobs write it at once")
     check: str = setting(when, "Sun 03:00", "when it is checked; empty: never")
     deep_check: str = setting(when, "", "when everything in it is read and verified")

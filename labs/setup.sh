@@ -10,6 +10,7 @@ PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu
           nbdkit libnbd-bin                              # the NBD programs the tests compare ours with
           libvirt-daemon libvirt-daemon-driver-qemu swtpm swtpm-tools ovmf    # a libvirtd of the tests' own
           e2fsprogs sqlite3 gcc libc6-dev                # the lab guest's file systems and its one C program
+          chromium fonts-dejavu-core                     # the console is tested in a real browser
           debootstrap                                    # a bare system, for the test of the package
           ca-certificates tzdata)                        # tzdata: calendars of retention
 LIBVIRT_PACKAGES=(libvirt-dev pkg-config gcc libc6-dev)   # libvirt-python is built against the libvirt that is here

@@ -14,7 +14,8 @@ insight      stats, size
 doctor       doctor
 retention    prune, forget, hold, holds, release, approve, settings, reclaim
 audit        audit
-serving      serve, config
+serving      serve, config, jobs
+people       user, token
 job, worker  processes of the service
 upkeep       parity, regroup
 papers       completion, man

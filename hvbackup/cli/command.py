@@ -15,6 +15,7 @@ from hvbackup.cli import (
     interrupt,
     machines,
     papers,
+    people,
     recovery,
     retention,
     serving,
@@ -26,7 +27,21 @@ from hvbackup.cli.output import Out
 from hvbackup.cli.parser import Parser, new_parser, split_off_moment
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (stores, machines, continuous, recovery, copies, retention, audit, insight, upkeep, doctor, serving, papers)
+GROUPS = (
+    stores,
+    machines,
+    continuous,
+    recovery,
+    copies,
+    retention,
+    audit,
+    insight,
+    upkeep,
+    doctor,
+    serving,
+    people,
+    papers,
+)
 
 
 def build() -> Parser:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 from hvbackup import config
-from hvbackup.cli.output import Out, count
+from hvbackup.cli.output import Out, count, table
 from hvbackup.cli.parser import Verbs, add_shared, add_verb
+from hvbackup.errors import UsageError
 
 SERVE = """\
 Keep machines protected by itself, as the configuration says: find machines, keep their workers, make points when they are due,
@@ -27,6 +29,7 @@ def add(verbs: Verbs) -> None:
         add_shared(action)
         action.set_defaults(run=run)
     action.add_argument("--all", action="store_true", help="with every default, and what it means")
+    _add_jobs(verbs)
 
 
 def serve(args: argparse.Namespace, out: Out) -> int:
@@ -36,7 +39,11 @@ def serve(args: argparse.Namespace, out: Out) -> int:
         return _end_workers(places, out)
     from hvbackup.daemon.serve import serve as run
 
-    run(places, keys)
+    try:
+        from hvbackup.api.server import answering
+    except ImportError as e:
+        raise UsageError(f"The service needs {e.name}; pip install 'hvbackup[service]' installs all it needs") from e
+    run(places, keys, answering)
     return 0
 
 
@@ -86,3 +93,53 @@ def _shown(lines: list[str]) -> Iterator[str]:
     while lines and not lines[-1]:
         lines.pop()
     yield from lines
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------------
+
+
+def _add_jobs(verbs: Verbs) -> None:
+    verb = add_verb(verbs, "jobs", "what the service does, and what became of it")
+    verb.add_argument("job", nargs="?", default="", metavar="JOB", help="this one, with its log")
+    verb.add_argument("--cancel", action="store_true", help="end it; what it committed stays")
+    verb.add_argument("--all", action="store_true", help="ended ones too, not only the newest")
+    verb.set_defaults(run=jobs)
+
+
+def jobs(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup jobs [JOB]`: asks the service, or looks where it keeps them when none runs."""
+    from hvbackup.cli import local
+
+    if args.cancel and not args.job:
+        raise UsageError("Say which job to cancel")
+    places = config.places(args.store)
+    if args.cancel:
+        found = local.ask(places, "DELETE", f"/api/v1/jobs/{args.job}")
+        if found is None:
+            raise UsageError("No service runs here, so there is nobody to end a job; stop its process")
+        out.answer(found, [f"Job {args.job} ends"])
+        return 0
+    if args.job:
+        one = local.job(places, args.job)
+        out.answer(one, [*_job_lines(one), *one.get("log", "").splitlines()])
+        return 0
+    listed = local.jobs(places, 10_000 if args.all else 30)
+    rows = [_job_row(j) for j in listed]
+    out.answer({"jobs": listed}, table(("JOB", "STATE", "WHAT", "OF", "BEGAN", ""), rows))
+    return 0
+
+
+def _job_row(j: dict[str, Any]) -> tuple[str, ...]:
+    of = j["machine"]["name"] if j["machine"] else j["policy"] or j["store"] or ""
+    return j["id"], j["state"], j["kind"], of, (j["began"] or "")[:19], _far(j)
+
+
+def _far(j: dict[str, Any]) -> str:
+    progress = j["progress"] or {}
+    total = progress.get("total_bytes") or 0
+    return f"{100 * progress['done_bytes'] // total} %" if total else j["error"] or ""
+
+
+def _job_lines(j: dict[str, Any]) -> Iterator[str]:
+    yield f"{j['id']} {j['kind']}: {j['state']} {_far(j)}".rstrip()
+    yield f"  {j['command']}"

@@ -11,11 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, tzinfo
 from pathlib import Path
 
-from hvbackup import config, configuration, schedule, selection
+from hvbackup import configuration, schedule, selection
 from hvbackup.config import KeyOptions, Places
 from hvbackup.configuration import Configuration
 from hvbackup.daemon import channels, rows, tasks
@@ -98,7 +98,7 @@ class Keeper:
 
     def _sessions(self) -> dict[str, Opened]:
         return {
-            name: Opened(Session(config.places(s.path or str(self.places.store)), self.keys))
+            name: Opened(Session(replace(self.places, store=Path(s.path) if s.path else self.places.store), self.keys))
             for name, s in self.settings.stores.items()
         }
 

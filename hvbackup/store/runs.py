@@ -105,6 +105,10 @@ class Runs:
 
     def _catch_up(self) -> None:
         """Step over records that were written when the head could not be."""
+        if self._head["seq"] >= 0 and not self._backend.exists(
+            f"{FOLDER}/{self._head['writer']}/{self._head['seq'] + 1:010d}"
+        ):
+            return  # the usual case, and a chain may have a million records
         names = [n for n in self._backend.names(f"{FOLDER}/{self._head['writer']}") if n.isdecimal()]
         if names and int(names[-1]) > self._head["seq"]:
             data = self._backend.read(f"{FOLDER}/{self._head['writer']}/{names[-1]}")

@@ -1,0 +1,244 @@
+"""The gate: every call passes here, and says who asks, what it needs, and of which machine.
+
+Programs send `Authorization: Bearer TOKEN`.  Browsers have a session: a cookie that scripts can't read and other sites can't make
+the browser send; what changes anything also needs the session's own word in a header or form, and an Origin that is us.
+Whoever reaches the local socket is root or who runs the service, and may do everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from hvbackup.auth import Accounts, Permission, Principal, Refused, Role
+from hvbackup.configuration import PolicySettings
+from hvbackup.daemon.keeper import Keeper
+from hvbackup.daemon.rows import Row
+from hvbackup.errors import HvbackupError, NotFound
+from hvbackup.selection import Found, closeness
+
+COOKIE = "__Host-hvbackup"
+SESSION_SECONDS = 8 * 3600.0
+IDLE_SECONDS = 3600.0
+SESSIONS_MAX = 1000
+AUDIT_KEPT = 5000
+log = logging.getLogger("hvbackup.api")
+
+
+class Forbidden(Refused):
+    """Who asks is known, and may not."""
+
+
+@dataclass(slots=True)
+class _Session:
+    principal: Principal
+    csrf: str
+    began: float
+    seen: float
+
+
+@dataclass(slots=True)
+class Sessions:
+    """Browsers that have logged in; they log in again after a restart.  Thread safety: any thread."""
+
+    _all: dict[str, _Session] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, principal: Principal) -> str:
+        """The cookie of a new session."""
+        cookie, now = secrets.token_urlsafe(32), time.monotonic()
+        with self._lock:
+            self._all = {k: s for k, s in self._all.items() if _alive(s, now)}
+            while len(self._all) >= SESSIONS_MAX:
+                self._all.pop(next(iter(self._all)))
+            self._all[_key(cookie)] = _Session(principal, secrets.token_urlsafe(16), now, now)
+        return cookie
+
+    def get(self, cookie: str) -> _Session | None:
+        """The session of a cookie, while it lasts."""
+        now = time.monotonic()
+        with self._lock:
+            found = self._all.get(_key(cookie))
+            if found is None or not _alive(found, now):
+                self._all.pop(_key(cookie), None)
+                return None
+            found.seen = now
+            return found
+
+    def end(self, cookie: str) -> None:
+        """The cookie opens nothing any more."""
+        with self._lock:
+            self._all.pop(_key(cookie), None)
+
+
+def _alive(s: _Session, now: float) -> bool:
+    return now - s.began < SESSION_SECONDS and now - s.seen < IDLE_SECONDS
+
+
+def _key(cookie: str) -> str:
+    return hashlib.sha256(cookie.encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Desk:
+    """What every route works with."""
+
+    keeper: Keeper
+    accounts: Accounts
+    sessions: Sessions = field(default_factory=Sessions)
+    port: int = 0  # of the network, once we listen
+    audited: list[dict[str, Any]] = field(default_factory=list)
+    _audit_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def audit(self, caller: Caller, what: str, status: str, machine: str = "", **more: Any) -> None:
+        """The call is in the chain of the store's records when this returns."""
+        now = self.keeper.clock()
+        entry = {
+            "what": what,
+            "who": caller.name,
+            "address": caller.address,
+            "status": status,
+            "machine": machine,
+            "details": more,
+        }
+        with self._audit_lock:
+            self.audited.append({"t": now, **entry})
+            del self.audited[:-AUDIT_KEPT]
+            for opened in list(self.keeper.stores.values())[:1]:
+                if opened.estate is None:
+                    log.warning("Audit without a store: %s", entry)
+                    return
+                try:
+                    opened.estate.store.tell("audit", now, **entry)
+                except (HvbackupError, OSError) as e:
+                    log.error("The audit record %s could not be written: %s", entry, e)
+                    raise
+
+    def load_audit(self) -> None:
+        """What earlier services wrote is known when this returns."""
+        found: list[dict[str, Any]] = []
+        for opened in self.keeper.stores.values():
+            if opened.estate:
+                records = opened.estate.store.runs.recent(AUDIT_KEPT)
+                found += [r.value for r in records if r.value.get("kind") == "audit"]
+        keep = ("t", "what", "who", "address", "status", "machine", "details")
+        shown = [{k: v[k] for k in keep if k in v} for v in sorted(found, key=lambda v: int(v["t"]))]
+        with self._audit_lock:
+            self.audited = shown[-AUDIT_KEPT:]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, from where."""
+
+    principal: Principal
+    address: str
+    csrf: str = ""  # of a browser's session
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.principal.name
+
+    def sees(self, row: Row) -> bool:
+        """Whether the machine is theirs."""
+        if self.principal.is_unlimited:
+            return True
+        found = Found(row.id, row.name, row.source, row.tags, row.platform)
+        return closeness(PolicySettings(machines=list(self.principal.machines)), found) is not None
+
+
+def desk_of(request: Request) -> Desk:
+    """What the application was made with."""
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks.  Raises Refused."""
+    desk = desk_of(request)
+    address = request.client.host if request.client else "local"
+    if request.scope.get("hvbackup.local"):
+        return Caller(Principal("local", Role.ADMIN), "local")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if token:
+        if scheme.lower() != "bearer":
+            raise Refused("Authorization is `Bearer TOKEN`")
+        keys = (f"token from {address}",)
+        desk.accounts.guard.admit(keys)
+        try:
+            principal = desk.accounts.by_token(token.strip())
+        except Refused:
+            desk.accounts.guard.failed(keys)
+            raise
+        desk.accounts.guard.succeeded(keys)
+        return Caller(principal, address)
+    session = desk.sessions.get(request.cookies.get(COOKIE, ""))
+    if session is None:
+        raise Refused("Log in, or send `Authorization: Bearer TOKEN`")
+    return Caller(desk.accounts.still(session.principal), address, session.csrf)
+
+
+def check_origin(request: Request, caller: Caller, word: str) -> None:
+    """Raises Forbidden when another site made the browser ask."""
+    if not caller.csrf or request.method in ("GET", "HEAD"):
+        return
+    origin = request.headers.get("origin", "")
+    if origin and origin.partition("://")[2] != request.headers.get("host", ""):
+        raise Forbidden("The request comes from another site")
+    if not hmac.compare_digest(word, caller.csrf):
+        raise Forbidden("The request does not carry the word of its session; load the page again")
+
+
+def needs(permission: Permission, *, everything: bool = False) -> Callable[..., Caller]:
+    """A dependency: who asks may do this; with `everything`, only those who are not limited to some machines."""
+
+    def admitted(request: Request) -> Caller:
+        caller = caller_of(request)
+        check_origin(request, caller, request.headers.get("x-hvbackup-csrf", ""))
+        admit(caller, permission, everything=everything)
+        return caller
+
+    admitted.permission, admitted.everything = permission, everything  # type: ignore[attr-defined]
+    return admitted
+
+
+def admit(caller: Caller, permission: Permission, *, everything: bool = False) -> None:
+    """Raises Forbidden."""
+    if not caller.principal.may(permission):
+        raise Forbidden(f"{caller.name} is {caller.principal.role}, and this needs the permission to {permission}")
+    if everything and not caller.principal.is_unlimited:
+        raise Forbidden(f"{caller.name} is limited to some machines, and this concerns all")
+
+
+def row_of(desk: Desk, caller: Caller, key: str) -> Row:
+    """The machine with this key.  Raises NotFound, also when it is somebody else's."""
+    for row in desk.keeper.rows():
+        if row.key == key and caller.sees(row):
+            return row
+    raise NotFound(f"There is no machine {key}")
+
+
+@contextmanager
+def audited(desk: Desk, caller: Caller, what: str, machine: str = "", **more: Any) -> Iterator[dict[str, Any]]:
+    """What is done inside is in the audit, however it ends."""
+    note: dict[str, Any] = dict(more)
+    try:
+        yield note
+    except HvbackupError as e:
+        desk.audit(caller, what, f"refused: {e}", machine, **note)
+        raise
+    desk.audit(caller, what, "done", machine, **note)
+
+
+TheDesk = Annotated[Desk, Depends(desk_of)]

@@ -1,0 +1,77 @@
+"""The service of this host, over its local socket; and, where none runs, what it left on disk."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from typing import Any
+
+from hvbackup.config import Places
+from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
+
+SOCKET = "api.sock"
+ANSWER_SECONDS = 30.0
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=ANSWER_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        """Over the socket."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask(places: Places, method: str, path: str) -> Any:
+    """What the service answers, or None when none runs.  Raises what it refuses with, HostUnreachable."""
+    line = _Connection(str(places.run / SOCKET))
+    try:
+        line.request(method, path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    try:
+        answer = line.getresponse()
+        text = answer.read()
+    except (OSError, http.client.HTTPException) as e:
+        raise HostUnreachable(f"The service at {places.run / SOCKET} does not answer: {e}") from e
+    finally:
+        line.close()
+    found = json.loads(text) if answer.headers.get_content_type() == "application/json" else text.decode()
+    if answer.status >= 400:
+        kind = {404: NotFound, 422: UsageError}.get(answer.status, HvbackupError)
+        raise kind(found["error"]["message"] if isinstance(found, dict) else found)
+    return found
+
+
+def jobs(places: Places, count: int) -> list[dict[str, Any]]:
+    """The newest jobs."""
+    found = ask(places, "GET", f"/api/v1/jobs?count={min(count, 500)}")
+    if found is not None:
+        listed: list[dict[str, Any]] = found["jobs"]
+        return listed
+    from hvbackup.jobs import shape
+
+    return [shape(j) for j in _left(places).all()[:count]]
+
+
+def job(places: Places, job_id: str) -> dict[str, Any]:
+    """One job with its log.  Raises NotFound."""
+    found = ask(places, "GET", f"/api/v1/jobs/{job_id}")
+    if found is not None:
+        return {**found, "log": ask(places, "GET", f"/api/v1/jobs/{job_id}/log")}
+    from hvbackup.jobs import shape
+
+    left = _left(places)
+    return {**shape(left.get(job_id)), "answer": left.answer(job_id), "log": left.log(job_id)}
+
+
+def _left(places: Places) -> Any:
+    from hvbackup.jobs import Jobs
+    from hvbackup.model import Instant
+
+    return Jobs(places.state / "jobs", lambda: Instant(time.time_ns()))

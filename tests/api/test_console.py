@@ -1,0 +1,319 @@
+"""The console in a real browser: a person finds a moment, restores it, and nothing on the page is anybody else's."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from hvbackup import config
+from hvbackup.api.server import answering
+from hvbackup.auth import Role
+from hvbackup.capture import Options, capture
+from hvbackup.config import KeyOptions
+from hvbackup.daemon.keeper import Keeper
+from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
+from hvbackup.model import SECOND, Instant, MiB
+from hvbackup.service.session import Session
+from tests.cli.rig import World, make_disk
+from tests.hypervisors.daemon import Daemon, make_image, node
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+PASSWORD = "a password for tests"
+DAY = 86400 * SECOND
+SHOTS = os.environ.get("HVBACKUP_SCREENSHOTS", "")
+CONFIG = """
+[service]
+listen = "127.0.0.1:0"
+[source.kvm1]
+uri = "qemu:{folder}/m/qmp.sock"
+name = "web1"
+tags = ["prod"]
+[source.files]
+uri = "image:{folder}/db.raw"
+name = "db1"
+[source.old]
+uri = "image:{folder}/old.raw"
+name = "legacy-erp"
+[policy.continuous]
+machines = ["tag:prod"]
+protect = true
+every = "1s"
+fold = "5s"
+rpo = "1m"
+keep = {{hourly = 48, daily = 14}}
+[policy.daily]
+machines = ["db*"]
+schedule = "Mon..Fri 22:00"
+rpo = "80h"
+[store.main]
+check = ""
+"""
+
+
+@dataclass
+class Console:
+    """A running service with a browser's address."""
+
+    world: World
+    keeper: Keeper
+    address: str
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+    folder = tmp_path_factory.mktemp("console")
+    world = World(folder)
+    world.done("init")
+    for name in ("db", "old"):
+        make_disk(folder / f"{name}.raw", MiB)
+    (world.configuration / "config.toml").write_text(CONFIG.format(folder=folder))
+    (folder / "m").mkdir()
+    daemon = Daemon(folder / "m", [node("vda", make_image(folder / "m/vda.raw", 4 * MiB, "raw"), "raw")]).start()
+    past(world, f"qemu:{folder}/m/qmp.sock", "web1")
+    past(world, str(folder / "db.raw"), "db1")
+    keeper = Keeper(config.places(environment=world.environment, root=False), KeyOptions())
+    keeper.environment = keeper.discovery.environment = keeper.workers.environment = world.environment
+    keeper.jobs._environment = dict(world.environment)
+    stop = threading.Event()
+    looping = threading.Thread(target=lambda: [(keeper.step(), time.sleep(0.3)) for _ in iter(stop.is_set, True)])
+    with answering(keeper) as desk:
+        desk.accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=False)
+        desk.accounts.add_user("vic", Role.VIEWER, ["db*"], PASSWORD, totp=False)
+        looping.start()
+        try:
+            wait(lambda: any(r.note and r.note.seq > 8 and r.points > 40 for r in keeper.rows()))
+            yield Console(world, keeper, f"https://localhost:{desk.port}")
+        finally:
+            stop.set()
+            looping.join()
+            world.run("serve", "--end-workers")
+            daemon.kill()
+    keeper.close()
+
+
+def past(world: World, machine: str, name: str) -> None:
+    """Points of two years, ever denser."""
+    now, ages = time.time_ns(), [*range(2, 26), *range(28, 240, 24), *range(300, 17000, 700)]
+    clock = Clock()
+    disk = FakeDisk(4 * MiB)
+    disk.write(0, random.Random(1).randbytes(2 * MiB))
+    hypervisor = FakeHypervisor([FakeMachine(machine, {"vda": disk})], clock=clock)
+    session = Session(config.places(environment=world.environment, root=False))
+    with session.open() as store, store.writing:
+        for hours in sorted(ages, reverse=True):
+            clock.now = now - hours * 3600 * SECOND
+            disk.write(random.Random(hours).randrange(32) * 65536, random.Random(hours).randbytes(65536))
+            capture(store, hypervisor, hypervisor.machines()[0], Options(name=name, clock=clock))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> Instant:
+        self.now += SECOND // 1000
+        return Instant(self.now)
+
+
+def wait(done: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Any, console: Console) -> Iterator[Page]:
+    context = browser.new_context(
+        base_url=console.address, ignore_https_errors=True, viewport={"width": 1280, "height": 860}
+    )
+    context.set_default_timeout(8000)
+    made = context.new_page()
+    complaints: list[str] = []
+    made.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    made.on("pageerror", lambda e: complaints.append(str(e)))
+    yield made
+    context.close()
+    assert [c for c in complaints if "status of 40" not in c] == [], "no script failed, and no policy was broken"
+
+
+def enter(page: Page, name: str = "ann") -> None:
+    page.goto("/")
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+
+
+def shot(page: Page, name: str) -> None:
+    """For people to look at, where they asked for it."""
+    if SHOTS:
+        page.wait_for_timeout(500)
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+
+def test_a_person_sees_at_a_glance_what_is_protected(page: Page) -> None:
+    page.goto("/")
+    shot(page, "login")
+    page.get_by_label("Name").fill("ann")
+    page.get_by_label("Password").fill("wrong password")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_contain_text("wrong")
+    enter(page)
+    expect(page.get_by_role("heading", level=1)).to_have_text("1 of 3 machines needs a look")
+    row = page.get_by_role("row").filter(has_text="legacy-erp")
+    expect(row).to_contain_text("unprotected")
+    expect(page.get_by_role("row").filter(has_text="web1")).to_contain_text("protected")
+    shot(page, "estate")
+    page.emulate_media(color_scheme="dark")
+    shot(page, "estate-dark")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing is wider than a phone"
+    shot(page, "estate-phone")
+
+
+def test_a_person_restores_a_machine_to_a_moment(page: Page, console: Console) -> None:
+    """By typing a time and pressing a button; what comes back is the moment that the page named."""
+    enter(page)
+    page.get_by_role("link", name="web1").click()
+    expect(page.locator("#answer")).not_to_have_text("Choose a moment")
+    page.get_by_role("button", name="hour", exact=True).click()
+    shot(page, "machine")
+    page.get_by_label("A time to go to").fill("-10s")
+    page.get_by_role("button", name="Go", exact=True).click()
+    expect(page.locator("#detail")).to_contain_text("at risk")
+    form = page.locator("form.do[data-action=restore]")
+    seq = form.locator("input[name=at]").input_value()
+    assert seq.startswith("seq:")
+    form.get_by_label("To folder").fill("back")
+    expect(form.locator(".line")).to_contain_text(f"hvbackup restore web1 --at={seq} --to=")
+    shot(page, "machine-cursor")
+    form.get_by_role("button", name="Restore").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("done", timeout=60_000)
+    expect(page.locator(".line")).to_contain_text(f"--at={seq} ")
+    shot(page, "job")
+    [disk] = list((console.world.folder / "restores/back").glob("*.raw"))
+    again = console.world.folder / "again"
+    console.world.done("restore", "web1", "--at", seq, "--to", again)
+    assert disk.read_bytes() == (again / disk.name).read_bytes()
+
+
+def test_the_timeline_works_with_the_keyboard_from_years_to_seconds(page: Page) -> None:
+    enter(page)
+    page.get_by_role("link", name="web1").click()
+    band = page.locator("#band")
+    expect(page.locator("#answer")).not_to_have_text("Choose a moment")
+    newest = page.locator("#answer").inner_text()
+    page.get_by_role("button", name="all", exact=True).click()
+    shot(page, "timeline-years")
+    band.focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#detail")).to_contain_text("Recovery point")
+    oldest = page.locator("#answer").inner_text()
+    assert int(newest[:4]) - int(oldest[:4]) >= 1
+    page.keyboard.press("Shift+ArrowRight")
+    expect(page.locator("#answer")).not_to_have_text(oldest)
+    page.keyboard.press("End")
+    for _ in range(14):
+        page.keyboard.press("+")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#detail")).to_contain_text("at risk")
+    page.emulate_media(color_scheme="dark")
+    shot(page, "timeline-seconds-dark")
+    assert band.get_attribute("aria-valuetext")
+
+
+def test_a_time_before_everything_is_refused_by_name(page: Page) -> None:
+    enter(page)
+    page.get_by_role("link", name="db1").click()
+    page.get_by_label("A time to go to").fill("2001-01-01 00:00")
+    page.get_by_role("button", name="Go", exact=True).click()
+    expect(page.locator("#detail")).to_contain_text("The oldest that can be recovered")
+    expect(page.locator("form.do[data-action=boot] button")).to_be_disabled()
+
+
+def test_every_page_is_there_and_phones_can_read_it(page: Page) -> None:
+    enter(page)
+    for name in ("Jobs", "Stores", "Policies", "Audit"):
+        page.get_by_role("link", name=name, exact=True).click()
+        expect(page.get_by_role("heading", level=1)).to_have_text(name)
+        shot(page, name.lower())
+    page.set_viewport_size({"width": 390, "height": 844})
+    for path in ("/machines", "/jobs", "/stores", "/policies", "/audit"):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+    page.goto("/machines")
+    page.get_by_role("link", name="web1").click()
+    expect(page.locator("#answer")).not_to_have_text("Choose a moment")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, "machine-phone")
+
+
+def test_who_may_less_sees_less(page: Page, console: Console) -> None:
+    enter(page, "vic")
+    expect(page.get_by_role("row").filter(has_text="db1")).to_be_visible()
+    assert page.get_by_role("link", name="web1").count() == 0
+    assert page.get_by_role("link", name="Audit").count() == 0
+    page.get_by_role("link", name="db1").click()
+    assert page.locator("form.do").count() == 0
+    other = next(r.key for r in console.keeper.rows() if r.name == "web1")
+    page.goto(f"/machines/{other}")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not there")
+    page.goto("/audit")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not allowed")
+
+
+def test_another_site_can_not_order_anything(page: Page, console: Console) -> None:
+    """Neither with the session's cookie, nor with a form that lacks the session's word, nor from another origin."""
+    enter(page)
+    key = next(r.key for r in console.keeper.rows() if r.name == "db1")
+    before = len(console.keeper.jobs.all())
+    order = "action=backup&csrf="
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    cookies = {c["name"]: c for c in page.context.cookies()}
+    cookie = cookies["__Host-hvbackup"]
+    assert (cookie["httpOnly"], cookie["secure"], cookie["sameSite"]) == (True, True, "Strict")
+    assert page.request.post(f"/machines/{key}", data=order, headers=headers).status == 403
+    good = page.locator("input[name=csrf]").first.get_attribute("value")
+    foreign = {**headers, "Origin": "https://evil.example"}
+    assert page.request.post(f"/machines/{key}", data=order + str(good), headers=foreign).status == 403
+    assert (
+        page.request.post(
+            f"/api/v1/machines/{key}/backup", data="{}", headers={"Content-Type": "application/json"}
+        ).status
+        == 403
+    )
+    assert len(console.keeper.jobs.all()) == before
+    assert page.request.post(f"/machines/{key}", data=order + str(good), headers=headers, max_redirects=0).status == 303
+    assert page.request.get("/login?to=https://evil.example").text().count("evil.example") == 0
+
+
+def test_names_are_shown_and_never_run(page: Page, console: Console) -> None:
+    enter(page)
+    for evil in ('"><script>document.title="owned"</script>', "' onfocus=alert(1) autofocus='"):
+        page.goto("/machines?q=" + evil)
+        assert page.get_by_role("searchbox").input_value() == evil
+        assert "owned" not in page.title()
+    answer = page.request.get("/machines")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "no-store"
+    page.get_by_role("button", name="Log out").click()
+    page.goto("/machines")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Log in")
