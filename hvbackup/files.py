@@ -235,6 +235,7 @@ class Files:
         self.kernel = kernel or Kernel()
         self._mode = mode
         self.immutable: tuple[str, ...] = ()  # names that begin so are made immutable
+        self.open_max = OPEN_FILES_MAX
         self._handles: OrderedDict[str, _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -373,7 +374,7 @@ class Files:
         with self._lock:
             handle = self._handles.pop(name, None) or _Handle(self.path(name))
             self._handles[name] = handle
-            if len(self._handles) > OPEN_FILES_MAX:
+            while len(self._handles) > self.open_max:
                 self._handles.popitem(last=False)
             return handle
 

@@ -48,6 +48,7 @@ class Leases:
 
     def take(self, machine: MachineId, source: str) -> Lease:
         """A lease that is on disk when this returns; it stays there until `remove`, or for `settle`."""
+        self._store.runs.settle()  # under a name that we still have after a crash
         lease = Lease(LeaseId(secrets.token_hex(6)), machine, source, self._store.runs.writer, self._expiry())
         self._write(lease)
         return lease

@@ -17,7 +17,8 @@ from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, JournalGap, NotFound
 from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
-from hvbackup.model import SECOND, DiskId, Instant, KiB
+from hvbackup.leases import Leases
+from hvbackup.model import SECOND, DiskId, Instant, KiB, MachineId
 from hvbackup.moments import rfc3339
 from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, JournalStalled, Rhythm, TrackerLied, Trouble
 from hvbackup.protect.protection import Protection
@@ -444,3 +445,12 @@ def test_a_damaged_point_or_cache_is_told_and_recording_goes_on(world: World) ->
     assert "could not be compared" in done.notes[0]
     assert life.cycle().notes == [], "once a minute is enough"
     life.recorder.abandon()
+
+
+def test_a_lease_is_known_as_ours_although_nothing_had_been_written_before_it(tmp_path: Path) -> None:
+    """A worker with a new STATE that is killed before its first point: the next one cleans up after it at once."""
+    init(tmp_path / "store", None)
+    with Store.open(tmp_path / "store", tmp_path / "state", []) as store:
+        lease = Leases(store, lambda: Instant(SECOND)).take(MachineId("m1"), "fake:")
+    with Store.open(tmp_path / "store", tmp_path / "state", []) as store:
+        assert [v.id for v in Leases(store, lambda: Instant(SECOND)).stale(MachineId("m1"))] == [lease.id]

@@ -28,6 +28,7 @@ from hvbackup.store import pauses
 from hvbackup.store.pauses import Pause
 from hvbackup.store.store import Store
 
+OPEN_FILES = 32  # packs and segments: a fold reads one after the other
 CACHE_BYTES = 8 * MiB  # of decoded blocks: a fold reads each of them once
 WRITING_SECONDS = 3600.0  # for a reclaim to end: a point may be late, its moments are in the journal
 
@@ -78,6 +79,7 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
     with ExitStack() as stack:
         store = stack.enter_context(session.open())
         store.writing.wait_seconds, store.cache_bytes = WRITING_SECONDS, CACHE_BYTES
+        store.files.open_max = OPEN_FILES
         note = noting(session.places, lambda machine: store.ring.machine_name(machine.id))
 
         def told(machine: Machine, event: Event) -> None:
