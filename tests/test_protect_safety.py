@@ -124,6 +124,38 @@ def test_a_full_scratch_opens_a_gap_and_the_guest_goes_on(daemons: list[Daemon],
         assert [g.why for g in History(store, MachineId(machine)).told.gaps]
 
 
+@needs_mount
+@pytest.mark.timeout(120)
+def test_a_full_journal_disk_opens_a_gap_and_loses_nothing(daemons: list[Daemon], tmp_path: Path) -> None:
+    daemons.append(machine_in(tmp_path / "a"))
+    machine = f"qemu:{daemons[0].qmp_path}"
+    with small_disk(tmp_path, "full", 96 * MiB) as disk, Scribe(daemons[0], SIZES, 300) as scribe:
+        (tmp_path / "store").symlink_to(disk.path / "store")
+        init(disk.path / "store", None)
+        worker = Worker(tmp_path, machine, "--fold", "1h")
+        worker.wait_for("moment", 4)
+        told = {int(e["seq"]) for e in events(worker, "moment")}
+        disk.fill(0)
+        worker.wait_for("trouble")
+        assert "No room left" in events(worker, "trouble")[0]["error"]["message"]
+        wait_until(lambda: not [f for f in daemons[0].leftovers() if f.startswith("hvb-")])
+        acked = scribe.acked
+        wait_until(lambda: scribe.acked > acked + 100)
+        disk.empty()
+        begun = len(events(worker, "begun"))
+        worker.wait_for("begun", begun + 1, seconds=70)
+        assert events(worker, "begun")[-1]["how"] == "resumed"
+        worker.wait_for("moment", 1 + len(events(worker, "moment")))
+        assert worker.end(signal.SIGTERM) == 0
+        reached = verified(tmp_path, scribe, machine)
+        assert reached[-1] > acked
+        with Store.open(tmp_path / "store", tmp_path / "state2", []) as store:
+            history = History(store, MachineId(machine))
+            assert told <= set(history.moments[0].tolist())
+            assert any("No room left" in g.why for g in history.told.gaps)
+    assert not daemons[0].leftovers()
+
+
 @pytest.mark.timeout(120)
 def test_a_host_that_was_rebooted_goes_on_with_a_gap(daemons: list[Daemon], tmp_path: Path) -> None:
     """Every process is gone, and so is everything on tmpfs: sockets, scratch, STATE."""
