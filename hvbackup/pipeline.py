@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,3 +43,17 @@ def result(future: Future[Result], timeout_seconds: float | None = None) -> Resu
         return ended.get(timeout=timeout_seconds).result()
     except Empty:
         raise TimeoutError from None
+
+
+def in_background(work: Callable[[], Result]) -> Future[Result]:
+    """What `work` will have given, on a thread of its own that begins at once."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:  # noqa: BLE001 - handed to whoever asks for the result
+            future.set_exception(e)
+
+    threading.Thread(target=run, name="hvbackup background").start()
+    return future

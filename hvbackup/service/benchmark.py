@@ -23,7 +23,7 @@ from hvbackup.model import KiB, MiB
 from hvbackup.recover.restore import Mode, to_file
 from hvbackup.store import keys, store
 from hvbackup.store.store import Store
-from hvbackup.store.writer import BLOCK_LEVEL
+from hvbackup.store.writer import LEVEL, compressor
 
 BLOCK_BYTES = 64 * KiB
 SAMPLE_BYTES = 32 * MiB  # held in memory, and worked on again and again
@@ -57,7 +57,7 @@ def benchmark(folder: Path, size: int) -> Speeds:
     with _scratch(folder) as scratch:
         sample = sample_bytes(SAMPLE_BYTES)
         blocks = [sample[i : i + BLOCK_BYTES] for i in range(0, len(sample), BLOCK_BYTES)]
-        squeezer = zstandard.ZstdCompressor(level=BLOCK_LEVEL)
+        squeezer = compressor(BLOCK_BYTES)
         packed = [squeezer.compress(b) for b in blocks]
         ceilings = (*_memory(blocks, packed), *_disk(scratch, sample, size))
         share = sum(map(len, packed)) / len(sample)
@@ -88,10 +88,10 @@ def sample_bytes(size: int, seed: int = 1) -> memoryview:
 def _memory(blocks: list[memoryview], packed: list[bytes]) -> Iterator[Speed]:
     """Steps that need no disk, on one core."""
     key, nonce, cipher = bytes(32), bytes(12), AESGCM(bytes(32))
-    squeezer, opener = zstandard.ZstdCompressor(level=BLOCK_LEVEL), zstandard.ZstdDecompressor()
+    squeezer, opener = compressor(BLOCK_BYTES), zstandard.ZstdDecompressor()
     plain = sum(map(len, blocks))
     yield _timed("hash", "keyed BLAKE3", plain, lambda: [blake3.blake3(b, key=key).digest() for b in blocks])
-    yield _timed("compress", f"zstd level {BLOCK_LEVEL}", plain, lambda: [squeezer.compress(b) for b in blocks])
+    yield _timed("compress", f"zstd level {LEVEL}", plain, lambda: [squeezer.compress(b) for b in blocks])
     yield _timed("encrypt", "AES-256-GCM", plain, lambda: [cipher.encrypt(nonce, b, None) for b in blocks])
     yield _timed("decompress", "zstd, counted in plain bytes", plain, lambda: [opener.decompress(p) for p in packed])
 

@@ -9,7 +9,8 @@ Map pages go into two packs, and so does the copy of the point: one bad sector m
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from hvbackup.model import ChunkId, MiB, RecoveryPoint
+from hvbackup.pipeline import in_background, result
 from hvbackup.store import format as f
 from hvbackup.store.backend import Backend
 from hvbackup.store.blockmap import Ids
@@ -29,10 +31,20 @@ from hvbackup.store.root import roots_of
 from hvbackup.store.writers import WriterLease
 
 PACK_BYTES = 64 * MiB  # sealed at this size: bounds what a crash wastes and what reclaim copies
-BLOCK_LEVEL = 1  # zstd level of blocks; decision 0003 has the measurements
-PAGE_LEVEL = 1
+LEVEL = 1  # zstd level of blocks and pages; decision 0003 has the measurements
+MATCH_BYTES = 7  # no shorter match is looked for: 5 % less work than with the 6 of that level, for 1.8 % more store
 META_COPIES = 2
 WORTH_IT = 0.97  # a frame that does not shrink below this part is stored as it is: restoring it costs nothing
+
+Sealed = tuple[str, NDArray[np.void]]  # the name of a pack, and its rows
+
+
+def compressor(length: int) -> zstandard.ZstdCompressor:
+    """What compresses blocks of this length; for one thread."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        LEVEL, source_size=length, min_match=MATCH_BYTES, write_content_size=False
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,7 @@ class ChunkWriter:
     def __init__(self, backend: Backend, ring: Keyring, index: Index, lease: WriterLease) -> None:
         self._backend, self._ring, self._index, self.lease = backend, ring, index, lease
         self._data: PackWriter | None = None
+        self._sealing: tuple[PackWriter, Future[Sealed]] | None = None  # the pack before it
         self._meta: list[PackWriter] = []
         self._claimed: set[bytes] = set()  # by this writer, in packs the index does not know yet
         self._put: set[bytes] = set()  # those of them that are in a pack already
@@ -90,12 +103,12 @@ class ChunkWriter:
     def compress(self, blocks: Sequence[memoryview], ids: Sequence[bytes]) -> Frame:
         """One frame out of claimed blocks."""
         plain = blocks[0] if len(blocks) == 1 else b"".join(blocks)
-        return self._frame(plain, BLOCK_LEVEL, ids, [len(b) for b in blocks])
+        return self._frame(plain, ids, [len(b) for b in blocks])
 
-    def _frame(self, plain: bytes | memoryview, level: int, ids: Sequence[bytes], lengths: Sequence[int]) -> Frame:
+    def _frame(self, plain: bytes | memoryview, ids: Sequence[bytes], lengths: Sequence[int]) -> Frame:
         zstd = getattr(self._local, "zstd", None)
         if zstd is None:
-            zstd = self._local.zstd = zstandard.ZstdCompressor(level=level, write_content_size=False)
+            zstd = self._local.zstd = compressor(len(plain))
         data = zstd.compress(plain)
         if len(data) > len(plain) * WORTH_IT:
             return Frame(f.CODEC_RAW, bytes(plain), ids, lengths)
@@ -108,14 +121,14 @@ class ChunkWriter:
         self._data.add(f.CHUNK_BLOCK, frame.codec, frame.data, frame.ids, frame.plain)
         self._put.update(frame.ids)
         if self._data.size >= PACK_BYTES:
-            self._seal_data()
+            self._seal_behind()
 
     def put_page(self, page: bytes) -> ChunkId:
         """The id of a map page, which is stored twice if the store did not have it in two packs."""
         chunk = ChunkId(blake3.blake3(page, key=self._ring.page_key).digest())
         if chunk not in self._pages and self._claim_page(chunk):
             self._pages[chunk] = page
-            frame = self._frame(page, PAGE_LEVEL, [chunk], [len(page)])
+            frame = self._frame(page, [chunk], [len(page)])
             self._put_meta(f.CHUNK_PAGE, frame)
         return chunk
 
@@ -148,25 +161,41 @@ class ChunkWriter:
         """A page this writer has put, or None."""
         return self._pages.get(chunk)
 
+    def _seal_behind(self) -> None:
+        """The full pack is made durable while the next one is filled; one at a time, so that a slow disk slows us down."""
+        self._settle_sealing()
+        assert self._data is not None  # it is full
+        pack, self._data = self._data, None
+        self._sealing = pack, in_background(pack.seal)
+
+    def _settle_sealing(self) -> None:
+        """The pack that was being made durable is in the index when this returns."""
+        if self._sealing is not None:
+            pack, future = self._sealing
+            result(future)
+            self._sealing = None
+            self._seal_one(pack, future.result)
+
     def _seal_data(self) -> None:
+        self._settle_sealing()
         if self._data is not None:
             pack, self._data = self._data, None
-            self._seal_one(pack)
+            self._seal_one(pack, pack.seal)
 
     def _seal_meta(self) -> None:
         several, self._meta = self._meta, []
         for i, pack in enumerate(several):
             try:
-                self._seal_one(pack)
+                self._seal_one(pack, pack.seal)
             except BaseException:
                 for rest in several[i + 1 :]:
                     rest.abandon()
                 raise
         self._pages.clear()  # the index knows them from here on
 
-    def _seal_one(self, pack: PackWriter) -> None:
+    def _seal_one(self, pack: PackWriter, seal: Callable[[], Sealed]) -> None:
         try:
-            name, rows = pack.seal()
+            name, rows = seal()
         except BaseException:
             pack.abandon()
             raise
@@ -185,10 +214,14 @@ class ChunkWriter:
         """Remove what is not sealed; sealed packs stay, for the next run to refer to."""
         with ExitStack() as stack:
             stack.callback(self.lease.end)
+            if self._sealing is not None:
+                sealing, future = self._sealing
+                future.exception()  # its thread still writes it; what it sealed, nothing here takes away
+                stack.callback(sealing.abandon)
             for pack in [self._data, *self._meta]:
                 if pack is not None:
                     stack.callback(pack.abandon)
-            self._data, self._meta = None, []
+            self._data, self._sealing, self._meta = None, None, []
 
 
 def point_copy(path: str, data: bytes) -> bytes:
