@@ -1,4 +1,4 @@
-"""The life of two stores: captures, copies, restores, forgetting, damage, losses of STATE, in any order, against byte arrays."""
+"""The life of two stores: captures, copies, restores, forgetting, reclaim, damage, losses of STATE, against byte arrays."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from hvbackup.recover.restore import Mode, Restored, check_target, to_file
 from hvbackup.replicate import Copier
 from hvbackup.store.check import check
 from hvbackup.store.forget import alone, empty, forget, trash, undo
+from hvbackup.store.reclaim import Options, reclaim
 from hvbackup.store.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store, init
 from tests.capture.test_lives import MEMORY, SIZES
-from tests.world import BLOCK, KEY, OTHER_KEY, CarelessKernel, World, contents
+from tests.world import BLOCK, KEY, OTHER_KEY, CarelessKernel, Content, World, contents
 
 RULES = Settings(trash_ns=HOUR_NS)
 
@@ -46,6 +47,7 @@ class Life(RuleBasedStateMachine):
         shared = self.store.ring if family and bool(mine) == bool(theirs) else None
         init(self.target_path, theirs, BLOCK, CarelessKernel(), shared)  # type: ignore[arg-type]
         self.target = self.open_target()
+        self.every: dict[str, Content] = {}  # what each point held that was ever made
         self.copied: set[str] = set()
         self.forgotten: set[str] = set()  # in the target
 
@@ -64,6 +66,7 @@ class Life(RuleBasedStateMachine):
     def capture(self, writes: int, sample: int) -> None:
         self.world.scribble(writes)
         self.world.capture(self.store, sample_blocks=sample)
+        self.every.update(self.world.oracle)
 
     @rule(data=st.data(), size=st.sampled_from(SIZES))
     def a_disk_is_resized(self, data: st.DataObject, size: int) -> None:
@@ -83,7 +86,7 @@ class Life(RuleBasedStateMachine):
             else:
                 assert done.error is None, done.error
                 assert done.point is not None
-                assert contents(self.target, done.point) == self.world.oracle[done.source.id]
+                assert contents(self.target, done.point) == self.every[done.source.id]
                 self.copied.add(done.source.id)
 
     @precondition(lambda self: self.copied)
@@ -103,6 +106,22 @@ class Life(RuleBasedStateMachine):
                 empty(self.target, Instant(now + 2 * HOUR_NS))
                 self.forgotten.clear()
 
+    @precondition(lambda self: len(self.world.oracle) > 1)
+    @rule(data=st.data())
+    def an_original_is_forgotten_for_good(self, data: st.DataObject) -> None:
+        """Its copy does not need it."""
+        point = data.draw(st.sampled_from(sorted(self.store.points(), key=lambda p: (p.t, p.id))))
+        with alone(self.store):
+            at_once = Settings(trash_ns=0)
+            forget(self.store, [self.store.path_of(point)], at_once, self.world.clock(), why="test", by="somebody")
+        del self.world.oracle[point.id]
+
+    @rule(whose=st.sampled_from(["source", "target"]))
+    def space_is_reclaimed(self, whose: str) -> None:
+        store = self.store if whose == "source" else self.target
+        reclaim(store, Options(grace_ns=0, garbage_share=0.0, clock=self.world.clock))
+        self.everything_is_there()
+
     def in_target(self) -> list[RecoveryPoint]:
         return sorted(self.target.points(), key=lambda p: (p.t, p.id))
 
@@ -117,11 +136,11 @@ class Life(RuleBasedStateMachine):
         points = sorted(store.points(), key=lambda p: (p.t, p.id))
         point, other = data.draw(st.sampled_from(points)), data.draw(st.sampled_from(points))
         root = data.draw(st.sampled_from(point.disks))
-        expected = self.world.oracle[point.id][root.disk.id]
+        expected = self.every[point.id][root.disk.id]
         held = {
             "nothing": None,
             "noise": random.Random(len(expected)).randbytes(min(len(expected), 5 * BLOCK)),
-            "another point": self.world.oracle[other.id].get(root.disk.id, b""),
+            "another point": self.every[other.id].get(root.disk.id, b""),
             "itself": expected,
         }[before]
         path = Path(self.folder.name) / "restored.raw"
@@ -150,7 +169,7 @@ class Life(RuleBasedStateMachine):
         with Store.open(store.files.root, aside / "state", secrets) as fresh:  # type: ignore[arg-type]
             for point in fresh.points():
                 try:
-                    assert contents(fresh, point) == self.world.oracle[point.id]
+                    assert contents(fresh, point) == self.every[point.id]
                 except StoreDamage:
                     assert check(fresh, deep=True).problems
             self.copy_what_is_damaged(fresh, aside)
@@ -166,7 +185,7 @@ class Life(RuleBasedStateMachine):
             for result in done:
                 assert (result.point is None) == (result.error is not None)
             for point in third.points():
-                assert contents(third, point) == self.world.oracle[point.id]
+                assert contents(third, point) == self.every[point.id]
             assert check(third, deep=True).problems == []
 
     @rule(keep_state=st.booleans())
@@ -185,7 +204,7 @@ class Life(RuleBasedStateMachine):
         found = self.in_target()
         assert {p.id for p in found} == self.copied
         for point in found:
-            assert contents(self.target, point) == self.world.oracle[point.id]
+            assert contents(self.target, point) == self.every[point.id]
         for store in (self.store, self.target):
             assert check(store, deep=True).problems == []
             assert store.files.names("leases") == []
