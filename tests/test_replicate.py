@@ -279,7 +279,7 @@ def test_what_was_kept_of_ids_and_is_wrong_is_found_out(ram: Path) -> None:
     with both.world.opened() as source, both.target() as target:
         both.world.capture(source)
         known = translation.Translation(target.state, source.id)
-        rows = [row for part in known._parts for row in part.tolist()]
+        rows = [row for _, part in known._parts for row in part.tolist()]
         known.forget()
         swapped = [here for _, here in rows[1:] + rows[:1]]
         for (there, _), here in zip(rows, swapped, strict=True):

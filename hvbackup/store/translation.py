@@ -6,15 +6,19 @@ index, so that the next copy, or one that was interrupted, need not read it agai
     0   4  magic b"hvT1"
     4   4  zero
     8   8  number of rows
-   16  32  BLAKE3 of the rows
-   48 64n  rows: id there, id here; sorted by the first 8 bytes of the id there
+   16  32  BLAKE3 of all that follows
+   48  8n  the first 8 bytes of each id there, as numbers, ascending
+   .. 64n  rows in the same order: id there, id here
 
-It is a cache: removing it costs reading.  A row is only ever a guess at which chunk to refer to: the chunk must be in this store,
-and a sample of what was referred to unread is compared with the other store before a point is committed (replicate.py).
+Files are mapped, not read into memory.  They are a cache: removing them costs reading.  A row is only ever a guess at which
+chunk to refer to: the chunk must be in this store, and a sample of what was referred to unread is compared with the other store
+before a point is committed (replicate.py).
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
 
 import blake3
@@ -31,6 +35,7 @@ HEAD = struct.Struct("<4s4xQ32s")
 MAGIC = b"hvT1"
 ROW = np.dtype([("there", "V32"), ("here", "V32")])
 FILES_MAX = 8  # more are merged
+Part = tuple[NDArray[np.uint64], NDArray[np.void]]
 
 
 class Translation:
@@ -39,27 +44,28 @@ class Translation:
     def __init__(self, state: Files, other: bytes) -> None:
         self._state, self._folder = state, f"{FOLDER}/{other.hex()}"
         self._new: dict[bytes, bytes] = {}
-        self._parts = [rows for name in state.names(self._folder) if (rows := self._load(name)) is not None]
+        self._parts = [part for name in state.names(self._folder) if (part := self._load(name)) is not None]
         if len(self._parts) > FILES_MAX:
             self._merge()
-        self._keys = [keys_of(rows["there"]) for rows in self._parts]
 
-    def _load(self, name: str) -> NDArray[np.void] | None:
-        data = self._state.read(f"{self._folder}/{name}")
-        if len(data) < HEAD.size:
+    def _load(self, name: str) -> Part | None:
+        """The (keys, rows) of a file, mapped; None when it is not what was written."""
+        with self._state.path(f"{self._folder}/{name}").open("rb") as file:
+            if os.fstat(file.fileno()).st_size < HEAD.size:
+                return None
+            area = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        magic, count, digest = HEAD.unpack_from(area)
+        body = area[HEAD.size :]
+        if magic != MAGIC or len(body) != count * (8 + ROW.itemsize) or blake3.blake3(body).digest() != digest:
             return None
-        magic, count, digest = HEAD.unpack_from(data)
-        rows = data[HEAD.size :]
-        if magic != MAGIC or len(rows) != count * ROW.itemsize or blake3.blake3(rows).digest() != digest:
-            return None
-        return np.frombuffer(rows, ROW)
+        return np.frombuffer(body, np.uint64, count), np.frombuffer(body, ROW, count, 8 * count)
 
     def find(self, ids: Ids) -> tuple[Ids, NDArray[np.bool_]]:
         """(our id of each chunk, whether it is known)."""
         out, known = np.zeros((len(ids), ID_BYTES), np.uint8), np.zeros(len(ids), np.bool_)
         theirs = np.ascontiguousarray(ids).view("V32").ravel()
         wanted = keys_of(theirs)
-        for rows, keys in zip(self._parts, self._keys, strict=True):
+        for keys, rows in self._parts:
             at = np.minimum(keys.searchsorted(wanted), max(0, len(keys) - 1))
             hit = ~known & (rows["there"][at] == theirs) if len(keys) else np.zeros(len(ids), np.bool_)
             out[hit] = np.frombuffer(rows["here"][at[hit]].tobytes(), np.uint8).reshape(-1, ID_BYTES)
@@ -86,25 +92,36 @@ class Translation:
             self._new = {}
             self._keep(rows)
 
-    def _keep(self, rows: NDArray[np.void]) -> None:
-        rows = rows[np.argsort(keys_of(rows["there"]), kind="stable")]
-        data = rows.tobytes()
-        digest = blake3.blake3(data).digest()
-        self._state.replace(f"{self._folder}/{digest.hex()[:32]}", HEAD.pack(MAGIC, len(rows), digest) + data)
-        self._parts = [*self._parts, rows]
-        self._keys = [keys_of(part["there"]) for part in self._parts]
+    def _keep(self, rows: NDArray[np.void]) -> str:
+        """Write a file; its name."""
+        keys = keys_of(rows["there"])
+        order = np.argsort(keys, kind="stable")
+        body = keys[order].tobytes() + rows[order].tobytes()
+        digest = blake3.blake3(body).digest()
+        name = digest.hex()[:32]
+        self._state.replace(f"{self._folder}/{name}", HEAD.pack(MAGIC, len(rows), digest) + body)
+        if (part := self._load(name)) is not None:
+            self._parts = [*self._parts, part]
+        return name
 
     def _merge(self) -> None:
-        old, rows = self._state.names(self._folder), np.concatenate(self._parts)
-        self._parts = []
-        self._keep(rows)
-        kept = blake3.blake3(self._parts[0].tobytes()).digest().hex()[:32]
-        for name in old:
-            if name != kept:
+        """All but the largest files become one; what could not be read goes too."""
+        self._parts.sort(key=lambda part: len(part[0]), reverse=True)
+        large, small = self._parts[: FILES_MAX // 2], self._parts[FILES_MAX // 2 :]
+        kept = {self._name(part) for part in large}
+        self._parts = large
+        kept.add(self._keep(np.concatenate([rows for _, rows in small])))
+        for name in self._state.names(self._folder):
+            if name not in kept:
                 self._state.remove(f"{self._folder}/{name}")
+
+    @staticmethod
+    def _name(part: Part) -> str:
+        hashed = blake3.blake3(part[0].tobytes())
+        return hashed.update(part[1].tobytes()).digest().hex()[:32]
 
     def forget(self) -> None:
         """Nothing is known any more."""
-        self._new, self._parts, self._keys = {}, [], []
+        self._new, self._parts = {}, []
         for name in self._state.names(self._folder):
             self._state.remove(f"{self._folder}/{name}")
