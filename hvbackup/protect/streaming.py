@@ -32,6 +32,7 @@ from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, MiB, RecoveryPoint, Token
 from hvbackup.protect import marks
 from hvbackup.protect.events import ContinuityLost, Streamed
+from hvbackup.protect.looks import Look, Looks
 from hvbackup.protect.points import Points
 from hvbackup.protect.rings import ring_path
 from hvbackup.protect.setting import Setting
@@ -42,9 +43,9 @@ from hvbackup.target.process import Export, Target
 
 SET_MAX_BYTES = 256 * MiB  # a larger closing set makes a point at once, so that the next one is smaller
 FRAME_BYTES = 4 * MiB  # taken out of the ring at a time: bounds memory
-LOOK_SECONDS = 1.0  # between two looks at QEMU: so many moments are in doubt when writes went past us
+KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
+IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: it says that we are there
 LEFT_ALONE = "a stream leaves the guest alone"
-SETTLE_SECONDS = 60.0  # between two checkpoints: bounds what the next life has to read
 
 
 @dataclass(slots=True)
@@ -68,8 +69,8 @@ class StreamLife:
     _failed: bool = False  # to append to the journal
     _closed: bool = False  # the gap at the head of the life: single writes are moments from here on
     _good: Moment | None = None  # known at the newest look at QEMU
-    _looked: float = 0.0
-    _settled: float = 0.0
+    _looks: Looks | None = None
+    _kept_up: float = 0.0
     _since: Streamed | None = None  # what to report with the next look
     _numbers: dict[DiskId, int] = field(default_factory=dict)
 
@@ -102,7 +103,7 @@ class StreamLife:
         seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
         self.told_gap, self._closed = gap or self.told_gap, True
-        self._looked = self._settled = time.monotonic()
+        self._looks = Looks(self.stream, self._arrived)
         self.stream.keep(self._kept())
 
     def let_go(self) -> None:
@@ -112,6 +113,8 @@ class StreamLife:
             stack.callback(self._end_target)
             if self.target:
                 self.target.ring.end()
+            if self._looks:
+                self._looks.join()
             self.stream.close(healthy=self.target is not None and not self.target.dead)
         self.setting.leases.remove(self.lease.id)
 
@@ -170,9 +173,10 @@ class StreamLife:
         began = time.monotonic()
         self._record(self.target)
         self._look_at_target(self.target)
-        if began - self._looked >= LOOK_SECONDS:
-            self._look_at_machine()
-            self._keep_up(self.target)
+        if self._looks and (look := self._looks.poll(self.newest)):
+            self._heed(look)
+        if began - self._kept_up >= KEEP_UP_SECONDS:
+            self._keep_up()
         return max(0.0, self.setting.rhythm.every_ns / SECOND - (time.monotonic() - began))
 
     def _record(self, target: Target) -> None:
@@ -205,9 +209,7 @@ class StreamLife:
             if each:
                 self.newest = Moment(seq, Instant(int(facts["t"][-1])))
             else:
-                target.ring.free(
-                    self._rows, self._data
-                )  # the set counts once it is closed; the ring would be full before
+                target.ring.free(self._rows, self._data)  # the set counts once it is closed
         return self._rows - first, self._data - at, oldest
 
     def _name(self, t: Instant, **more: object) -> None:
@@ -234,27 +236,28 @@ class StreamLife:
                 f"The stream of machine {self.setting.machine.name} broke off: {self.stream.reason or why}"
             )
 
-    def _look_at_machine(self) -> None:
+    def _heed(self, look: Look) -> None:
         """Raises StreamBroken, and StreamBypassed once no moment is offered any more that may lack a write."""
-        self._looked = time.monotonic()
-        now = self.newest
-        try:
-            self.stream.check(self._arrived)
-        except StreamBypassed as e:
+        if isinstance(look.error, StreamBypassed):
             good = self._good or self.newest
-            self._name(self.newest.t, doubt={"after": good.seq, "start": int(good.t), "why": str(e)})
-            raise
-        self._good = now
-
-    def _keep_up(self, target: Target) -> None:
-        """Checkpoints are fresh, points are made when they are due, and what was done is told."""
-        self.lease = self.setting.leases.renew(self.lease)
-        if time.monotonic() - self._settled >= SETTLE_SECONDS:
-            self._settled, tokens = time.monotonic(), self.stream.settle()
-            self._record(target)  # what the new checkpoints don't hold has arrived before
-            self.tokens = tokens
+            self._name(self.newest.t, doubt={"after": good.seq, "start": int(good.t), "why": str(look.error)})
+            self._closed = False  # what is in the ring belongs to no moment either
+        if look.error:
+            raise look.error
+        self._good = look.good or self._good
+        if look.tokens and self.target:
+            self._record(self.target)  # what the new checkpoints don't hold has arrived before
+            self.tokens = look.tokens
             self.name_tokens()
             self.stream.keep(self._kept())
+
+    def _keep_up(self) -> None:
+        """Points are made when they are due, and what was done is told."""
+        self._kept_up = time.monotonic()
+        self.lease = self.setting.leases.renew(self.lease)
+        now = Instant(self.setting.options.clock())
+        if now - self.newest.t >= IDLE_NS:
+            self._name(now)
         if self._since:
             self.setting.report(self._since)
             self._since = None

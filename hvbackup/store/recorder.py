@@ -21,7 +21,7 @@ from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store import format as f
 from hvbackup.store import journal
-from hvbackup.store.history import History
+from hvbackup.store.history import FANOUT, History
 from hvbackup.store.journal import FOLDER, LOG, Facts, LogWriter, Name
 from hvbackup.store.segment import write_segment
 from hvbackup.store.store import Store
@@ -72,6 +72,7 @@ class Recorder:
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
         self._sealing: deque[threading.Thread] = deque()
+        self._sealed = 0
         self._position: dict[str, Any] = {}  # how far the ring of a stream has been taken into the journal
         self._carried: dict[str, Any] = {}  # the tokens of a stream, repeated at the head of each file
         self._failed: BaseException | None = None
@@ -203,7 +204,9 @@ class Recorder:
         try:
             if seal(self._store, self._folder, name):
                 self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
-            History(self._store, self._machine).warm()
+            self._sealed += 1
+            if not self._position or self._sealed % FANOUT == 0:  # a stream seals every few seconds
+                History(self._store, self._machine).warm()
         except BaseException as e:  # noqa: BLE001 - handed to the thread that owns the recorder
             self._failed = e
 

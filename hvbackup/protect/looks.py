@@ -1,0 +1,65 @@
+"""Looks at QEMU while a stream goes on, on a thread of their own: a monitor that is slow or busy never holds up the journal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hvbackup.errors import HostUnreachable, StreamBroken
+from hvbackup.hypervisors import Stream
+from hvbackup.model import DiskId, Token
+from hvbackup.store.history import Moment
+
+LOOK_SECONDS = 1.0  # so many moments are in doubt when writes went past us
+SETTLE_SECONDS = 60.0  # between two checkpoints: bounds what the next life has to read
+
+
+@dataclass(slots=True)
+class Look:
+    """What one look has found."""
+
+    good: Moment | None = None  # nothing went past us until this moment
+    tokens: Mapping[DiskId, Token] | None = None  # checkpoints that were made: what had arrived before is not in them
+    error: StreamBroken | None = None
+
+
+class Looks:
+    """The looks of one life.  Thread safety: one thread."""
+
+    def __init__(self, stream: Stream, arrived: Callable[[DiskId], int]) -> None:
+        self._stream, self._arrived = stream, arrived
+        self._thread: threading.Thread | None = None
+        self._found: Look | None = None
+        self._looked = self._settled = time.monotonic()
+
+    def poll(self, newest: Moment) -> Look | None:
+        """What the last look has found, once; the next one begins when it is time for it."""
+        if self._thread and not self._thread.is_alive():
+            self._thread, found = None, self._found
+            return found
+        if not self._thread and time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._thread = threading.Thread(target=self._look, args=(newest,), name="hvbackup-look")
+            self._thread.start()
+        return None
+
+    def _look(self, newest: Moment) -> None:
+        self._found = look = Look()
+        try:
+            self._stream.check(self._arrived)
+            look.good = newest
+            if time.monotonic() - self._settled >= SETTLE_SECONDS:
+                look.tokens = self._stream.settle()
+                self._settled = time.monotonic()
+        except StreamBroken as e:
+            look.error = e
+        except HostUnreachable:
+            return  # somebody else holds the monitor; a QEMU that is gone cuts its connections
+
+    def join(self) -> None:
+        """Nobody looks any more."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
