@@ -16,16 +16,15 @@ from typing import Any
 class Worker:
     """`hvbackup protect` as a process, and what it says."""
 
+    rhythm = ("--every", "500ms", "--fold", "3s")
+
     def __init__(self, folder: Path, source: str | Sequence[str], *more: str, name: str = "m1") -> None:
         places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
         self.environment = {**os.environ, **{f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}}
         words = [
             "protect",
             *([source] if isinstance(source, str) else source),
-            "--every",
-            "500ms",
-            "--fold",
-            "3s",
+            *self.rhythm,
             "--json",
         ]
         words += [*(["--name", name] if name else []), *more]

@@ -33,7 +33,7 @@ from hvbackup.target.ring import find
 from labs.guest import Guest, make_disk
 from tests.hypervisors.daemon import SETTINGS, only
 from tests.test_protect_guest import FILES, SIZE, mounted, recovered
-from tests.test_stream_kills import Worker
+from tests.test_stream_kills import StreamWorker
 
 pytestmark = [pytest.mark.real, pytest.mark.guest]
 WRITER = f"-s {4 << 20}"
@@ -47,8 +47,8 @@ def folder() -> Generator[Path]:
 
 @pytest.fixture
 def guest(folder: Path) -> Generator[Guest]:
-    """Two disks with a file system each, and a second monitor that nobody uses."""
-    disks = [make_disk(folder / "a.qcow2", SIZE), make_disk(folder / "b.raw", SIZE, "raw")]
+    """Three disks with a file system each, and a second monitor that nobody uses."""
+    disks = [make_disk(folder / "a.qcow2", SIZE), *(make_disk(folder / f"{n}.raw", SIZE, "raw") for n in "bc")]
     extra = ["-qmp", f"unix:{folder / 'second.sock'},server=on,wait=off"]
     with Guest(folder / "g", disks, extra=extra) as made:
         mounted(made)
@@ -124,7 +124,7 @@ def test_every_moment_of_a_guest_recovers_and_kills_lose_nothing(guest: Guest, f
     source = f"qemu:{guest.qmp_path}"
     guest.start_writer(*FILES, mode="overwrite", options=WRITER)
     guest.wait_acked(20)
-    worker = Worker(folder, source)
+    worker = StreamWorker(folder, source)
     worker.wait_for("begun", seconds=90)
     for turn in range(5):
         time.sleep(0.5 + rng.random())
@@ -135,12 +135,13 @@ def test_every_moment_of_a_guest_recovers_and_kills_lose_nothing(guest: Guest, f
             worker.end(signal.SIGKILL)
             guest.start()
             mounted(guest)
+            guest.sh("rm -f /mnt/*/records; sync")  # another run of the witness begins
             guest.start_writer(*FILES, mode="overwrite", options=f"{WRITER} -i {turn}")
             guest.wait_acked(20)
         else:
             acked = guest.acked()
             worker.end(signal.SIGKILL)
-        worker = Worker(folder, source)
+        worker = StreamWorker(folder, source)
         worker.wait_for("begun", seconds=90)
         with Store.open(folder / "store", folder / "state2", []) as store:
             history = History(store, next(iter(store.points())).machine.id)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +16,7 @@ from hvbackup.model import Instant
 from hvbackup.store.history import History
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node
+from tests.protecting import Worker
 from tests.scribe import Scribe
 from tests.test_stream_qemu import SIZES, every_moment, images, on_disk
 
@@ -41,51 +37,17 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     made.kill()
 
 
-class Worker:
+class StreamWorker(Worker):
     """`hvbackup protect --stream` as a process, and what it says."""
 
-    def __init__(self, folder: Path, source: str, *more: str) -> None:
-        places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
-        self.environment = {**os.environ, **{f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}}
-        words = ["protect", source, "--stream", "--name", "m1", "--json", *more]
-        self.log = (folder / "worker.log").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hvbackup", *words], env=self.environment, stdout=subprocess.PIPE, stderr=self.log
-        )
-        self.events: list[dict[str, Any]] = []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.events.append({"event": "error", **json.loads(line)})
-
-    def wait_for(self, event: str, count: int = 1, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while sum(e["event"] == event for e in self.events) < count:
-            assert self.process.poll() is None, self.events[-1:]
-            assert time.monotonic() < end, f"no {event} in time: {self.events[-3:]}"
-            time.sleep(0.01)
+    rhythm = ("--stream",)
 
     def target(self) -> int:
         """The process of its target."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children += [pid for task in tasks for pid in task.read_text().split()]
+        children = {pid for task in tasks for pid in task.read_text().split()}
         [found] = {int(p) for p in children if b"hvbackup-target" in Path(f"/proc/{p}/cmdline").read_bytes()}
         return found
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(60)
-        self._thread.join(10)
-        self.log.close()
-        return code
-
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "hvbackup", *words]
-        return subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 class Witness:
@@ -132,7 +94,7 @@ def kills(daemon: Daemon, folder: Path, count: int, *, machine_every: int) -> No
     rng, source = random.Random(count), f"qemu:{daemon.qmp_path}"
     with Scribe(daemon, SIZES, 600) as scribe:
         witness = Witness(folder, scribe)
-        worker = Worker(folder, source)
+        worker = StreamWorker(folder, source)
         worker.wait_for("begun")
         for turn in range(count):
             time.sleep(rng.random() * 0.4)
@@ -150,7 +112,7 @@ def kills(daemon: Daemon, folder: Path, count: int, *, machine_every: int) -> No
                 time.sleep(0.05)
             before = scribe.acked
             worker.end(signal.SIGKILL)
-            worker = Worker(folder, source)
+            worker = StreamWorker(folder, source)
             worker.wait_for("begun")
             witness.look(before)
         assert witness.gaps >= count * 0.8
