@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from hvbackup import capture as capturing
@@ -26,6 +27,7 @@ from hvbackup.capture import Options, capture
 from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineConfig, MachineId, Token
+from hvbackup.store import format as f
 from hvbackup.store import keys
 from hvbackup.store.history import Moment
 from hvbackup.store.merging import merge
@@ -46,6 +48,7 @@ class Golden:
     group: int  # blocks compressed together
     opens: dict[str, str]  # {"key": text} | {"passphrase": text} | {}
     merged: bool = False  # some segments of its journal are
+    streamed: bool = False  # its journal has single writes too, in a segment and in a log
     points: dict[str, dict[str, Any]] = field(default_factory=dict)
     moments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -68,6 +71,7 @@ def stores() -> list[Golden]:
         Golden("format1-plain-64k", 64 * KiB, 4, {}),
         Golden("format1-plain-256k", 256 * KiB, 1, {}),
         Golden("format1-merged-64k", 64 * KiB, 1, {"key": keys.new_key_text()}, merged=True),
+        Golden("format1-stream-64k", 64 * KiB, 1, {"key": keys.new_key_text()}, streamed=True),
     ]
 
 
@@ -177,6 +181,28 @@ def journal(golden: Golden, store: Store, machine: FakeMachine, clock: Clock, rn
     barrier([(600, b"over what was written before")], [], mark={"label": "before the update"})
     recorder.rotate()
     recorder.finish()
+
+    def stream(count: int) -> None:
+        facts, data, images = np.zeros(count, f.FACT), b"", []
+        for n in range(count):
+            offset, content = rng.randrange(disk.size // 512 - 8) * 512, text(rng, 512 * rng.randrange(1, 8))
+            kind = f.FACT_ZERO if n % 3 == 2 else f.FACT_DATA
+            content = bytes(len(content)) if kind == f.FACT_ZERO else content
+            facts[n] = (clock(), offset, len(content), len(data), 0, kind, 0)
+            data += content if kind == f.FACT_DATA else b""
+            disk.write(offset, content)
+            images.append(digest(disk.content))
+        last = recorder.stream(facts, data, each=True)
+        recorder.sync(clock())
+        golden.moments |= {f"{folder}/{last - count + 1 + n}": {"disk": image} for n, image in enumerate(images)}
+
+    if golden.streamed:
+        recorder.begin_stream("00c0ffee" * 4)
+        barrier([(9 * golden.block, text(rng, 2000))], [])
+        stream(7)
+        recorder.rotate()
+        recorder.finish()
+        stream(5)
     if golden.merged:
         common = {
             "id": "00c0ffee",

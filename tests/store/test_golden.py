@@ -29,7 +29,10 @@ from tests.store.test_format import point_copies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 READER = Path(__file__).parents[2] / "labs" / "readpoint.py"
-NAMES = ("format1-key-64k", "format1-passphrase-256k", "format1-plain-64k", "format1-plain-256k", "format1-merged-64k")
+NAMES = (
+    *("format1-key-64k", "format1-passphrase-256k", "format1-plain-64k", "format1-plain-256k"),
+    *("format1-merged-64k", "format1-stream-64k"),
+)
 COPIED = ("format1-copied-key-64k", "format1-copied-plain-64k")  # test_golden_copied.py
 BYTES_MAX = 300_000
 
