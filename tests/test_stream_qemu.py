@@ -99,3 +99,17 @@ def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_
             if following and following.seq == moment.seq + 1:
                 assert scribe.verify(images(history, following)) == reached + 1, "each write is a moment of its own"
     assert not daemon.leftovers()
+
+
+def test_lives_that_end_while_the_guest_writes_end_at_a_prefix(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """The mirrors of two disks end one after the other, and QEMU survives it."""
+    with Scribe(daemon, SIZES, 3000) as scribe:
+        protection = protection_of(store, daemon, rhythm(tmp_path))
+        for _ in range(8):
+            life = begun(protection)
+            time.sleep(0.05)
+            life.step()
+            life.close()
+            history = History(store, protection.setting.machine.id)
+            scribe.verify(images(history, every_moment(history)[-1]))
+    assert not daemon.leftovers()
