@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup.errors import StoreDamage
-from hvbackup.model import KiB
+from hvbackup.model import KiB, MiB
 from hvbackup.store import format as f
 
 MAGIC = b"hvI2"
@@ -35,8 +35,10 @@ PAGE = 4096
 SUM_BYTES = 64 * KiB  # one checksum for so much
 BUCKET_ROWS = 32  # 1.6 KiB: on 1.4 pages on average
 FILTER_BITS_PER_CHUNK = 12
+FILTER_SHIFTS = np.array([0, 6, 12, 18], np.uint64)  # four bits of a word, from as many parts of an id
 PIECE_ROWS = 1 << 19  # held at a time while a generation is made or read whole: 27 MB
 FAN_BITS_MAX = 30
+LARGE_BYTES = 64 * MiB  # a smaller file is in memory after its first batches, and not worth a question
 SAMPLE_PAGES = 32  # looked at before a batch: if they are all in memory, so are the others
 
 ROW = np.dtype([("id", "V32"), ("place", "<u8"), ("stored", "<u4"), ("shape", "<u8")])
@@ -116,6 +118,7 @@ class Generation:
     def __init__(self, area: mmap.mmap | bytes, fd: int = -1) -> None:
         """Over bytes that somebody vouches for: `open_at` has looked at them, or `generations.small` has just made them."""
         self._area, self._fd = area, fd
+        self._large = fd >= 0 and len(area) > LARGE_BYTES
         _, length, count, fan, words = HEAD.unpack_from(area)
         self.packs, self.prints = _names(area[HEAD.size : HEAD.size + length])
         self._at = Layout.of(length, count, fan, words)
@@ -149,8 +152,9 @@ class Generation:
         try:
             area = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
             if _is_one(area):
-                # A fault brings in one page and not the 32 around it: what a batch needs is asked for beforehand.
-                area.madvise(mmap.MADV_RANDOM)
+                if len(area) > LARGE_BYTES:
+                    # A fault brings in one page and not the 32 around it: what a batch needs is asked for beforehand.
+                    area.madvise(mmap.MADV_RANDOM)
                 return cls(area, fd)
         except (OSError, ValueError, struct.error, TypeError):
             pass
@@ -172,7 +176,9 @@ class Generation:
     def find(self, ids: NDArray[np.void], keys: Keys, damaged: set[tuple[str, int]]) -> NDArray[np.int64]:
         """The row of each id, or -1; rows whose place is known to be damaged are passed over."""
         out = np.full(len(ids), -1, np.int64)
-        todo = self._pass_filter(ids, keys, np.argsort(keys))
+        todo = self._pass_filter(ids, keys)
+        if len(todo) == 0:
+            return out
         at, end = self._buckets(keys[todo])
         at = self._lower_bound(keys[todo], at, end)
         while len(todo):
@@ -187,11 +193,14 @@ class Generation:
             todo, at, end = todo[~hit], at[~hit] + 1, end[~hit]
         return out
 
-    def _pass_filter(self, ids: NDArray[np.void], keys: Keys, todo: NDArray[np.int64]) -> NDArray[np.int64]:
-        word, mask = filter_places(ids[todo], keys[todo], len(self._filter))
-        self._ask_for(self._at.filter + word.astype(np.int64) * 8, 8, self._at.filter, self._at.sums)
-        passed: NDArray[np.int64] = todo[self._filter[word] & mask == mask]
-        return passed
+    def _pass_filter(self, ids: NDArray[np.void], keys: Keys) -> NDArray[np.int64]:
+        """Those that may be here, in the order of their keys where that matters."""
+        word, mask = filter_places(ids, keys, len(self._filter))
+        if self._large:
+            order = np.argsort(keys)
+            self._ask_for(self._at.filter + word[order].astype(np.int64) * 8, 8, self._at.filter, self._at.sums)
+        passed: NDArray[np.int64] = np.flatnonzero(self._filter[word] & mask == mask)
+        return passed[np.argsort(keys[passed])] if self._large else passed
 
     def _buckets(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         bucket = self._bucket(keys)
@@ -222,7 +231,7 @@ class Generation:
 
         One page fault after the other would wait for the disk as many times as there are places.
         """
-        if self._fd < 0 or len(offsets) == 0:
+        if not self._large or len(offsets) == 0:
             return
         pages = np.unique(offsets // PAGE)
         if all(self._in_memory(int(p) * PAGE) for p in pages[:: max(1, len(pages) // SAMPLE_PAGES)]):
@@ -361,7 +370,5 @@ def filter_places(ids: NDArray[np.void], keys: Keys, words: int) -> tuple[Keys, 
     """(word, bits of it) for each id; words ascend with the keys."""
     word = (keys >> np.uint64(32)) * np.uint64(words) >> np.uint64(32)
     more = np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 1]
-    mask = np.zeros(len(ids), np.uint64)
-    for n in range(4):
-        mask |= np.uint64(1) << ((more >> np.uint64(6 * n)) & np.uint64(63))
-    return word, mask
+    bits = np.uint64(1) << ((more[:, None] >> FILTER_SHIFTS) & np.uint64(63))
+    return word, np.bitwise_or.reduce(bits, axis=1)
