@@ -39,6 +39,7 @@ FILTER_SHIFTS = np.array([0, 6, 12, 18], np.uint64)  # four bits of a word, from
 PIECE_ROWS = 1 << 19  # held at a time while a generation is made or read whole: 27 MB
 FAN_BITS_MAX = 30
 LARGE_BYTES = 64 * MiB  # a smaller file is in memory after its first batches, and not worth a question
+READAHEAD_BYTES = 128 * KiB  # the kernel reads no more for one call, however much is asked for
 SAMPLE_PAGES = 32  # looked at before a batch: if they are all in memory, so are the others
 
 ROW = np.dtype([("id", "V32"), ("place", "<u8"), ("stored", "<u4"), ("shape", "<u8")])
@@ -237,7 +238,8 @@ class Generation:
         if all(self._in_memory(int(p) * PAGE) for p in pages[:: max(1, len(pages) // SAMPLE_PAGES)]):
             return
         if len(pages) * 16 > (end - start) // PAGE:
-            os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            for at in range(start, end, READAHEAD_BYTES):
+                os.posix_fadvise(self._fd, at, READAHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             return
         reach = PAGE + length
         for page in pages.tolist():

@@ -154,7 +154,7 @@ def ask(folder: Path, chunks: int, kind: str) -> None:
     rng = np.random.Generator(np.random.PCG64(3))
     if kind == "hits":
         some = rng.choice(count, min(count, 256), replace=False)
-        ids = rng.permutation(np.concatenate([rows_of(int(n))["id"][: BATCH // len(some)] for n in some]))
+        ids = np.concatenate([rng.choice(rows_of(int(n))["id"], BATCH // len(some), replace=False) for n in some])
     else:
         ids = np.frombuffer(rng.bytes(32 * BATCH), "V32")
     backend = SyntheticPacks(count)
