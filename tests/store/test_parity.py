@@ -80,6 +80,18 @@ def test_packs_of_any_size(files: Files, size: int) -> None:
     assert files.read(packs.path_of(name)) == data
 
 
+def test_a_damaged_block_of_the_parity_is_done_without(files: Files) -> None:
+    name, data = a_pack(files, SIZE)
+    parity.cover(files)
+    front, _ = parity._front_of(files.read(packs.parity_of(name)), name)
+    sidecar = bytearray(files.read(packs.parity_of(name)))
+    sidecar[front.size + 3] ^= 1  # the first block of the first parity shard, in the stripe that is damaged below
+    files.replace(packs.parity_of(name), sidecar)
+    damage(files, name, zeroed(10, 100))
+    assert "1 of its blocks" in parity.repair(files, name)
+    assert files.read(packs.path_of(name)) == data
+
+
 def test_too_much_is_refused_and_nothing_is_touched(files: Files) -> None:
     name, _ = a_pack(files, SIZE)
     parity.cover(files)
