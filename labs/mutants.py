@@ -157,6 +157,14 @@ MUTANTS = (
         (f"{FAULTS}test_a_lying_tracker_is_found_out_and_the_disk_compared_whole",),
     ),
     Mutant(
+        "signals raise where a lock was taken that nobody knows of",
+        "hvbackup/cli/interrupt.py",
+        "if fragile(frame) or finishing(frame) or",
+        "if finishing(frame) or",
+        ("tests/cli/test_interrupt.py::test_a_signal_waits_where_an_exception_would_be_lost",),
+        quick=True,
+    ),
+    Mutant(
         "a lost end of a disk is not looked for",
         "hvbackup/sampling.py",
         "for first, ids in base.leaves_backwards() if len(unchanged) else []:",

@@ -74,6 +74,63 @@ def test_a_signal_at_random_steps(stored: World) -> None:
     assert step_through(stored, 6, seed=11)[130] > 12
 
 
+SCRIPT = """
+import signal, sys, threading, time
+from hvbackup.cli import interrupt
+from hvbackup.endings import let_finish
+interrupt.install(as_json=False)
+interrupt.PATIENCE_SECONDS = 0
+signalled = lambda: signal.getsignal(signal.SIGTERM)(signal.SIGTERM, sys._getframe(1))
+lock = threading.Condition(threading.Lock())
+done = []
+
+def in_a_lock():
+    def trace(frame, event, _arg):
+        if event == "return" and frame.f_code.co_name == "__enter__" and frame.f_code.co_filename == threading.__file__:
+            sys.settrace(None)
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, frame)
+        return trace
+    sys.settrace(trace)
+    with lock:
+        pass
+
+class Finalized:
+    def __del__(self):
+        signalled()
+
+def in_a_finalizer():
+    Finalized()
+
+@let_finish
+def in_what_must_be_finished():
+    signalled()
+    time.sleep(1.5)
+    done.append("finished")
+
+try:
+    globals()[sys.argv[1]]()
+    time.sleep(10)
+    print("never heard")
+except KeyboardInterrupt:
+    print("heard", "free" if lock.acquire(blocking=False) else "taken", *done)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("in_a_lock", "heard free"),
+        ("in_a_finalizer", "heard free"),
+        ("in_what_must_be_finished", "heard free finished"),
+    ],
+)
+def test_a_signal_waits_where_an_exception_would_be_lost(where: str, expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, where], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_a_signal_at_thousands_of_steps(stored: World) -> None:
