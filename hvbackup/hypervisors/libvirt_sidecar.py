@@ -99,6 +99,7 @@ def _bytes(sidecar: Sidecar, shell: Sequence[str]) -> bytes:
         return _padded(_remote(sidecar, shell)) if sidecar.id == TPM else _remote(sidecar, shell)
     path = Path(sidecar.path)
     try:
+        path.stat()
         return _padded(_tar(path)) if sidecar.id == TPM else path.read_bytes()
     except OSError as error:
         raise HostUnreachable(f"{path} can't be read: {error.strerror}") from error

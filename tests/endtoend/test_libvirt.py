@@ -102,6 +102,13 @@ def test_a_machine_comes_back_as_a_domain(uefi: LibvirtMachine, world: Installed
     vm.connection.lookupByName(f"{vm.name}-copy").createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
     vm.connection.lookupByName(f"{vm.name}-copy").destroy()
 
+    # booted without libvirt, with its firmware and the variables of it
+    booted = json.loads(world.run("boot", vm.name, "--name", "again", "--json").out)
+    assert booted["state"] == "running"
+    assert not any("plain machine" in note or "nvram" in note for note in booted["notes"])
+    assert "pflash1" in Path(f"/proc/{booted['processes']['qemu']}/cmdline").read_text()
+    world.done("discard", "again")
+
     # the original is lost: it comes back as itself
     vm.stop()
     vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
