@@ -29,7 +29,7 @@ from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
 from hvbackup.protect import marks
 from hvbackup.protect.events import ContinuityLost, Cycle, JournalStalled, TrackerLied
-from hvbackup.protect.journaling import Journaling
+from hvbackup.protect.journaling import READING_SECONDS, Journaling
 from hvbackup.protect.meeting import MachineSeat
 from hvbackup.protect.points import Points
 from hvbackup.protect.samples import Content, Samples
@@ -148,7 +148,7 @@ class CycleLife:
         began = time.monotonic()
         self.lease = self.journaling.call(lambda: self.setting.leases.renew(self.lease))
         now = self.setting.options.clock()
-        picked = self.journaling.call(lambda: self._picked(now))
+        picked = self.journaling.call(lambda: self._picked(now), READING_SECONDS)
         with self.setting.marks.taken() as taken, self._seat() as seat:
             freeze = marks.wants_freeze(taken)
             with self.cycles.snapshot(self.tokens, freeze=freeze, seat=seat) as frozen:

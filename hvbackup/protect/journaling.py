@@ -18,6 +18,7 @@ from hvbackup.protect.events import JournalStalled
 from hvbackup.store.recorder import Recorder
 
 STALL_SECONDS = 1.0
+READING_SECONDS = 30.0  # what is read between cycles keeps nobody waiting, and takes as long as a view takes to open
 QUEUED_BYTES = 8 * MiB  # bounds memory: a cycle reads no faster than the disk writes
 
 T = TypeVar("T")
@@ -46,13 +47,16 @@ class Journaling:
         """As of a recorder, later.  Raises JournalStalled, and what an earlier call has led to."""
         self._put(lambda: self.recorder.zero(disk, t, extents), 0)
 
-    def call(self, work: Callable[[], T]) -> T:
-        """What `work` returns, after all that was queued before.  Raises JournalStalled, and what any of it raises."""
+    def call(self, work: Callable[[], T], seconds: float | None = None) -> T:
+        """What `work` returns, after all that was queued before, and in that time.
+
+        Raises JournalStalled, and what any of it raises.
+        """
         results: list[T] = []
         self._put(lambda: results.append(work()), 0)
         with self._changed:
             while self._queue or self._since is not None:
-                self._wait()
+                self._wait(seconds or STALL_SECONDS)
             self._raise()
         return results[0]
 
@@ -78,17 +82,17 @@ class Journaling:
                 self._thread = threading.Thread(target=self._run, name="hvbackup-journal", daemon=True)
                 self._thread.start()
             while self._queued_bytes + size > QUEUED_BYTES and self._queue:
-                self._wait()
+                self._wait(STALL_SECONDS)
             self._queue.append((work, size))
             self._queued_bytes += size
             self._changed.notify_all()
 
-    def _wait(self) -> None:
-        """For the other thread to get on.  Raises JournalStalled."""
+    def _wait(self, seconds: float) -> None:
+        """For the other thread to get on.  Raises JournalStalled when what it does takes longer."""
         self._changed.wait(STALL_SECONDS / 10)
-        if self._since is not None and time.monotonic() - self._since > STALL_SECONDS:
+        if self._since is not None and time.monotonic() - self._since > seconds:
             raise JournalStalled(
-                f"The journal's disk has not answered for {STALL_SECONDS:g} s; nothing is recorded until it does"
+                f"The journal's disk has not answered for {seconds:g} s; nothing is recorded until it does"
             )
 
     def _raise(self) -> None:
