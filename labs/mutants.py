@@ -372,8 +372,8 @@ MUTANTS = (
     Mutant(
         "doubts forgotten with the file they were told in",
         "hvbackup/store/recorder.py",
-        ", **carried(self.doubts)}",
-        "}",
+        ", **carried(self.doubts), **self._carried",
+        ", **self._carried",
         (f"{PROTECT}test_a_lie_that_a_later_worker_finds_costs_the_same",),
     ),
     Mutant(
