@@ -33,7 +33,7 @@ from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
 from hvbackup.hypervisors import Can, libvirt_cycles, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
 from hvbackup.hypervisors.libvirt_cycles import LibvirtCycles
 from hvbackup.hypervisors.libvirt_events import Event, watching
-from hvbackup.hypervisors.libvirt_host import Domain, Host, LibvirtRefused
+from hvbackup.hypervisors.libvirt_host import Domain, Host
 from hvbackup.hypervisors.libvirt_pull import LibvirtFrozen, Pull, Room
 from hvbackup.hypervisors.libvirt_seen import Seen, look
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
@@ -196,7 +196,7 @@ class LibvirtHypervisor:
         """None for a domain that is gone again."""
         try:
             return self.look(domain).machine
-        except (NotFound, LibvirtRefused):
+        except NotFound:
             return None
 
 

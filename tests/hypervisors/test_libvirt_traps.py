@@ -405,3 +405,14 @@ def test_a_backup_whose_process_was_killed_is_ended_by_its_watchdog(vm: LibvirtM
     assert vm.leftovers()
     vm.hypervisor().release(Cycle(vm).machine(), LeaseId("dead"), [])
     assert not vm.leftovers()
+
+
+def test_a_machine_whose_image_is_gone_is_not_left_out_silently(vm: LibvirtMachine) -> None:
+    vm.define()
+    vm.path("vda").unlink()
+    hypervisor = vm.hypervisor()
+    [found] = hypervisor.machines()  # the others of its host are still found
+    with pytest.raises(HostUnreachable, match="vda"), hypervisor.snapshot(found, LeaseId("l"), {}, None):
+        pytest.fail("A snapshot of nothing began")
+    hypervisor.release(found, LeaseId("l"), [])
+    assert not list((vm.folder / "s").glob("*"))
