@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -124,7 +125,12 @@ def kills(daemon: Daemon, folder: Path, count: int, *, machine_every: int) -> No
             witness.look(before)
         assert witness.gaps >= count * 0.8
         scribe.stop()
-        worker.wait_for("moment")
+        told = sum(e["event"] == "moment" for e in worker.events)
+        worker.wait_for("moment", told + 2)
+        status = json.loads(worker.run("status", "--json").stdout)
+        [protected] = [m["protection"] for m in status["machines"]]
+        assert protected["worker"] == worker.process.pid
+        assert protected["lag_seconds"] < 30, "a guest that writes nothing is not behind"
         assert worker.end(signal.SIGINT) == 0
         assert witness.look(0) == scribe.acked
         with Store.open(folder / "store", folder / "state2", []) as store:

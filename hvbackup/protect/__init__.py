@@ -11,6 +11,8 @@ setting      what all lives of one machine have in common
 life         what every kind of life is able to do
 beginning    how a life begins: resumed from the newest barrier, or with a capture
 cycles       a life in micro-snapshots
+streaming    a life in single writes; looks sees to it that none goes past us
+rings        what dead workers of streams left: it follows what the journal has
 samples      what is read again although it is said to be unchanged: trackers can lie
 journaling   a recorder on a thread of its own: a slow disk is noticed, and never waited for
 meeting      several machines at one moment; group lets them meet now and then

@@ -16,7 +16,7 @@ from hvbackup import __version__
 from hvbackup.config import Places
 from hvbackup.model import Machine
 from hvbackup.processes import Process
-from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused, Trouble
+from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused, Streamed, Trouble
 
 FOLDER = "workers"  # in the run directory
 
@@ -53,7 +53,7 @@ def noting(places: Places, key: Callable[[Machine], str]) -> Callable[[Machine, 
 
 
 def _after(note: Note, event: object) -> Note:
-    if isinstance(event, Cycle):
+    if isinstance(event, Cycle | Streamed):
         return replace(
             note, newest=int(event.moment.t), seq=event.moment.seq, lag_seconds=round(event.lag_seconds, 3),
             trouble="", paused="",
