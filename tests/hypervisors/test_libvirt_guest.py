@@ -19,7 +19,7 @@ from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import Cycle
 from tests.hypervisors.libvirtd import LibvirtGuest, guest, wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.guest]
+pytestmark = [pytest.mark.real, pytest.mark.guest, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
