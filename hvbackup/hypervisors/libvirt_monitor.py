@@ -10,6 +10,7 @@ commands don't come through.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -109,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
         os.write(1, b"ready\n")
         _wait(server)
     Path(path).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # our parent may have been faster
+        Path(path).parent.rmdir()
     return 0
 
 

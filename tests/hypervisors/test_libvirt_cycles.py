@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hvbackup.errors import HostUnreachable, UsageError
+from hvbackup.hypervisors.qemu_names import StoreNames
 from hvbackup.model import Continuity, DiskId, LeaseId
 from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import BLOCK, Cycle
@@ -77,6 +79,9 @@ def test_what_a_killed_process_left_is_let_go_and_released(vm: LibvirtMachine) -
     assert ours(vm)
     vm.write("vda", 0, b"the guest goes on" * 1000)
     hypervisor, found = vm.hypervisor(), Cycle(vm).machine()
+    folders = list(Path(tempfile.gettempdir()).glob(StoreNames(STORE).folder_prefix(found.id) + "*-qmp"))
+    assert folders
+    wait_until(lambda: not any(f.exists() for f in folders), 40)  # the monitor of the dead process ends by itself
     for _ in range(2):
         hypervisor.release(found, LeaseId("dead"), [])
         assert not ours(vm)
