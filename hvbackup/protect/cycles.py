@@ -180,7 +180,8 @@ class CycleLife:
         self.cycles.keep(self._kept())
         labels, notes = [m.label for m in fitting if m.label], [*self.notes, *marks.refusals(taken)]
         self.notes = []
-        return Cycle(moment, read, time.monotonic() - began, lag, labels, common, notes)
+        seconds = lag if seat else time.monotonic() - began  # waiting for other machines keeps nobody frozen
+        return Cycle(moment, read, seconds, lag, labels, common, notes)
 
     @contextmanager
     def _seat(self) -> Iterator[MachineSeat | None]:

@@ -31,7 +31,9 @@ class Group:
 
     def _run(self) -> None:
         while not self._ended.wait(self._every):
-            self.meet()
+            # Who has not yet sat down for the last meeting would be waited for in two.
+            if not any(member.setting.seat for member in self._members):
+                self.meet()
 
     def meet(self) -> Meeting:
         """All members that are alive make their next moment a common one, at once; the others are left out, and named."""

@@ -52,7 +52,9 @@ class Protection:
 
     def meet(self, meeting: Meeting) -> None:
         """The next moment, which comes at once, is to be one with other machines."""
-        self.setting.seat = meeting.seat(self.setting.machine.id)
+        late, self.setting.seat = self.setting.seat, meeting.seat(self.setting.machine.id)
+        if late:
+            late.leave("it is still busy with an earlier moment")
         self._wake.set()
 
     def mark(self, label: str, consistency: Consistency | None = Consistency.CRASH, *, point: bool = False) -> Mark:
