@@ -138,6 +138,7 @@ class StoreSettings:
     path: str = setting(whole_path, "", "its directory; empty: the default store")
     jobs: int = setting(count, 2, "how many jobs write it at once")
     check: str = setting(when, "Sun 03:00", "when it is checked; empty: never")
+    reclaim: str = setting(when, "daily", "when the room of what was forgotten is freed; empty: never")
     deep_check: str = setting(when, "", "when everything in it is read and verified")
 
 

@@ -90,6 +90,12 @@ def _templates() -> Any:
     return made
 
 
+def warm() -> None:
+    """The first visitor does not wait for what could be made ready before."""
+    for name in _templates().list_templates():
+        _templates().get_template(name)
+
+
 @functools.cache
 def _content(name: str) -> bytes:
     return (resources.files("hvbackup.api") / "static" / name).read_bytes()

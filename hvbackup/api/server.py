@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hvbackup.api import app as application
-from hvbackup.api import scrape, tls
+from hvbackup.api import pages, scrape, tls
 from hvbackup.api.gate import Desk
 from hvbackup.auth import Accounts
 from hvbackup.config import private
@@ -33,6 +33,7 @@ def answering(keeper: Keeper) -> Iterator[Desk]:
     desk = Desk(keeper, Accounts(keeper.places.configuration, keeper.clock))
     desk.load_audit()
     made = application.create(desk)
+    pages.warm()
     for store in keeper.stores:
         scrape.figures.of(keeper, store)  # what takes a while is known when somebody looks
     servers = [_serve(Local(made), local(keeper.places.run / SOCKET), None)]

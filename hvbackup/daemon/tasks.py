@@ -84,7 +84,11 @@ def upkeep(
 ) -> list[Task]:
     """What a store needs now."""
     found = []
-    for kind, when, words in (("check", store.check, ["check"]), ("deep check", store.deep_check, ["check", "--deep"])):
+    for kind, when, words in (
+        ("check", store.check, ["check"]),
+        ("deep check", store.deep_check, ["check", "--deep"]),
+        ("reclaim", store.reclaim, ["reclaim"]),
+    ):
         history = past_of(jobs, name, kind)
         if when and not history.open and _is_due(when, history.past, now, zone, name):
             found.append(Task(kind, [*words, *store_words], name))
@@ -104,7 +108,7 @@ def is_due(jobs: Jobs, subject: str, kind: str, when: str, now: Instant, zone: t
 
 
 def _is_due(when: str, past: Past, now: Instant, zone: tzinfo, key: str) -> bool:
-    """The first time is the next one that is planned, not the start of the service."""
+    """What never ran is made up for when it was planned within the last day: a weekly task does not begin with the service."""
     if not past.began:
         day = schedule.stretch("1d")
         return schedule.parse(when).after(Instant(now - day), zone) <= now if when else False
@@ -115,7 +119,7 @@ def upkeep_alarms(jobs: Jobs, stores: Mapping[str, StoreSettings]) -> list[Alarm
     """Checks that found damage, or could not be made."""
     found = []
     for name in stores:
-        for kind in ("check", "deep check"):
+        for kind in ("check", "deep check", "reclaim"):
             history = past_of(jobs, name, kind)
             if history.past.failures:
                 text = f"its {kind} failed: {history.failure}"

@@ -67,7 +67,7 @@ class Site:
         return next(r.key for r in self.keeper.rows() if r.name == name)
 
     def finish(self, job: str) -> dict[str, Any]:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while self.keeper.jobs.get(job).state.is_open:
             assert time.monotonic() < end
             self.keeper.step()
@@ -93,7 +93,7 @@ def made_site(folder: Path) -> Iterator[Site]:
     keeper = Keeper(config.places(environment=world.environment, root=False), KeyOptions())
     keeper.environment = keeper.discovery.environment = world.environment
     keeper.jobs._environment = world.environment
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while len([r for r in keeper.rows() if r.source]) < 3:
         assert time.monotonic() < end
         keeper.step()

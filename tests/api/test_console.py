@@ -124,7 +124,7 @@ class Clock:
         return Instant(self.now)
 
 
-def wait(done: Any, seconds: float = 60.0) -> None:
+def wait(done: Any, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end
@@ -144,7 +144,7 @@ def page(browser: Any, console: Console) -> Iterator[Page]:
     context = browser.new_context(
         base_url=console.address, ignore_https_errors=True, viewport={"width": 1280, "height": 860}
     )
-    context.set_default_timeout(8000)
+    context.set_default_timeout(60_000)
     made = context.new_page()
     complaints: list[str] = []
     made.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
