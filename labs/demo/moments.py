@@ -87,7 +87,7 @@ def protecting(guest: Guest, hvbackup: Hvbackup) -> Iterator[Recording]:
     try:
         yield recording
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell runs in the background
         code = process.wait(PATIENCE_SECONDS)
         ended.set()
         for thread in threads:
