@@ -191,12 +191,13 @@ def test_a_moment_of_the_journal_is_restored_mapped_and_booted(folder: Path) -> 
         assert word(folder / "out" / "vda.raw") == "second"
         booted = worker.run("boot", "lab", "--at", "tag:before", "--name", "trial", "--json")
         assert booted.returncode == 0, booted.stderr
-        serial = json.loads(booted.stdout)["sockets"]["serial"]
-        console = Console(serial, 60)
-        console.wait_ready(90, booting=True)
-        assert console.sh("mkdir -p /mnt/a && mount /dev/vda /mnt/a && cat /mnt/a/word") == "second"
-        console.close()
-        assert worker.run("discard", "trial").returncode == 0
+        try:
+            console = Console(json.loads(booted.stdout)["sockets"]["serial"], 60)
+            console.wait_ready(90, booting=True)
+            assert console.sh("mkdir -p /mnt/a && mount /dev/vda /mnt/a && cat /mnt/a/word") == "second"
+            console.close()
+        finally:
+            assert worker.run("discard", "trial").returncode == 0
         assert guest.sh("cat /mnt/a/word") == "third"
         assert worker.end(signal.SIGTERM) == 0
 
