@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.config import Places
-from hvbackup.errors import HostUnreachable, HvbackupError
+from hvbackup.errors import HostUnreachable, HvbackupError, UsageError
 from hvbackup.model import Consistency, MachineId
 
 if TYPE_CHECKING:  # asking a worker needs nothing of what protects a machine
@@ -37,6 +37,7 @@ POINT_SECONDS = 6 * 3600.0  # for a fold that has to wait for a reclaim, of a da
 REPLY_SECONDS = 5.0
 LOOK_SECONDS = 0.05
 LINE_BYTES = 65536
+SOCKET_PATH_MAX_BYTES = 107  # sun_path, less its closing zero
 
 
 def socket_of(places: Places, store_id: bytes, machine: MachineId) -> Path:
@@ -47,8 +48,10 @@ def socket_of(places: Places, store_id: bytes, machine: MachineId) -> Path:
 
 @contextmanager
 def listening(places: Places, store: Store, machine: MachineId, protection: Protection) -> Iterator[None]:
-    """The worker can be told things.  Whoever holds the machine may replace a dead worker's socket."""
+    """The worker can be told things.  Whoever holds the machine may replace a dead worker's socket.  Raises UsageError."""
     path = socket_of(places, store.id, machine)
+    if _too_long(path):
+        raise UsageError(f"The run directory {places.run} has too long a name for a socket; set HVBACKUP_RUN")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
     before = os.umask(0o177)
@@ -64,6 +67,10 @@ def listening(places: Places, store: Store, machine: MachineId, protection: Prot
         server.shutdown()
         server.server_close()
         path.unlink(missing_ok=True)
+
+
+def _too_long(path: Path) -> bool:
+    return len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
@@ -149,6 +156,8 @@ def _until(done: Callable[[], bool]) -> bool:
 
 def ask(path: Path, value: dict[str, Any], seconds: float) -> dict[str, Any] | None:
     """A worker's answer, or None when nobody listens.  Raises HostUnreachable when it does not answer."""
+    if _too_long(path):
+        return None  # nobody can listen there
     with socket.socket(socket.AF_UNIX) as line:
         line.settimeout(seconds)
         try:
