@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-UNIT := not real and not guest and not soak
+UNIT := not real and not guest and not walk and not soak
 
 .PHONY: help demo test quick lint bench soak deb setup format clean
 

@@ -28,6 +28,8 @@ from tests.crash import Recorder, put, wrecks
 from tests.store.conftest import ram
 from tests.world import BLOCK, KEY, MACHINE, OTHER_KEY, CarelessKernel, World, contents
 
+pytestmark = pytest.mark.walk
+
 __all__ = ["ram"]
 
 KINDS = ("family", "encrypted", "plain", "to plain", "to encrypted")

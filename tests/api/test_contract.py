@@ -15,6 +15,8 @@ from schemathesis.specs.openapi.checks import response_schema_conformance
 from hvbackup.auth import Role
 from tests.api.conftest import Site, made_site
 
+pytestmark = pytest.mark.walk
+
 EXAMPLES = 200 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 4  # of each operation
 
 

@@ -18,6 +18,8 @@ from hvbackup.store.store import Store
 from tests.faults import DyingHypervisor, FaultyKernel, full_from, once
 from tests.world import BLOCK, KEY, MACHINE, World
 
+pytestmark = pytest.mark.walk
+
 BOTH_ORDERS = pytest.mark.parametrize("order", list(Order), ids=lambda order: order.name.lower())
 CALLS = ("snapshot", "changes", "open", "read", "verify", "release")
 

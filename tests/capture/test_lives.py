@@ -19,6 +19,8 @@ from hvbackup.store.check import check
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, World
 
+pytestmark = pytest.mark.walk
+
 SIZES = [512, BLOCK - 512, BLOCK, BLOCK + 512, 3 * BLOCK, 3 * BLOCK + 1536, 258 * BLOCK + 512]
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 

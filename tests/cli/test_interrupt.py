@@ -14,6 +14,8 @@ import pytest
 
 from tests.cli.rig import World, make_disk
 
+pytestmark = pytest.mark.walk
+
 SOON_SECONDS = 10.0  # on a busy machine; a hang is ended, and seen, after twenty
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from labs.mutants import MUTANTS, ROOT, Mutant, judge, table
 
+pytestmark = pytest.mark.walk
+
 
 def test_each_planted_bug_still_fits_the_code() -> None:
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)

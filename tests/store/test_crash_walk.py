@@ -26,7 +26,10 @@ from hvbackup.store.store import DESCRIPTOR, Store
 from tests.crash import Fate, Recorder, Wreck, put, wrecks
 from tests.world import BLOCK, KEY, MACHINE, OTHER_KEY, Content, World
 
-pytestmark = pytest.mark.timeout(900)  # thousands of stores are opened: on a busy machine that takes its time
+pytestmark = [
+    pytest.mark.walk,
+    pytest.mark.timeout(900),
+]  # thousands of stores are opened: on a busy machine that takes its time
 KINDS = pytest.mark.parametrize(
     ("secret", "order"), [(None, Order.ASKED_AFTER), (KEY, Order.AT_START)], ids=["plain", "encrypted"]
 )

@@ -25,6 +25,8 @@ from hvbackup.store.ledger import Level
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, OTHER_KEY, World, contents
 
+pytestmark = pytest.mark.walk
+
 Lost = set[tuple[str, str]]  # (point, disk)
 SECRETS = pytest.mark.parametrize("secret", [None, KEY], ids=["plain", "encrypted"])
 

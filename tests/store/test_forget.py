@@ -21,6 +21,8 @@ from hvbackup.store.tombstones import TOMBSTONES
 from tests.crash import Recorder, Wreck, put, wrecks
 from tests.world import KEY, World
 
+pytestmark = pytest.mark.walk
+
 FREE = Settings(trash_ns=HOUR_NS)
 
 

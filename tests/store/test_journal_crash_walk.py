@@ -22,7 +22,10 @@ from tests.crash import Wreck, wrecks
 from tests.store.test_crash_walk import KINDS, Order, Run, recorded, survivor
 from tests.world import MACHINE, Content, World
 
-pytestmark = pytest.mark.timeout(900)  # thousands of stores are opened: on a busy machine that takes its time
+pytestmark = [
+    pytest.mark.walk,
+    pytest.mark.timeout(900),
+]  # thousands of stores are opened: on a busy machine that takes its time
 
 
 @dataclass

@@ -12,6 +12,8 @@ from hvbackup.store.journal import LOG, SEGMENT, Name
 from hvbackup.store.merging import HOUR_NS, MERGED_MAX_BYTES, mergeable
 from hvbackup.store.tables import Arrays, Summary
 
+pytestmark = pytest.mark.walk
+
 NOON = 100 * HOUR_NS
 Given = tuple[Name, Summary, int]
 

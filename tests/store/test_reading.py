@@ -16,6 +16,8 @@ from hvbackup.store.runs import Runs
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, World, contents
 
+pytestmark = pytest.mark.walk
+
 RING = keys.Keyring.generate(bytes(16), encrypted=True)
 
 

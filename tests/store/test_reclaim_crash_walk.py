@@ -25,7 +25,7 @@ from tests.crash import Op, Wreck, wrecks
 from tests.store.test_crash_walk import KINDS, Order, Run, recorded, survivor
 from tests.world import BLOCK, Content, World
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.walk, pytest.mark.timeout(900)]
 
 
 @dataclass

@@ -31,7 +31,7 @@ from hvbackup.store.store import Store
 from tests.faults import FaultyKernel, once
 from tests.world import BLOCK, Content, World, contents
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.walk, pytest.mark.timeout(900)]
 MEMORY = Path("/dev/shm")
 
 HOSTS = st.sampled_from(["near", "far"])

@@ -23,6 +23,8 @@ from tests.crash import Recorder as CrashKernel
 from tests.crash import put, wrecks
 from tests.store.test_history import MACHINE, SIZE, VDA, commit_empty_point, store, whole
 
+pytestmark = pytest.mark.walk
+
 __all__ = ["store"]
 TOKENS = {VDA: Token("fake", "1")}
 DISKS = [Disk(VDA, SIZE)]
