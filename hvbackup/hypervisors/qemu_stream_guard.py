@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 
     from hvbackup.hypervisors.qemu_watchdog import REPLY_SECONDS, RETRY_SECONDS, Gone, command, receive, say
 else:
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    _FOLDER = os.path.dirname(os.path.abspath(__file__))
+    sys.path.append(_FOLDER)
     from qemu_watchdog import REPLY_SECONDS, RETRY_SECONDS, Gone, command, receive, say
+
+    sys.path.remove(_FOLDER)  # it has a `qemu` of its own, which is not the library's
 
 LOOK_SECONDS = 0.1
 HUNG_SECONDS = 1.0  # a target says that it lives ten times a second

@@ -85,6 +85,7 @@ def distances(policy: Policy, interval_ns: int, now: Instant) -> list[int]:
 
     Raises UsageError for a policy that keeps nothing, or everything for ever.
     """
+    plan([], policy, {})
     times = _schedule(policy, interval_ns, now)
     kept = {d.key for d in plan([Candidate(str(t), Instant(t)) for t in times], policy, {}) if d.keep}
     stay = sorted(t for t in times if str(t) in kept)

@@ -117,7 +117,7 @@ def torture(world: Installed, kills: int, seed: int) -> int:
             del points[gone]
         began = time.monotonic()
         process = world.start("reclaim", *NOW)
-        time.sleep(rng.uniform(0.3, 1.3))
+        time.sleep(rng.uniform(0.1, 0.9))
         process.send_signal(signal.SIGKILL)
         out, err = process.communicate(timeout=60)
         hit += process.returncode == -signal.SIGKILL

@@ -22,7 +22,7 @@ from hvbackup.store.forget import alone, load_trashed, trash, undo
 from hvbackup.store.settings import HOUR_NS
 from hvbackup.store.store import Store
 from tests.golden.make import secrets_of
-from tests.store.test_golden import COPIED, GOLDEN, READER, digest
+from tests.store.test_golden import COPIED, GOLDEN, READER, SAFELY, digest
 
 Unpacked = tuple[Path, dict[str, Any]]
 
@@ -31,7 +31,7 @@ Unpacked = tuple[Path, dict[str, Any]]
 def unpacked(request: pytest.FixtureRequest, tmp_path: Path) -> Unpacked:
     """(the folder of a golden store, what is expected of it)."""
     with tarfile.open(GOLDEN / f"{request.param}.tar") as tar:
-        tar.extractall(tmp_path / "store", filter="data")
+        tar.extractall(tmp_path / "store", **SAFELY)
     return tmp_path, json.loads((GOLDEN / f"{request.param}.json").read_text())
 
 
