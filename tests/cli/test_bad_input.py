@@ -215,12 +215,13 @@ def test_reads_that_fail_make_no_point(stored: World) -> None:
 @contextmanager
 def slow_backup(world: World, milliseconds: int = 1500) -> Iterator[subprocess.Popen[str]]:
     """A backup that is reading, and will be for long."""
-    delay = ("--filter=delay", "--filter=noextents", "memory", "64M", f"delay-read={milliseconds}ms")
-    with nbdkit(world.folder, *delay) as uri:
+    log = world.folder / "requests.log"
+    slow = ("--filter=log", "--filter=delay", "--filter=noextents", "memory", "64M", f"delay-read={milliseconds}ms")
+    with nbdkit(world.folder, *slow, f"logfile={log}") as uri:
         process = world.start("backup", uri, "--json")
         try:
             end = time.monotonic() + 30
-            while not list((world.store / "leases").glob("*")):
+            while not log.exists() or " Read id=" not in log.read_text():
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < end
                 time.sleep(0.02)
