@@ -50,11 +50,11 @@ from hvbackup.model import (
 )
 from hvbackup.pipeline import ordered
 from hvbackup.sampling import sampled, witness
-from hvbackup.store.blockmap import BlockMap, Ids, MapEditor
-from hvbackup.store.format import ID_BYTES
-from hvbackup.store.point import new_id
+from hvbackup.store.chunks.writer import ChunkWriter, Frame
+from hvbackup.store.format.blockmap import BlockMap, Ids, MapEditor
+from hvbackup.store.format.layout import ID_BYTES
+from hvbackup.store.format.point import new_id
 from hvbackup.store.store import Store
-from hvbackup.store.writer import ChunkWriter, Frame
 
 BATCH_BYTES = 4 * MiB  # read and hashed by one worker at a time: amortises every per-call cost
 THREADS = 2  # workers of one disk: read, hash and compress release the interpreter lock

@@ -24,10 +24,10 @@ from hvbackup.model import (
     RecoveryPoint,
     Token,
 )
-from hvbackup.store.history import History, Moment
-from hvbackup.store.layered import LayeredView
+from hvbackup.store.chunks.writer import ChunkWriter
+from hvbackup.store.journal.history import History, Moment
+from hvbackup.store.journal.layered import LayeredView
 from hvbackup.store.store import Store
-from hvbackup.store.writer import ChunkWriter
 
 TOKEN = Token("journal", "")  # "since the point this is folded upon": the journal proves continuity by itself
 

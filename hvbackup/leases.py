@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from hvbackup.errors import HvbackupError, StoreDamage
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import SECOND, Instant, LeaseId, Machine, MachineId, Token
-from hvbackup.store import format as f
-from hvbackup.store.history import newest_tokens
-from hvbackup.store.sealed import seal, unseal
+from hvbackup.store.format import layout as f
+from hvbackup.store.format.sealed import seal, unseal
+from hvbackup.store.journal.history import newest_tokens
 from hvbackup.store.store import Store
 
 LEASE_NS = 15 * 60 * SECOND

@@ -5,7 +5,7 @@
 
 Stores of one family share the id key, so ids and maps are equal in both: only chunks that the target lacks are read, and the root
 of each copied disk must come out equal.  Any other target has ids of its own: a block must be read once to learn its id there,
-and what was learnt is kept (store/translation.py).
+and what was learnt is kept (store/chunks/translation.py).
 
     killed after                  left behind                              cleaned by
     1 record of what is to come   nothing                                  nothing: it says "begun", not "done"
@@ -36,14 +36,14 @@ from hvbackup.errors import Busy, ChunkDamaged, HvbackupError, StoreDamage, Usag
 from hvbackup.leases import Leases
 from hvbackup.model import ChunkId, DiskRoot, Instant, Machine, Origin, RecoveryPoint
 from hvbackup.pipeline import ordered
-from hvbackup.store.blockmap import BlockMap, Ids, MapEditor
-from hvbackup.store.format import ID_BYTES, PAGE_IDS
-from hvbackup.store.index import NOWHERE
-from hvbackup.store.sealed import proof
+from hvbackup.store.chunks.translation import Translation
+from hvbackup.store.chunks.writer import ChunkWriter, Frame
+from hvbackup.store.format.blockmap import BlockMap, Ids, MapEditor
+from hvbackup.store.format.layout import ID_BYTES, PAGE_IDS
+from hvbackup.store.format.sealed import proof
+from hvbackup.store.index.index import NOWHERE
+from hvbackup.store.shelves.tombstones import TOMBSTONES
 from hvbackup.store.store import Store
-from hvbackup.store.tombstones import TOMBSTONES
-from hvbackup.store.translation import Translation
-from hvbackup.store.writer import ChunkWriter, Frame
 
 THREADS = 2  # read, decode, hash and compress release the interpreter lock
 BATCHES_AHEAD = 6  # bounds memory

@@ -13,7 +13,7 @@ import numpy as np
 
 from hvbackup import extents
 from hvbackup.extents import Spans
-from hvbackup.store.blockmap import BlockMap
+from hvbackup.store.format.blockmap import BlockMap
 
 
 def sampled(unchanged: Spans, block: int, count: int, rng: random.Random) -> Spans:

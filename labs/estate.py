@@ -36,7 +36,7 @@ from hvbackup.model import (
     PointId,
     RecoveryPoint,
 )
-from hvbackup.store import point as points
+from hvbackup.store.format import point as points
 from hvbackup.store.store import Store, init
 
 HOUR_NS = 3600 * 10**9

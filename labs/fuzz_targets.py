@@ -34,10 +34,12 @@ from hvbackup.nbd.client import NbdClient, Settings, list_exports
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.server import NbdServer
 from hvbackup.nbd.uri import NbdUri
-from hvbackup.store import format as f
-from hvbackup.store import generation, generations, journal, keys, pack, point, sealed, segment
-from hvbackup.store.generation import NOWHERE, Generation
-from hvbackup.store.index import Index
+from hvbackup.store.format import keys, pack, point, sealed
+from hvbackup.store.format import layout as f
+from hvbackup.store.index import generation, generations
+from hvbackup.store.index.generation import NOWHERE, Generation
+from hvbackup.store.index.index import Index
+from hvbackup.store.journal import journal, segment
 from hvbackup.store.store import Descriptor, describe
 
 MACHINE, POINT = "00" * 16, "points/00/0"

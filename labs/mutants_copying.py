@@ -51,7 +51,7 @@ COPYING: tuple[Planted, ...] = (
     ),
     (
         "translation of ids one row off",
-        "hvbackup/store/translation.py",
+        "hvbackup/store/chunks/translation.py",
         'rows["here"][at[hit]].tobytes()',
         'rows["here"][at[hit] - 1].tobytes()',
         (f"{COPY}test_a_clone_is_not_read_again", f"{COPY}test_many_files_of_what_was_kept_become_one"),

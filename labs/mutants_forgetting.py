@@ -13,7 +13,7 @@ WALK = "tests/store/test_reclaim_crash_walk.py"
 FORGETTING: tuple[Planted, ...] = (
     (
         "weeks counted by the calendar's year",
-        "hvbackup/store/retention.py",
+        "hvbackup/store/keep/retention.py",
         "    return tuple(_local(point, zone).isocalendar()[:2])\n",
         "    t = _local(point, zone)\n    return (t.year, t.isocalendar()[1])\n",
         (RETENTION,),
@@ -21,7 +21,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "a repeated hour counted as one",
-        "hvbackup/store/retention.py",
+        "hvbackup/store/keep/retention.py",
         "t.hour, t.utcoffset())",
         "t.hour)",
         (RETENTION,),
@@ -29,7 +29,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "days counted in UTC",
-        "hvbackup/store/retention.py",
+        "hvbackup/store/keep/retention.py",
         "    return datetime.fromtimestamp(point.t // SECOND, zone)\n",
         "    return datetime.fromtimestamp(point.t // SECOND, UTC)\n",
         (RETENTION,),
@@ -37,7 +37,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "what is as old as the stretch still within it",
-        "hvbackup/store/retention.py",
+        "hvbackup/store/keep/retention.py",
         "if point.t > since else []",
         "if point.t >= since else []",
         (RETENTION,),
@@ -45,7 +45,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "one period too many kept",
-        "hvbackup/store/retention.py",
+        "hvbackup/store/keep/retention.py",
         "            elif n != UNLIMITED and len(mine) >= n:\n",
         "            elif n != UNLIMITED and len(mine) > n:\n",
         (RETENTION,),
@@ -53,7 +53,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "holds not looked at again",
-        "hvbackup/store/forget.py",
+        "hvbackup/store/keep/forget.py",
         "        kept = must.firm(store, paths, settings, now)\n",
         "        kept: must.Reasons = {}\n",
         (f"{FORGET}test_a_hold_that_comes_between_the_tombstone_and_the_second_look_is_seen",),
@@ -61,7 +61,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "pins ignored by forgetting",
-        "hvbackup/store/must.py",
+        "hvbackup/store/keep/must.py",
         "    for held in (holds.active(store, now), pins.active(store, now)):\n",
         "    for held in (holds.active(store, now),):\n",
         (f"{FORGET}test_what_must_stay_stays",),
@@ -69,7 +69,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "record of forgetting written after the points are gone",
-        "hvbackup/store/forget.py",
+        "hvbackup/store/keep/forget.py",
         (
             '    store.tell("forget", t.t, forgotten=list(t.points), tombstone=t.id, why=t.why, by=t.by)\n'
             "    for path in here:\n        _to_trash(store, path)\n        store.files.remove(path)\n"
@@ -83,7 +83,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "point removed before it is in the trash",
-        "hvbackup/store/forget.py",
+        "hvbackup/store/keep/forget.py",
         "        _to_trash(store, path)\n        store.files.remove(path)\n",
         (
             "        data = store.files.read(path)\n        store.files.remove(path)\n"
@@ -94,7 +94,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "condemned lists not read by writers",
-        "hvbackup/store/writers.py",
+        "hvbackup/store/chunks/writers.py",
         "            lists = list(CONDEMNED.all(self._backend, self._ring))\n",
         "            lists = list(CONDEMNED.all(self._backend, self._ring))[:0]\n",
         (f"{WRITERS}test_nothing_new_refers_to_a_condemned_pack",),
@@ -102,7 +102,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "packs that are gone still referred to",
-        "hvbackup/store/writers.py",
+        "hvbackup/store/chunks/writers.py",
         "        gone = set(index.packs).difference(pack.list_packs(self._backend))\n",
         "        gone: set[str] = set()\n",
         (f"{WRITERS}test_nothing_new_refers_to_a_pack_that_vanished_since_the_index_was_made",),
@@ -110,7 +110,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "point committed although the lease ran out",
-        "hvbackup/store/writers.py",
+        "hvbackup/store/chunks/writers.py",
         "        if self._age() > LEASE_SECONDS:\n",
         "        if False:\n",
         (f"{WRITERS}test_a_lease_that_ran_out_makes_no_point",),
@@ -118,7 +118,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "writers that began before not waited for",
-        "hvbackup/store/reclaim.py",
+        "hvbackup/store/reclaim/reclaim.py",
         "            if not left or not self._options.wait:\n                return not left\n",
         "            return True\n",
         (RECLAIM.removesuffix("::"),),
@@ -126,7 +126,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "what a writer builds upon not marked",
-        "hvbackup/store/mark.py",
+        "hvbackup/store/reclaim/mark.py",
         "            for root in lease.roots:\n",
         "            for root in ():\n",
         (f"{RECLAIM}test_what_a_writer_builds_upon_stays_although_it_is_forgotten_meanwhile",),
@@ -134,7 +134,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "pins ignored by reclaim",
-        "hvbackup/store/mark.py",
+        "hvbackup/store/reclaim/mark.py",
         "            for root in pin.roots:\n",
         "            for root in ():\n",
         (f"{RECLAIM}test_a_pin_keeps_what_is_read_although_its_point_is_gone",),
@@ -142,7 +142,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "trash ignored by reclaim",
-        "hvbackup/store/mark.py",
+        "hvbackup/store/reclaim/mark.py",
         "chain(points(store, walked), trashed(store, walked))",
         "points(store, walked)",
         (f"{RECLAIM}test_the_trash_is_a_root",),
@@ -150,7 +150,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "packs that another host removed counted as places",
-        "hvbackup/store/reclaim.py",
+        "hvbackup/store/reclaim/reclaim.py",
         "set(store.index.packs).difference(packs.list_packs(store.files))",
         "set[str]()",
         (f"{RECLAIM}test_an_index_that_knows_packs_that_others_removed_counts_them_for_nothing",),
@@ -158,7 +158,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "pages kept once",
-        "hvbackup/store/mark.py",
+        "hvbackup/store/reclaim/mark.py",
         "        if not self._home(chunk, META_COPIES) and",
         "        if not self._home(chunk, 1) and",
         (f"{RECLAIM}test_pages_and_copies_of_points_stay_in_two_packs",),
@@ -166,7 +166,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "packs removed before what lives in them is durable elsewhere",
-        "hvbackup/store/repack.py",
+        "hvbackup/store/reclaim/repack.py",
         "            output.put(what, frame)\n        if len(self._done.damaged) == before:\n",
         (
             "            output.put(what, frame)\n        self._store.files.remove(packs.path_of(name))\n"
@@ -177,7 +177,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "packs removed whatever lives in them",
-        "hvbackup/store/reclaim.py",
+        "hvbackup/store/reclaim/reclaim.py",
         "            if len(needed) != len(living) or not repack.replaced(store, pack, needed, unfit):\n",
         "            if len(needed) != len(living):\n",
         (f"{RECLAIM}test_a_damaged_chunk_keeps_its_pack",),
@@ -185,7 +185,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "grace skipped",
-        "hvbackup/store/reclaim.py",
+        "hvbackup/store/reclaim/reclaim.py",
         "        while self._options.clock() < end:\n",
         "        while False:\n",
         (f"{RECLAIM}test_the_grace_is_waited_for",),
@@ -193,7 +193,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "cache of the index believed by reclaim",
-        "hvbackup/store/reclaim.py",
+        "hvbackup/store/reclaim/reclaim.py",
         "    store.index.reread()\n",
         "",
         (f"{RECLAIM}test_a_damaged_cache_of_the_index_takes_nothing",),
@@ -201,7 +201,7 @@ FORGETTING: tuple[Planted, ...] = (
     ),
     (
         "doubts ignored by reclaim",
-        "hvbackup/store/reclaim.py",
+        "hvbackup/store/reclaim/reclaim.py",
         "    if found:\n        more",
         "    if False:\n        more",
         (f"{RECLAIM}test_nothing_is_removed_at_a_doubt",),

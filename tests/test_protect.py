@@ -24,11 +24,12 @@ from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, Journa
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
-from hvbackup.store import journal, keys
-from hvbackup.store.history import Doubt, History, SealedRun
-from hvbackup.store.segment import PieceCache
+from hvbackup.store.format import keys
+from hvbackup.store.journal import journal
+from hvbackup.store.journal.history import Doubt, History, SealedRun
+from hvbackup.store.journal.segment import PieceCache
+from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store, init
-from hvbackup.store.window import Limits, journal_bytes
 
 FAULTS = [("read", 1), ("read", 2), ("open", 2), ("changes", 2), ("snapshot", 1), ("verify", 1)]
 SIZES = {"vda": 500 * KiB + 512, "vdb": 200 * KiB}

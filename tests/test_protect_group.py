@@ -15,7 +15,7 @@ import pytest
 
 from hvbackup.model import Instant, MachineId, MiB
 from hvbackup.protect.meeting import LATE, Meeting
-from hvbackup.store.history import History
+from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store, init
 from labs.guest import Guest, make_disk
 from tests.protecting import Worker

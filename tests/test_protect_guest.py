@@ -23,7 +23,7 @@ from hvbackup.hypervisors.qemu import QemuHypervisor
 from hvbackup.model import SECOND, DiskId, Instant, MachineId, MiB
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.protection import Protection
-from hvbackup.store.history import History, Moment
+from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from labs.guest import Console, Guest, LabDisk, make_disk, verify_on_host
 from labs.guest_root import add_program, enter

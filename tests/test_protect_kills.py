@@ -19,7 +19,7 @@ import pytest
 
 from hvbackup.errors import JournalGap
 from hvbackup.model import DiskId, Instant, MachineId, MiB
-from hvbackup.store.history import History
+from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node
 from tests.protecting import Worker

@@ -18,7 +18,7 @@ from hvbackup.errors import HostUnreachable, JournalGap
 from hvbackup.model import SECOND, DiskId, Instant, MiB
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.protection import Protection
-from hvbackup.store.history import History, Moment
+from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.endtoend.mounts import needs_mount, small_disk
 from tests.hypervisors.daemon import Daemon, make_image, node, only

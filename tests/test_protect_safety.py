@@ -15,7 +15,7 @@ import pytest
 
 from hvbackup.errors import JournalGap
 from hvbackup.model import Instant, MachineId, MiB
-from hvbackup.store.history import History
+from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store, init
 from labs.guest import Guest, LabDisk, make_disk
 from tests.endtoend.mounts import needs_mount, small_disk

@@ -18,11 +18,12 @@ from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.leases import LEASE_NS
 from hvbackup.model import Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.replicate import Copied, Copier
-from hvbackup.store import keys, translation, writer
-from hvbackup.store.check import check
-from hvbackup.store.forget import alone, empty, forget
-from hvbackup.store.index import NOWHERE
-from hvbackup.store.settings import HOUR_NS, Settings
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks import translation, writer
+from hvbackup.store.format import keys
+from hvbackup.store.index.index import NOWHERE
+from hvbackup.store.keep.forget import alone, empty, forget
+from hvbackup.store.shelves.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store, init
 from tests.crash import Recorder, put, wrecks
 from tests.store.conftest import ram

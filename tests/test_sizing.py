@@ -21,7 +21,7 @@ from hvbackup.replicate import Copier
 from hvbackup.service import stats as service
 from hvbackup.service.session import Session
 from hvbackup.service.sizing import DAY_NS, HOUR_NS, Measured, change, distances, need, trend
-from hvbackup.store.retention import Candidate, Policy, Span, plan
+from hvbackup.store.keep.retention import Candidate, Policy, Span, plan
 from hvbackup.store.store import Store, init
 from tests.store.conftest import MEMORY, ram
 from tests.world import BLOCK, MACHINE, CarelessKernel, World

@@ -17,10 +17,10 @@ from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.model import Instant, RecoveryPoint
 from hvbackup.recover.restore import Mode, Restored, check_target, to_file
 from hvbackup.replicate import Copier
-from hvbackup.store.check import check
-from hvbackup.store.forget import alone, empty, forget, trash, undo
-from hvbackup.store.reclaim import Options, reclaim
-from hvbackup.store.settings import HOUR_NS, Settings
+from hvbackup.store.check.check import check
+from hvbackup.store.keep.forget import alone, empty, forget, trash, undo
+from hvbackup.store.reclaim.reclaim import Options, reclaim
+from hvbackup.store.shelves.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store, init
 from tests.capture.test_lives import MEMORY, SIZES
 from tests.world import BLOCK, KEY, OTHER_KEY, CarelessKernel, Content, World, contents

@@ -27,7 +27,7 @@ from hvbackup.model import SECOND, DiskId, Instant
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
-from hvbackup.store.history import History, Moment
+from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from hvbackup.target.ring import find
 from labs.guest import Guest, make_disk

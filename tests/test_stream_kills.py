@@ -14,7 +14,7 @@ import pytest
 
 from hvbackup.errors import JournalGap
 from hvbackup.model import Instant
-from hvbackup.store.history import History, Moment
+from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node
 from tests.protecting import Worker

@@ -14,7 +14,7 @@ from hvbackup.model import SECOND, DiskId, Instant, MiB
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
-from hvbackup.store.history import History, Moment
+from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
 from tests.scribe import Scribe

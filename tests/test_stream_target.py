@@ -20,7 +20,7 @@ from hvbackup.model import KiB, MiB
 from hvbackup.nbd import protocol
 from hvbackup.nbd.client import NbdClient
 from hvbackup.nbd.uri import NbdUri
-from hvbackup.store import format as f
+from hvbackup.store.format import layout as f
 from hvbackup.target import ring as rings
 from hvbackup.target.process import PROGRAM, Export, Target
 from tests.nbd.raw import RawClient, request

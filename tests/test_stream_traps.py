@@ -19,7 +19,7 @@ from hvbackup.nbd.client import NbdClient
 from hvbackup.protect.events import Begun, Event, Trouble
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
-from hvbackup.store.history import History
+from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store
 from hvbackup.target import process
 from tests.hypervisors.daemon import Daemon

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvbackup.moments import rfc3339
-from hvbackup.store.history import History
+from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon
 from tests.scribe import Scribe

@@ -13,7 +13,7 @@ from hvbackup.capture import Options, capture
 from hvbackup.files import Kernel
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Order
 from hvbackup.model import SECOND, Instant, KiB, Outcome, PointId, RecoveryPoint
-from hvbackup.store import keys
+from hvbackup.store.format import keys
 from hvbackup.store.store import Store, init
 
 BLOCK = 64 * KiB

@@ -12,8 +12,8 @@ from hvbackup.model import SECOND, Instant, MachineId
 from hvbackup.moments import rfc3339
 from hvbackup.service.estate import Estate, Known
 from hvbackup.service.timeline import Stretch, stretches
-from hvbackup.store import holds
-from hvbackup.store.history import Gap, History, Mark
+from hvbackup.store.journal.history import Gap, History, Mark
+from hvbackup.store.shelves import holds
 
 CELLS = 1200  # of a band: more than a screen shows
 KEPT = 64  # histories in memory

@@ -117,7 +117,7 @@ def stretch(text: str) -> int:
 
 def _rhythm(args: argparse.Namespace) -> Rhythm:
     from hvbackup.protect.events import Rhythm
-    from hvbackup.store.window import Limits
+    from hvbackup.store.journal.window import Limits
 
     if (args.stream and args.every) or (args.fsync and not args.stream):
         raise UsageError("--every is for moments in turn, --fsync for --stream, which makes every write a moment")

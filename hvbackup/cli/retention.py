@@ -16,8 +16,8 @@ from hvbackup.model import Instant
 if TYPE_CHECKING:
     from hvbackup.service.reclaim import Freed, Sizes
     from hvbackup.service.retention import Done, Judged, MachinePlan
-    from hvbackup.store.requests import Request
-    from hvbackup.store.retention import Policy
+    from hvbackup.store.keep.retention import Policy
+    from hvbackup.store.shelves.requests import Request
 
 COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 SECOND_NS = 1_000_000_000
@@ -99,7 +99,7 @@ def _number(text: str) -> int:
 def policy_of(args: argparse.Namespace) -> Policy:
     """What the options of `add_rules` say.  Raises UsageError."""
     from hvbackup.service.retention import zone
-    from hvbackup.store.retention import Count, Policy, Span
+    from hvbackup.store.keep.retention import Count, Policy, Span
 
     counts = {name: getattr(args, f"keep_{name}") for name in COUNTED}
     within = Span.parse(args.keep_within) if args.keep_within else None
@@ -281,7 +281,7 @@ def _add_settings(verbs: Verbs) -> None:
 
 def span_ns(text: str) -> int:
     """A stretch of time in nanoseconds; its calendar parts as 365 and 30 days.  Raises UsageError."""
-    from hvbackup.store.retention import Span
+    from hvbackup.store.keep.retention import Span
 
     span = Span.parse(text)
     years, months = divmod(span.months, 12)

@@ -14,7 +14,7 @@ from hvbackup.cli.progress import Progress
 from hvbackup.cli.retention import span_ns
 
 if TYPE_CHECKING:
-    from hvbackup.store.cold import Regrouped
+    from hvbackup.store.reclaim.cold import Regrouped
 
 
 def add(verbs: Verbs) -> None:

@@ -20,9 +20,9 @@ from hvbackup.protect.points import Points
 from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
 from hvbackup.protect.streaming import StreamLife
-from hvbackup.store.history import History, Moment
-from hvbackup.store.recorder import Recorder
-from hvbackup.store.told import Told
+from hvbackup.store.journal.history import History, Moment
+from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.told import Told
 
 AnyLife = CycleLife | StreamLife
 

@@ -34,8 +34,8 @@ from hvbackup.protect.meeting import MachineSeat
 from hvbackup.protect.points import Points
 from hvbackup.protect.samples import Content, Samples
 from hvbackup.protect.setting import Setting
-from hvbackup.store.history import History, Moment
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.journal.history import History, Moment
+from hvbackup.store.journal.recorder import Recorder
 
 SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
 STRETCH_SECONDS = 30  # and no further than this, or each set of changes would be larger than the one before

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hvbackup.errors import HvbackupError
 from hvbackup.model import SECOND, MiB, RecoveryPoint
-from hvbackup.store.history import Moment
-from hvbackup.store.pauses import Pause
-from hvbackup.store.window import Limits
+from hvbackup.store.journal.history import Moment
+from hvbackup.store.journal.window import Limits
+from hvbackup.store.shelves.pauses import Pause
 
 
 @dataclass(frozen=True, slots=True)

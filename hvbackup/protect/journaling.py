@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from hvbackup.model import DiskId, Instant, MiB
 from hvbackup.protect.events import JournalStalled
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.journal.recorder import Recorder
 
 STALL_SECONDS = 1.0
 READING_SECONDS = 30.0  # what is read between cycles keeps nobody waiting, and takes as long as a view takes to open

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from hvbackup.model import DiskId, RecoveryPoint, Token
 from hvbackup.protect.points import Points
-from hvbackup.store.history import Moment
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.journal.history import Moment
+from hvbackup.store.journal.recorder import Recorder
 
 
 class Life(Protocol):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hvbackup.errors import HostUnreachable, StreamBroken
 from hvbackup.hypervisors import Stream
 from hvbackup.model import DiskId, Token
-from hvbackup.store.history import Moment
+from hvbackup.store.journal.history import Moment
 
 LOOK_SECONDS = 1.0  # so many moments are in doubt when writes went past us
 SETTLE_SECONDS = 60.0  # between two checkpoints: bounds what the next life has to read

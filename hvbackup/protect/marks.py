@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from hvbackup.errors import HostUnreachable
 from hvbackup.model import Consistency, Outcome
-from hvbackup.store.history import Moment
+from hvbackup.store.journal.history import Moment
 
 LEVELS = list(Consistency)
 FROZEN = "frozen"  # the tag of marks that are made at intervals

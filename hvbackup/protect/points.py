@@ -18,10 +18,10 @@ from hvbackup.model import SECOND, DiskId, Instant, Outcome, Token
 from hvbackup.protect.events import Folded, Trouble
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.setting import Setting
-from hvbackup.store.history import Moment
-from hvbackup.store.merging import merge
-from hvbackup.store.recorder import Recorder
-from hvbackup.store.window import check_budget, trim
+from hvbackup.store.journal.history import Moment
+from hvbackup.store.journal.merging import merge
+from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.window import check_budget, trim
 
 FOLD_AT = 0.8  # of the budget: a point is made early, so that what it covers may go
 FOLD_AGAIN_NS = 60 * SECOND  # after one that failed

@@ -19,8 +19,8 @@ from hvbackup.protect.life import Life
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.meeting import Meeting
 from hvbackup.protect.setting import Setting
-from hvbackup.store import pauses
-from hvbackup.store.pauses import Pause
+from hvbackup.store.shelves import pauses
+from hvbackup.store.shelves.pauses import Pause
 from hvbackup.store.store import Store
 
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer

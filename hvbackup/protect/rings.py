@@ -15,9 +15,9 @@ from hvbackup.config import private
 from hvbackup.errors import UsageError
 from hvbackup.model import Instant
 from hvbackup.protect.setting import Setting
-from hvbackup.store import format as f
-from hvbackup.store.history import History
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.format import layout as f
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target import ring as rings
 from hvbackup.target.ring import Ring
 

@@ -20,8 +20,8 @@ from hvbackup.hypervisors import Changes, FrozenDisk, Reader
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB
 from hvbackup.protect.events import TrackerLied
 from hvbackup.sampling import sampled
-from hvbackup.store.history import History, Moment
-from hvbackup.store.layered import LayeredView
+from hvbackup.store.journal.history import History, Moment
+from hvbackup.store.journal.layered import LayeredView
 
 PIECE_BYTES = 4 * KiB  # read at each cycle: little, so that a cycle stays short
 REMEMBERED = 64  # pieces of each disk

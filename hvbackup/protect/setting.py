@@ -13,8 +13,8 @@ from hvbackup.model import DiskId, Machine
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.marks import Marks
 from hvbackup.protect.meeting import MachineSeat
+from hvbackup.store.journal.window import journal_bytes
 from hvbackup.store.store import Store
-from hvbackup.store.window import journal_bytes
 
 
 @dataclass(slots=True)

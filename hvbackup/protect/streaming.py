@@ -36,9 +36,9 @@ from hvbackup.protect.looks import Look, Looks
 from hvbackup.protect.points import Points
 from hvbackup.protect.rings import ring_path
 from hvbackup.protect.setting import Setting
-from hvbackup.store import format as f
-from hvbackup.store.history import Moment
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.format import layout as f
+from hvbackup.store.journal.history import Moment
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target.process import Export, Target
 
 SET_MAX_BYTES = 256 * MiB  # a larger closing set makes a point at once, so that the next one is smaller

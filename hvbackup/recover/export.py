@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from hvbackup.model import DiskRoot, RecoveryPoint
 from hvbackup.nbd.export import Export
 from hvbackup.nbd.protocol import STATE_HOLE, STATE_ZERO
-from hvbackup.store.layered import LayeredView
-from hvbackup.store.view import DiskView
+from hvbackup.store.chunks.view import DiskView
+from hvbackup.store.journal.layered import LayeredView
 
 
 class ViewExport(Export):

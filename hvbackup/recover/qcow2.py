@@ -31,7 +31,7 @@ from hvbackup.nbd.client import NbdClient, RequestFailed
 from hvbackup.nbd.uri import NbdUri
 from hvbackup.recover.rawtarget import take_aside
 from hvbackup.recover.restore import Mode, Restored, restore
-from hvbackup.store.view import DiskView
+from hvbackup.store.chunks.view import DiskView
 
 START_SECONDS = 20.0
 STOP_SECONDS = 120.0  # the end of qemu-nbd writes what it has in memory

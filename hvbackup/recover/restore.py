@@ -30,9 +30,9 @@ from hvbackup.model import MiB
 from hvbackup.pipeline import ordered
 from hvbackup.recover import inuse
 from hvbackup.recover.rawtarget import RawTarget
-from hvbackup.store.blockmap import Ids
-from hvbackup.store.format import ID_BYTES, PAGE_IDS
-from hvbackup.store.view import DiskView
+from hvbackup.store.chunks.view import DiskView
+from hvbackup.store.format.blockmap import Ids
+from hvbackup.store.format.layout import ID_BYTES, PAGE_IDS
 
 THREADS = max(2, min(8, os.cpu_count() or 1))  # decoding a block releases the interpreter lock; a core does 300 MB/s
 WINDOW_BLOCKS = 16 * 1024  # put into the order of the packs together: 1 GiB of a disk

@@ -11,7 +11,7 @@ from hvbackup import config
 from hvbackup.model import Instant
 from hvbackup.moments import rfc3339
 from hvbackup.service.session import Session
-from hvbackup.store import audit
+from hvbackup.store.check import audit
 
 ORDERS = ("forget", "restored", "hold", "release", "settings", "request", "approve", "reclaim")  # kinds of records
 

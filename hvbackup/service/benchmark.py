@@ -21,9 +21,10 @@ from hvbackup.files import Kernel
 from hvbackup.hypervisors.source import SourceOptions, open_source
 from hvbackup.model import KiB, MiB
 from hvbackup.recover.restore import Mode, to_file
-from hvbackup.store import keys, store
+from hvbackup.store import store
+from hvbackup.store.chunks.writer import LEVEL, compressor
+from hvbackup.store.format import keys
 from hvbackup.store.store import Store
-from hvbackup.store.writer import LEVEL, compressor
 
 BLOCK_BYTES = 64 * KiB
 SAMPLE_BYTES = 32 * MiB  # held in memory, and worked on again and again

@@ -14,7 +14,7 @@ from hvbackup.config import Places
 from hvbackup.errors import HvbackupError, NotFound, StoreMissing
 from hvbackup.files import Files
 from hvbackup.model import Instant, RecoveryPoint
-from hvbackup.store import pins
+from hvbackup.store.shelves import pins
 from hvbackup.store.store import Store, describe
 
 

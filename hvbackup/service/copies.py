@@ -13,7 +13,7 @@ from hvbackup.replicate import Clock, Copied, Copier
 from hvbackup.service import shapes
 from hvbackup.service.inventory import Inventory, inventory
 from hvbackup.service.session import Session
-from hvbackup.store import pins
+from hvbackup.store.shelves import pins
 
 OnProgress = Callable[[RecoveryPoint, int, int], None]
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from hvbackup.errors import NotFound, StoreDamage
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
-from hvbackup.store import journal
-from hvbackup.store import point as points
+from hvbackup.store.format import point as points
+from hvbackup.store.journal import journal
 from hvbackup.store.store import Store
 
 

@@ -14,9 +14,9 @@ from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
 from hvbackup.recover.boot import Boot, Boots
 from hvbackup.service.inventory import History, Inventory, inventory
 from hvbackup.service.session import Session
-from hvbackup.store.catalog import Catalog
-from hvbackup.store.ledger import Ledger, debt
-from hvbackup.store.ledger import sizes as lengths
+from hvbackup.store.catalog.catalog import Catalog
+from hvbackup.store.check.ledger import Ledger, debt
+from hvbackup.store.check.ledger import sizes as lengths
 from hvbackup.store.store import Store
 
 if TYPE_CHECKING:  # only `status` pays for what protects machines

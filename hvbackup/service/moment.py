@@ -16,11 +16,12 @@ from hvbackup.errors import JournalGap, NotFound
 from hvbackup.model import DiskRoot, Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.moments import local
 from hvbackup.service.inventory import inventory
-from hvbackup.store import pins, window
-from hvbackup.store.history import Gap, History, Moment
-from hvbackup.store.layered import LayeredView
+from hvbackup.store.chunks.view import DiskView
+from hvbackup.store.journal import window
+from hvbackup.store.journal.history import Gap, History, Moment
+from hvbackup.store.journal.layered import LayeredView
+from hvbackup.store.shelves import pins
 from hvbackup.store.store import Store
-from hvbackup.store.view import DiskView
 
 JOURNAL = "journal"  # how the disks of a moment were read
 

@@ -24,8 +24,8 @@ from hvbackup.service.control import REPLY_SECONDS, TAG_SECONDS, ask, listening,
 from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session
 from hvbackup.service.standing import noting
-from hvbackup.store import pauses
-from hvbackup.store.pauses import Pause
+from hvbackup.store.shelves import pauses
+from hvbackup.store.shelves.pauses import Pause
 from hvbackup.store.store import Store
 
 OPEN_FILES = 32  # packs and segments: a fold reads one after the other

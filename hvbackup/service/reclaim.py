@@ -11,10 +11,11 @@ from hvbackup.errors import UsageError
 from hvbackup.model import Instant
 from hvbackup.service.retention import ordering
 from hvbackup.service.session import Session
-from hvbackup.store import forget as forgetting
-from hvbackup.store import immutable, pins, reserve
-from hvbackup.store import reclaim as reclaiming
-from hvbackup.store.reclaim import Options, Reclaimed
+from hvbackup.store.keep import forget as forgetting
+from hvbackup.store.reclaim import reclaim as reclaiming
+from hvbackup.store.reclaim import reserve
+from hvbackup.store.reclaim.reclaim import Options, Reclaimed
+from hvbackup.store.shelves import immutable, pins
 
 NICENESS = 10
 FOREVER = Instant(2**63 - 1)

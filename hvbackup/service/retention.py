@@ -16,15 +16,18 @@ from hvbackup.files import Files
 from hvbackup.model import Instant, RecoveryPoint
 from hvbackup.service.inventory import History, inventory
 from hvbackup.service.session import Session
-from hvbackup.store import forget as forgetting
-from hvbackup.store import holds as holding
-from hvbackup.store import immutable, keys, must, pins, requests, reserve, settings
-from hvbackup.store.forget import Forgotten, Trashed
-from hvbackup.store.holds import Hold
-from hvbackup.store.pins import Pin
-from hvbackup.store.requests import Operator, Request
-from hvbackup.store.retention import Candidate, Decision, Policy, plan
-from hvbackup.store.settings import Settings
+from hvbackup.store.format import keys
+from hvbackup.store.keep import forget as forgetting
+from hvbackup.store.keep import must
+from hvbackup.store.keep.forget import Forgotten, Trashed
+from hvbackup.store.keep.retention import Candidate, Decision, Policy, plan
+from hvbackup.store.reclaim import reserve
+from hvbackup.store.shelves import holds as holding
+from hvbackup.store.shelves import immutable, pins, requests, settings
+from hvbackup.store.shelves.holds import Hold
+from hvbackup.store.shelves.pins import Pin
+from hvbackup.store.shelves.requests import Operator, Request
+from hvbackup.store.shelves.settings import Settings
 from hvbackup.store.store import Store
 
 GROUPS: Mapping[str, Callable[[RecoveryPoint], str]] = {

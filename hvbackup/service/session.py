@@ -9,8 +9,8 @@ from hvbackup import config
 from hvbackup.config import KeyOptions, Places
 from hvbackup.errors import KeyRefused, StoreMissing
 from hvbackup.files import Files
-from hvbackup.store import audit
-from hvbackup.store.keys import Secret, list_wrappings, parse_key_text, passphrase
+from hvbackup.store.check import audit
+from hvbackup.store.format.keys import Secret, list_wrappings, parse_key_text, passphrase
 from hvbackup.store.store import CIPHERS, Store, describe
 
 Ask = Callable[[str], str]  # asks a person for a secret

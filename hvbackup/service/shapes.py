@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # each verb pays for its own modules only
     from hvbackup.service.recovery import Mapped, RestoredPoint
     from hvbackup.service.redefine import Defined
     from hvbackup.service.timeline import Protected
-    from hvbackup.store.pauses import Pause
+    from hvbackup.store.shelves.pauses import Pause
 
 Json = dict[str, Any]
 

@@ -10,7 +10,7 @@ from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused, Streame
 from hvbackup.service import shapes
 from hvbackup.service.protection import Left
 from hvbackup.service.timeline import Timeline
-from hvbackup.store.history import Moment
+from hvbackup.store.journal.history import Moment
 
 Json = dict[str, Any]
 

@@ -10,11 +10,11 @@ from hvbackup.moments import rfc3339
 
 if TYPE_CHECKING:
     from hvbackup.service.retention import Claims, Done, MachinePlan
-    from hvbackup.store.forget import Forgotten, Trashed
-    from hvbackup.store.holds import Hold
-    from hvbackup.store.pins import Pin
-    from hvbackup.store.requests import Request
-    from hvbackup.store.settings import Settings
+    from hvbackup.store.keep.forget import Forgotten, Trashed
+    from hvbackup.store.shelves.holds import Hold
+    from hvbackup.store.shelves.pins import Pin
+    from hvbackup.store.shelves.requests import Request
+    from hvbackup.store.shelves.settings import Settings
 
 Json = dict[str, Any]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from hvbackup.errors import UsageError
 from hvbackup.model import SECOND, Instant
-from hvbackup.store.retention import UNLIMITED, Candidate, Policy, plan
+from hvbackup.store.keep.retention import UNLIMITED, Candidate, Policy, plan
 
 DAY_NS = 86400 * SECOND
 HOUR_NS = 3600 * SECOND

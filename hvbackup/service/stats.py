@@ -21,9 +21,9 @@ from hvbackup.service.inventory import History, inventory
 from hvbackup.service.look import used_bytes
 from hvbackup.service.session import Session
 from hvbackup.service.sizing import DAY_NS, Measured, Need, Trend, need, trend
-from hvbackup.store.blockmap import BlockMap
-from hvbackup.store.catalog import Catalog
-from hvbackup.store.retention import Policy
+from hvbackup.store.catalog.catalog import Catalog
+from hvbackup.store.format.blockmap import BlockMap
+from hvbackup.store.keep.retention import Policy
 from hvbackup.store.store import Store
 
 DAYS = 30  # looked back

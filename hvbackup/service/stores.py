@@ -23,9 +23,11 @@ from hvbackup.files import Files
 from hvbackup.model import Instant
 from hvbackup.service import lonefile
 from hvbackup.service.session import Session, given
-from hvbackup.store import keys, reserve, store
-from hvbackup.store import parity as store_parity
-from hvbackup.store.format import BLOCK_SIZES
+from hvbackup.store import store
+from hvbackup.store.format import keys
+from hvbackup.store.format import parity as store_parity
+from hvbackup.store.format.layout import BLOCK_SIZES
+from hvbackup.store.reclaim import reserve
 from hvbackup.store.store import Store, describe
 
 

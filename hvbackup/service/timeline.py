@@ -13,9 +13,9 @@ from hvbackup.moments import local
 from hvbackup.service.control import worker_pid
 from hvbackup.service.inventory import inventory
 from hvbackup.service.session import Session
-from hvbackup.store import pauses
-from hvbackup.store.history import ClockStep, Common, Gap, History, Mark, Moment
-from hvbackup.store.pauses import Pause
+from hvbackup.store.journal.history import ClockStep, Common, Gap, History, Mark, Moment
+from hvbackup.store.shelves import pauses
+from hvbackup.store.shelves.pauses import Pause
 from hvbackup.store.store import Store
 
 WIDTH = 64  # cells of the band

@@ -11,12 +11,13 @@ from hvbackup.errors import Busy, NotFound, UsageError
 from hvbackup.files import Files
 from hvbackup.model import Instant, MachineId, PointId
 from hvbackup.service.session import Session
-from hvbackup.store import check as store_check
-from hvbackup.store import cold, parity
-from hvbackup.store import repair as store_repair
-from hvbackup.store.check import Wanted
-from hvbackup.store.ledger import Level
-from hvbackup.store.refill import refill
+from hvbackup.store.check import check as store_check
+from hvbackup.store.check import repair as store_repair
+from hvbackup.store.check.check import Wanted
+from hvbackup.store.check.ledger import Level
+from hvbackup.store.check.refill import refill
+from hvbackup.store.format import parity
+from hvbackup.store.reclaim import cold
 from hvbackup.store.store import Store
 
 __all__ = [

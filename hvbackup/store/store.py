@@ -27,15 +27,15 @@ from typing import Any
 from hvbackup.errors import Busy, HvbackupError, NotFound, PointDamaged, StoreDamage, StoreMissing, UsageError
 from hvbackup.files import Files, Kernel
 from hvbackup.model import DiskId, DiskRoot, Instant, MachineId, RecoveryPoint
-from hvbackup.store import format as f
-from hvbackup.store import keys
-from hvbackup.store import point as points
-from hvbackup.store.index import Index
-from hvbackup.store.reader import CACHE_BYTES, ChunkReader
-from hvbackup.store.runs import Head, Runs
-from hvbackup.store.view import DiskView
-from hvbackup.store.writer import ChunkWriter
-from hvbackup.store.writers import WriterLease
+from hvbackup.store.chunks.reader import CACHE_BYTES, ChunkReader
+from hvbackup.store.chunks.view import DiskView
+from hvbackup.store.chunks.writer import ChunkWriter
+from hvbackup.store.chunks.writers import WriterLease
+from hvbackup.store.format import keys
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import point as points
+from hvbackup.store.format.runs import Head, Runs
+from hvbackup.store.index.index import Index
 
 DESCRIPTOR = "HVBACKUP"
 OWNER_LOCK = "owner.lock"  # under STATE: shared by those who add, held alone by who removes
@@ -238,7 +238,7 @@ class Store:
             yield
 
     def _clear(self) -> None:
-        from hvbackup.store import immutable  # needs us
+        from hvbackup.store.shelves import immutable  # needs us
 
         immutable.arm(self)
         self.files.sweep()

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from hvbackup.model import SECOND, Instant, KiB, MiB
-from hvbackup.store import pack as packs
-from hvbackup.store.cold import regroup_cold
-from hvbackup.store.condemned import CONDEMNED
+from hvbackup.store.chunks.condemned import CONDEMNED
+from hvbackup.store.format import pack as packs
+from hvbackup.store.reclaim.cold import regroup_cold
 from hvbackup.store.store import Store
 
 READS = 4000

@@ -28,9 +28,9 @@ import blake3
 import numpy as np
 
 from hvbackup.files import Files
-from hvbackup.store import format as f
-from hvbackup.store import pack as packs
-from hvbackup.store.index import NOWHERE, Index
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack as packs
+from hvbackup.store.index.index import NOWHERE, Index
 
 CHUNKS_PER_PACK = 1000  # 64 MiB of 64 KiB blocks that do not shrink
 BATCH = 16_384

@@ -38,11 +38,11 @@ from hvbackup.model import (
     MiB,
     RecoveryPoint,
 )
-from hvbackup.store import format as f
-from hvbackup.store import pack, point
-from hvbackup.store.history import History
-from hvbackup.store.journal import SEGMENT, Name
-from hvbackup.store.segment import path_of
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack, point
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.journal import SEGMENT, Name
+from hvbackup.store.journal.segment import path_of
 from hvbackup.store.store import Store, init
 
 TIB = 1 << 40

@@ -22,12 +22,12 @@ import blake3
 import numpy as np
 
 from hvbackup.model import Consistency, Disk, DiskId, DiskRoot, Instant, Machine, MachineId, RecoveryPoint
-from hvbackup.store import format as f
-from hvbackup.store import pack as packs
-from hvbackup.store.blockmap import BlockMap, MapEditor
-from hvbackup.store.mark import mark
-from hvbackup.store.point import new_id
-from hvbackup.store.reclaim import choose
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack as packs
+from hvbackup.store.format.blockmap import BlockMap, MapEditor
+from hvbackup.store.format.point import new_id
+from hvbackup.store.reclaim.mark import mark
+from hvbackup.store.reclaim.reclaim import choose
 from hvbackup.store.store import Store, init
 
 BLOCK = 64 * 1024

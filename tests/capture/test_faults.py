@@ -399,7 +399,7 @@ def test_a_lost_map_page_makes_the_disk_be_read_whole_and_nothing_is_missing(
 
 
 def _rows(store: Store, name: str) -> object:
-    from hvbackup.store import pack
+    from hvbackup.store.format import pack
 
     return pack.read_footer(store.files, name)
 

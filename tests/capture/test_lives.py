@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from hvbackup.errors import UsageError
 from hvbackup.hypervisors.fake import FakeDisk, Order, Tracking
 from hvbackup.model import DiskRoot, Status
-from hvbackup.store.check import check
+from hvbackup.store.check.check import check
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, World
 

@@ -27,11 +27,11 @@ from hvbackup.capture import Options, capture
 from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineConfig, MachineId, Token
-from hvbackup.store import format as f
-from hvbackup.store import keys
-from hvbackup.store.history import Moment
-from hvbackup.store.merging import merge
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.format import keys
+from hvbackup.store.format import layout as f
+from hvbackup.store.journal.history import Moment
+from hvbackup.store.journal.merging import merge
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import Store, init
 
 HERE = Path(__file__).resolve().parent

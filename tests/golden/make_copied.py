@@ -17,10 +17,11 @@ from hvbackup.capture import Options, capture
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import KiB
 from hvbackup.replicate import Copier
-from hvbackup.store import keys, pins
-from hvbackup.store.forget import alone, forget
-from hvbackup.store.holds import hold
-from hvbackup.store.settings import HOUR_NS, Settings, change
+from hvbackup.store.format import keys
+from hvbackup.store.keep.forget import alone, forget
+from hvbackup.store.shelves import pins
+from hvbackup.store.shelves.holds import hold
+from hvbackup.store.shelves.settings import HOUR_NS, Settings, change
 from hvbackup.store.store import Store, init
 from tests.golden.make import HERE, NOON, Clock, digest, pack, secrets_of, text
 

@@ -13,8 +13,9 @@ import pytest
 
 from hvbackup.errors import ChunkDamaged, PointDamaged, ReadFailed
 from hvbackup.nbd import protocol
-from hvbackup.store import format as f
-from hvbackup.store import pack, segment
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack
+from hvbackup.store.journal import segment
 from labs import fuzz_targets
 from labs.fuzz_targets import MACHINE, NAME, TARGETS, Memory
 

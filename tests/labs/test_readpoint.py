@@ -13,7 +13,7 @@ import pytest
 from hvbackup import capture
 from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.model import KiB
-from hvbackup.store import keys
+from hvbackup.store.format import keys
 from tests.world import World
 
 READER = Path(__file__).parents[2] / "labs" / "readpoint.py"

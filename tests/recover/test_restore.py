@@ -17,9 +17,9 @@ from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.recover import restore as module
 from hvbackup.recover.rawtarget import RawTarget
 from hvbackup.recover.restore import Mode, Restored, check_target, to_file
-from hvbackup.store import writer
+from hvbackup.store.chunks import writer
+from hvbackup.store.chunks.view import DiskView
 from hvbackup.store.store import Store
-from hvbackup.store.view import DiskView
 from tests.world import BLOCK, KEY, World
 
 BLOCKS = 300

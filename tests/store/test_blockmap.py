@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvbackup.model import ZERO_CHUNK, ChunkId
-from hvbackup.store.blockmap import BlockMap, Ids, MapEditor, depth_of
-from hvbackup.store.format import PAGE_IDS
+from hvbackup.store.format.blockmap import BlockMap, Ids, MapEditor, depth_of
+from hvbackup.store.format.layout import PAGE_IDS
 
 SIZES = [1, 2, 255, 256, 257, 511, 512, 513, 65_535, 65_536, 65_537, 70_000, 1 << 20, (1 << 24) + 1, 1 << 30]
 Model = dict[int, int]  # block -> a number that stands for its content; absent is zero

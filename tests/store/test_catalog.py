@@ -20,9 +20,9 @@ import pytest
 
 from hvbackup.errors import Busy, HvbackupError, SpaceExhausted, UsageError
 from hvbackup.model import PointId
-from hvbackup.store import catalog as module
-from hvbackup.store import keys
-from hvbackup.store.catalog import FILE, STAMP, Catalog
+from hvbackup.store.catalog import catalog as module
+from hvbackup.store.catalog.catalog import FILE, STAMP, Catalog
+from hvbackup.store.format import keys
 from hvbackup.store.store import Store
 from tests.world import KEY, MACHINE, World
 
@@ -183,7 +183,7 @@ def test_a_file_that_is_not_ours_is_made_again_and_that_is_said(catalog: Catalog
 def test_a_reconcile_that_is_killed_leaves_a_catalog_the_next_one_completes(world: World) -> None:
     script = (
         "import sys, os, threading\n"
-        "from hvbackup.store import keys, catalog\n"
+        "from hvbackup.store.format import keys; from hvbackup.store.catalog import catalog\n"
         "from hvbackup.store.store import Store\n"
         "real = catalog.load_runs\n"
         "catalog.load_runs = lambda *a: (real(*a), os.kill(os.getpid(), 9))\n"
@@ -484,7 +484,7 @@ def test_settings_say_that_the_process_is_sealed(still: Catalog) -> None:
 def test_the_process_of_a_query_can_write_no_file(still: Catalog, tmp_path: Path) -> None:
     """Even where DuckDB lets it: the first seal is taken away, and the second holds."""
     script = (
-        "import sys; from hvbackup.store import catalog as c\n"
+        "import sys; from hvbackup.store.catalog import catalog as c\n"
         "c.SEALED = {}\n"
         "c._only_reading = lambda sql: sql\n"
         "c._without_zones = lambda con, sql: sql\n"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from hvbackup.model import SECOND, Disk, DiskId, MachineId, Token
-from hvbackup.store import catalog as module
-from hvbackup.store.catalog import STAMP, Catalog
-from hvbackup.store.history import History
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.catalog import catalog as module
+from hvbackup.store.catalog.catalog import STAMP, Catalog
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, MACHINE, World
 

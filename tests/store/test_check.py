@@ -11,16 +11,16 @@ import pytest
 
 from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.model import MiB
-from hvbackup.store import check as check_module
-from hvbackup.store import format as f
-from hvbackup.store import pack as packs
-from hvbackup.store.check import Wanted, check
-from hvbackup.store.keys import Secret
-from hvbackup.store.ledger import DEBT_NS, Ledger, Level
-from hvbackup.store.refill import refill
-from hvbackup.store.repack import kind_of
+from hvbackup.store.check import check as check_module
+from hvbackup.store.check.check import Wanted, check
+from hvbackup.store.check.ledger import DEBT_NS, Ledger, Level
+from hvbackup.store.check.refill import refill
+from hvbackup.store.check.verify import Throttle
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack as packs
+from hvbackup.store.format.keys import Secret
+from hvbackup.store.reclaim.repack import kind_of
 from hvbackup.store.store import Store
-from hvbackup.store.verify import Throttle
 from tests.store.test_damage import flip
 from tests.world import BLOCK, KEY, OTHER_KEY, World
 

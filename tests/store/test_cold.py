@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from hvbackup.model import Instant
-from hvbackup.store import cold, parity
-from hvbackup.store import pack as packs
-from hvbackup.store.check import check
-from hvbackup.store.cold import AGE_NS, regroup_cold
-from hvbackup.store.condemned import CONDEMNED
-from hvbackup.store.reclaim import Options, reclaim
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks.condemned import CONDEMNED
+from hvbackup.store.format import pack as packs
+from hvbackup.store.format import parity
+from hvbackup.store.reclaim import cold
+from hvbackup.store.reclaim.cold import AGE_NS, regroup_cold
+from hvbackup.store.reclaim.reclaim import Options, reclaim
 from hvbackup.store.store import Store
 from tests.store.mortal import Dies, Mortal
 from tests.store.test_check import data_packs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hvbackup.errors import StoreDamage
-from hvbackup.store.columns import PAGE_BYTES, Checked, Column, sums_of
+from hvbackup.store.format.columns import PAGE_BYTES, Checked, Column, sums_of
 
 HEAD, ITEMS = 8192, 40_000  # five pages
 

@@ -20,8 +20,9 @@ from hvbackup.errors import KeyRefused
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Order
 from hvbackup.leases import LEASE_NS
 from hvbackup.model import Machine, PointId
-from hvbackup.store import keys, writer
-from hvbackup.store.check import check
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks import writer
+from hvbackup.store.format import keys
 from hvbackup.store.store import DESCRIPTOR, Store
 from tests.crash import Fate, Recorder, Wreck, put, wrecks
 from tests.world import BLOCK, KEY, MACHINE, OTHER_KEY, Content, World

@@ -18,10 +18,10 @@ from hvbackup.errors import KeyRefused, PointDamaged, StoreDamage, StoreMissing
 from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.leases import Leases
 from hvbackup.model import DiskRoot, Status
-from hvbackup.store import format as f
-from hvbackup.store import keys, pack, parity
-from hvbackup.store.check import Wanted, check
-from hvbackup.store.ledger import Level
+from hvbackup.store.check.check import Wanted, check
+from hvbackup.store.check.ledger import Level
+from hvbackup.store.format import keys, pack, parity
+from hvbackup.store.format import layout as f
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, OTHER_KEY, World, contents
 

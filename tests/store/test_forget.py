@@ -11,13 +11,14 @@ import pytest
 
 from hvbackup.errors import Busy, NotFound, StoreDamage
 from hvbackup.model import SECOND, Instant, RecoveryPoint
-from hvbackup.store import forget as forgetting
-from hvbackup.store import holds, must, pins, settings
-from hvbackup.store.check import check
-from hvbackup.store.forget import Forgotten, alone, empty, forget, settle, trash, undo
-from hvbackup.store.settings import HOUR_NS, Settings
+from hvbackup.store.check.check import check
+from hvbackup.store.keep import forget as forgetting
+from hvbackup.store.keep import must
+from hvbackup.store.keep.forget import Forgotten, alone, empty, forget, settle, trash, undo
+from hvbackup.store.shelves import holds, pins, settings
+from hvbackup.store.shelves.settings import HOUR_NS, Settings
+from hvbackup.store.shelves.tombstones import TOMBSTONES
 from hvbackup.store.store import Store
-from hvbackup.store.tombstones import TOMBSTONES
 from tests.crash import Recorder, Wreck, put, wrecks
 from tests.world import KEY, World
 
@@ -128,7 +129,7 @@ def test_a_hold_that_comes_between_the_tombstone_and_the_second_look_is_seen(
             made = holds.Hold("0" * 16, path, now, None, "late", "them")
             holds.HOLDS.put(store.files, store.ring, made.id, made)
 
-        monkeypatch.setattr("hvbackup.store.forget.time.sleep", late)
+        monkeypatch.setattr("hvbackup.store.keep.forget.time.sleep", late)
         assert gone(store, [first], now).kept == {path: ["held: late"]}
         assert store.files.names("tombstones") == []
         world.check_all(store)

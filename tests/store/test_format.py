@@ -11,9 +11,9 @@ import pytest
 
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineConfig, MachineId
-from hvbackup.store import format as f
-from hvbackup.store import pack
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, World
 

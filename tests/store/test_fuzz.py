@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from hvbackup.errors import HvbackupError, KeyRefused, StoreDamage, StoreMissing
 from hvbackup.files import Files
 from hvbackup.model import ChunkId, Consistency, Disk, DiskId, DiskRoot, Instant, Machine, MachineId, RecoveryPoint
-from hvbackup.store import format as f
-from hvbackup.store import keys, pack, point, sealed
-from hvbackup.store.generation import Generation
-from hvbackup.store.index import Index
-from hvbackup.store.runs import Runs
+from hvbackup.store.format import keys, pack, point, sealed
+from hvbackup.store.format import layout as f
+from hvbackup.store.format.runs import Runs
+from hvbackup.store.index.generation import Generation
+from hvbackup.store.index.index import Index
 from hvbackup.store.store import describe
 from tests.world import KEY, CarelessKernel
 

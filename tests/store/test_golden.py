@@ -17,13 +17,13 @@ from blake3 import blake3
 
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import DiskId, KiB, MachineId
-from hvbackup.store import format as f
-from hvbackup.store import pack
-from hvbackup.store.catalog import Catalog
-from hvbackup.store.check import check
-from hvbackup.store.history import History
+from hvbackup.store.catalog.catalog import Catalog
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks.view import DiskView
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack
+from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store
-from hvbackup.store.view import DiskView
 from tests.golden.make import secrets_of
 from tests.store.test_format import point_copies
 

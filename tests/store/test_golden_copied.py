@@ -15,11 +15,11 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from hvbackup.model import Instant
-from hvbackup.store import holds, pins, settings
-from hvbackup.store.catalog import Catalog
-from hvbackup.store.check import check
-from hvbackup.store.forget import alone, load_trashed, trash, undo
-from hvbackup.store.settings import HOUR_NS
+from hvbackup.store.catalog.catalog import Catalog
+from hvbackup.store.check.check import check
+from hvbackup.store.keep.forget import alone, load_trashed, trash, undo
+from hvbackup.store.shelves import holds, pins, settings
+from hvbackup.store.shelves.settings import HOUR_NS
 from hvbackup.store.store import Store
 from tests.golden.make import secrets_of
 from tests.store.test_golden import COPIED, GOLDEN, READER, SAFELY, digest

@@ -10,12 +10,13 @@ import pytest
 from hvbackup.errors import ChunkDamaged, JournalGap, NotFound, StoreDamage
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, Token
-from hvbackup.store import format as f
-from hvbackup.store import history as history_
-from hvbackup.store import journal, keys, recorder, tables
-from hvbackup.store.history import History
-from hvbackup.store.recorder import Recorder
-from hvbackup.store.segment import Segment
+from hvbackup.store.format import keys
+from hvbackup.store.format import layout as f
+from hvbackup.store.journal import history as history_
+from hvbackup.store.journal import journal, recorder, tables
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.segment import Segment
 from hvbackup.store.store import Store, init
 
 MACHINE, VDA = MachineId("m1"), DiskId("vda")
@@ -35,7 +36,7 @@ def commit_empty_point(store: Store, size: int) -> None:
     from dataclasses import replace
 
     from hvbackup.capture import Options, capture
-    from hvbackup.store import point as points
+    from hvbackup.store.format import point as points
 
     hv = FakeHypervisor([FakeMachine(str(MACHINE), {"vda": FakeDisk(size)})])
     outcome = capture(store, hv, hv.machines()[0], Options())

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from hvbackup.errors import HvbackupError, UsageError
-from hvbackup.store import forget, immutable, reclaim, settings
-from hvbackup.store.check import check
-from hvbackup.store.reclaim import Options
-from hvbackup.store.settings import Settings
+from hvbackup.store.check.check import check
+from hvbackup.store.keep import forget
+from hvbackup.store.reclaim import reclaim
+from hvbackup.store.reclaim.reclaim import Options
+from hvbackup.store.shelves import immutable, settings
+from hvbackup.store.shelves.settings import Settings
 from hvbackup.store.store import Store
 from tests.endtoend.mounts import needs_mount, small_disk
 from tests.world import World

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from hvbackup.files import Files
-from hvbackup.store import format as f
-from hvbackup.store import generation as g
-from hvbackup.store import generations
-from hvbackup.store import index as index_module
-from hvbackup.store import pack as packs
-from hvbackup.store.generation import Generation
-from hvbackup.store.index import NOWHERE, Index
-from hvbackup.store.keys import Keyring
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack as packs
+from hvbackup.store.format.keys import Keyring
+from hvbackup.store.index import generation as g
+from hvbackup.store.index import generations
+from hvbackup.store.index import index as index_module
+from hvbackup.store.index.generation import Generation
+from hvbackup.store.index.index import NOWHERE, Index
 from tests.store.mortal import Dies, Mortal
 from tests.world import CarelessKernel
 

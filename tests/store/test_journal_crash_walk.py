@@ -14,10 +14,11 @@ from hvbackup.protect.cycles import CycleLife
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.points import Points
 from hvbackup.protect.protection import Protection
-from hvbackup.store import journal, keys, merging, recorder
-from hvbackup.store.history import History
+from hvbackup.store.format import keys
+from hvbackup.store.journal import journal, merging, recorder
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.window import Limits
 from hvbackup.store.store import DESCRIPTOR, Store
-from hvbackup.store.window import Limits
 from tests.crash import Wreck, wrecks
 from tests.store.test_crash_walk import KINDS, Order, Run, recorded, survivor
 from tests.world import MACHINE, Content, World

@@ -7,10 +7,10 @@ from collections.abc import Collection
 import pytest
 
 from hvbackup.model import Instant
-from hvbackup.store import journal
-from hvbackup.store.journal import LOG, SEGMENT, Name
-from hvbackup.store.merging import HOUR_NS, MERGED_MAX_BYTES, mergeable
-from hvbackup.store.tables import Arrays, Summary
+from hvbackup.store.journal import journal
+from hvbackup.store.journal.journal import LOG, SEGMENT, Name
+from hvbackup.store.journal.merging import HOUR_NS, MERGED_MAX_BYTES, mergeable
+from hvbackup.store.journal.tables import Arrays, Summary
 
 pytestmark = pytest.mark.walk
 

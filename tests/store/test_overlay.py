@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvbackup.store import overlay
-from hvbackup.store.overlay import PIECE, Pieces, Table, laid
+from hvbackup.store.journal import overlay
+from hvbackup.store.journal.overlay import PIECE, Pieces, Table, laid
 
 SIZE = 64
 ranges = st.lists(

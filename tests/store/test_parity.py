@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from hvbackup.errors import StoreDamage
 from hvbackup.files import Files
-from hvbackup.store import pack as packs
-from hvbackup.store import parity
-from hvbackup.store.check import check
-from hvbackup.store.parity import BLOCK_BYTES, DATA_SHARDS, PARITY_SHARDS
+from hvbackup.store.check.check import check
+from hvbackup.store.format import pack as packs
+from hvbackup.store.format import parity
+from hvbackup.store.format.parity import BLOCK_BYTES, DATA_SHARDS, PARITY_SHARDS
 from tests.store.mortal import Dies, Mortal
 from tests.store.test_check import many_packs
 from tests.world import KEY, CarelessKernel

@@ -10,9 +10,10 @@ import zstandard
 
 from hvbackup.errors import ChunkDamaged, PointDamaged, StoreDamage, StoreMissing
 from hvbackup.hypervisors.fake import FakeDisk
-from hvbackup.store import blockmap, keys, pack, reader, sealed, writer
-from hvbackup.store import format as f
-from hvbackup.store.runs import Runs
+from hvbackup.store.chunks import reader, writer
+from hvbackup.store.format import blockmap, keys, pack, sealed
+from hvbackup.store.format import layout as f
+from hvbackup.store.format.runs import Runs
 from hvbackup.store.store import Store
 from tests.world import BLOCK, KEY, World, contents
 

@@ -13,17 +13,20 @@ import pytest
 
 from hvbackup.errors import Busy, StoreDamage
 from hvbackup.model import Instant, RecoveryPoint
-from hvbackup.store import condemned, forget, pins, reclaim, writer, writers
-from hvbackup.store.check import Wanted, check
-from hvbackup.store.condemned import CONDEMNED
-from hvbackup.store.generation import PAGE, ROW
-from hvbackup.store.ledger import Level
-from hvbackup.store.mark import mark
-from hvbackup.store.pack import list_packs, path_of
-from hvbackup.store.reclaim import Options, Reclaimed, choose
-from hvbackup.store.settings import HOUR_NS, Settings
+from hvbackup.store.check.check import Wanted, check
+from hvbackup.store.check.ledger import Level
+from hvbackup.store.chunks import condemned, writer, writers
+from hvbackup.store.chunks.condemned import CONDEMNED
+from hvbackup.store.chunks.writers import LEASE_SECONDS
+from hvbackup.store.format.pack import list_packs, path_of
+from hvbackup.store.index.generation import PAGE, ROW
+from hvbackup.store.keep import forget
+from hvbackup.store.reclaim import reclaim
+from hvbackup.store.reclaim.mark import mark
+from hvbackup.store.reclaim.reclaim import Options, Reclaimed, choose
+from hvbackup.store.shelves import pins
+from hvbackup.store.shelves.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store
-from hvbackup.store.writers import LEASE_SECONDS
 from tests.world import BLOCK, KEY, World
 
 GONE_AT_ONCE = Settings(trash_ns=0)
@@ -32,7 +35,7 @@ NOW = Options(grace_ns=0, garbage_share=0.0)
 
 @pytest.fixture(autouse=True)
 def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("writer", "repack"):
+    for module in ("chunks.writer", "reclaim.repack"):
         monkeypatch.setattr(f"hvbackup.store.{module}.PACK_BYTES", 2 * BLOCK)
 
 
@@ -286,7 +289,7 @@ def test_two_hosts_that_reclaim_at_once_remove_one_copy_and_keep_one(tmp_path: P
     """Every chunk is in two packs; each host has condemned the packs that the other counts upon."""
     world = World(tmp_path).life(1)
     with world.opened() as store:
-        from hvbackup.store.repack import repack
+        from hvbackup.store.reclaim.repack import repack
 
         old = list_packs(store.files)
         made = repack(store, old).made
@@ -311,7 +314,7 @@ def test_two_hosts_that_reclaim_at_once_remove_one_copy_and_keep_one(tmp_path: P
 def test_an_index_that_knows_packs_that_others_removed_counts_them_for_nothing(tmp_path: Path) -> None:
     world = World(tmp_path).life(1)
     with world.opened() as store:
-        from hvbackup.store.repack import repack
+        from hvbackup.store.reclaim.repack import repack
 
         old = list_packs(store.files)
         made = repack(store, old).made
@@ -395,7 +398,7 @@ def test_a_damaged_chunk_keeps_its_pack(tmp_path: Path) -> None:
 
 
 def test_a_damaged_cache_of_the_index_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("generation", "generations"):  # else all of a small file is looked at when it is opened
+    for module in ("index.generation", "index.generations"):  # else all of a small file is looked at when it is opened
         monkeypatch.setattr(f"hvbackup.store.{module}.SUM_BYTES", 512)
     world = World(tmp_path).life(3)
     with world.opened() as store:

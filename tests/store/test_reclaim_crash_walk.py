@@ -14,12 +14,14 @@ import pytest
 
 from hvbackup.leases import LEASE_NS
 from hvbackup.model import Instant
-from hvbackup.store import forget, keys, reclaim
-from hvbackup.store.check import check
-from hvbackup.store.condemned import CONDEMNED
-from hvbackup.store.mark import mark
-from hvbackup.store.reclaim import Options
-from hvbackup.store.settings import HOUR_NS, Settings
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks.condemned import CONDEMNED
+from hvbackup.store.format import keys
+from hvbackup.store.keep import forget
+from hvbackup.store.reclaim import reclaim
+from hvbackup.store.reclaim.mark import mark
+from hvbackup.store.reclaim.reclaim import Options
+from hvbackup.store.shelves.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store
 from tests.crash import Op, Wreck, wrecks
 from tests.store.test_crash_walk import KINDS, Order, Run, recorded, survivor
@@ -44,7 +46,7 @@ class Doomed:
 
 @pytest.fixture(autouse=True)
 def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("writer", "repack"):
+    for module in ("chunks.writer", "reclaim.repack"):
         monkeypatch.setattr(f"hvbackup.store.{module}.PACK_BYTES", 2 * BLOCK)
 
 

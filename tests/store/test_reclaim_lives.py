@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 from hvbackup.errors import HvbackupError
 from hvbackup.hypervisors.fake import Killed
 from hvbackup.model import Instant, RecoveryPoint
-from hvbackup.store import forget, holds, pins, reclaim
-from hvbackup.store.check import check
-from hvbackup.store.condemned import CONDEMNED
-from hvbackup.store.mark import mark
-from hvbackup.store.reclaim import Options
-from hvbackup.store.settings import HOUR_NS, Settings
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks.condemned import CONDEMNED
+from hvbackup.store.keep import forget
+from hvbackup.store.reclaim import reclaim
+from hvbackup.store.reclaim.mark import mark
+from hvbackup.store.reclaim.reclaim import Options
+from hvbackup.store.shelves import holds, pins
+from hvbackup.store.shelves.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store
 from tests.faults import FaultyKernel, once
 from tests.world import BLOCK, Content, World, contents
@@ -53,7 +55,7 @@ LIFE = st.lists(st.tuples(DEEDS, st.one_of(st.none(), st.integers(0, 60))), min_
 @pytest.fixture(autouse=True, scope="module")
 def small_packs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("writer", "repack"):
+        for module in ("chunks.writer", "reclaim.repack"):
             patch.setattr(f"hvbackup.store.{module}.PACK_BYTES", 2 * BLOCK)
         yield
 

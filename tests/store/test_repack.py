@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from hvbackup.hypervisors.fake import FakeDisk
-from hvbackup.store import format as f
-from hvbackup.store import pack as packs
-from hvbackup.store.check import check
-from hvbackup.store.keys import Secret
-from hvbackup.store.repack import everything, kind_of, regroup, repack, replaced
+from hvbackup.store.check.check import check
+from hvbackup.store.format import layout as f
+from hvbackup.store.format import pack as packs
+from hvbackup.store.format.keys import Secret
+from hvbackup.store.reclaim.repack import everything, kind_of, regroup, repack, replaced
 from hvbackup.store.store import Store
 from tests.store.test_damage import flip, needs
 from tests.world import BLOCK, KEY, World

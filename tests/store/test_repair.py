@@ -11,11 +11,11 @@ from hvbackup.capture import Options, capture
 from hvbackup.errors import StoreDamage
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import Instant, MiB
-from hvbackup.store import keys
-from hvbackup.store.check import check
-from hvbackup.store.format import CHUNK_POINT
-from hvbackup.store.pack import path_of
-from hvbackup.store.repair import repair
+from hvbackup.store.check.check import check
+from hvbackup.store.check.repair import repair
+from hvbackup.store.format import keys
+from hvbackup.store.format.layout import CHUNK_POINT
+from hvbackup.store.format.pack import path_of
 from hvbackup.store.store import Store, init
 
 Damage = Callable[[Path], object]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hvbackup.errors import UsageError
 from hvbackup.model import SECOND, Instant
-from hvbackup.store.retention import PERIODS, RULES, UNLIMITED, Candidate, Count, Policy, Span, plan
+from hvbackup.store.keep.retention import PERIODS, RULES, UNLIMITED, Candidate, Count, Policy, Span, plan
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

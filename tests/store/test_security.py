@@ -11,9 +11,10 @@ import pytest
 from hvbackup.errors import ChunkDamaged, KeyRefused, PointDamaged, StoreDamage, StoreMissing
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import MachineConfig, MachineId
-from hvbackup.store import format as f
-from hvbackup.store import keys, pack, writer
-from hvbackup.store.check import check
+from hvbackup.store.check.check import check
+from hvbackup.store.chunks import writer
+from hvbackup.store.format import keys, pack
+from hvbackup.store.format import layout as f
 from hvbackup.store.store import Store, init
 from tests.world import BLOCK, KEY, MACHINE, OTHER_KEY, CarelessKernel, World, contents, tree
 
@@ -177,7 +178,7 @@ def test_a_forged_point_is_refused(world: World) -> None:
         path = store.path_of(point)
         data = bytearray(store.files.read(path))
         stranger = keys.Keyring(**{**vars_of(store.ring), "sign": bytes(32)})
-        from hvbackup.store import point as points
+        from hvbackup.store.format import point as points
 
         (world.store_path / path).write_bytes(points.dump(stranger, point))
         with pytest.raises(PointDamaged, match="signature"):

@@ -58,7 +58,7 @@ def test_captures_of_several_processes_make_one_whole_store(tmp_path: Path) -> N
     init(tmp_path / "store", None)
     in_processes(capture_one, *((tmp_path, n) for n in range(4)))
     with opened(tmp_path, owner=True) as store:
-        from hvbackup.store.check import check
+        from hvbackup.store.check.check import check
 
         report = check(store, deep=True)
         assert report.problems == []

@@ -11,8 +11,8 @@ from hvbackup.errors import Busy, HvbackupError, KeyRefused, NotFound, StoreMiss
 from hvbackup.files import Files
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import MachineId
+from hvbackup.store.chunks.view import leaf_count
 from hvbackup.store.store import Store, describe, init
-from hvbackup.store.view import leaf_count
 from tests.world import BLOCK, KEY, World, tree
 
 

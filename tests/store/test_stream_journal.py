@@ -12,10 +12,10 @@ import pytest
 
 from hvbackup.model import SECOND, Disk, Instant, KiB, Token
 from hvbackup.protect import rings as salvaging
-from hvbackup.store import format as f
-from hvbackup.store import journal, recorder
-from hvbackup.store.history import History
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.format import layout as f
+from hvbackup.store.journal import journal, recorder
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import DESCRIPTOR, Store, init
 from hvbackup.target import ring as rings
 from hvbackup.target.ring import ROW, Ring, Rows

@@ -14,12 +14,12 @@ from hvbackup.capture import Options
 from hvbackup.errors import SpaceExhausted
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, Disk, Instant, KiB
-from hvbackup.store import window
-from hvbackup.store.history import History
-from hvbackup.store.journal import SEGMENT, Name
-from hvbackup.store.recorder import Recorder
+from hvbackup.store.journal import window
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.journal import SEGMENT, Name
+from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.window import Limits, Piece, check_budget, journal_bytes, removable, trim
 from hvbackup.store.store import Store, init
-from hvbackup.store.window import Limits, Piece, check_budget, journal_bytes, removable, trim
 from tests.store.test_history import MACHINE, SIZE, VDA, commit_empty_point, whole
 
 

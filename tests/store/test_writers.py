@@ -9,11 +9,11 @@ import pytest
 
 from hvbackup.errors import Busy
 from hvbackup.model import Instant, PointId
-from hvbackup.store import condemned, writers
-from hvbackup.store.condemned import CONDEMNED
-from hvbackup.store.pack import list_packs, path_of
+from hvbackup.store.chunks import condemned, writers
+from hvbackup.store.chunks.condemned import CONDEMNED
+from hvbackup.store.chunks.writers import LEASE_SECONDS, RENEW_SECONDS, Wait, leases
+from hvbackup.store.format.pack import list_packs, path_of
 from hvbackup.store.store import Store
-from hvbackup.store.writers import LEASE_SECONDS, RENEW_SECONDS, Wait, leases
 from tests.world import CarelessKernel, World
 
 

@@ -1,0 +1,1 @@
+"""Chunks: blocks are deduplicated, compressed, encrypted and packed, under a writer's lease; and read back, verified."""

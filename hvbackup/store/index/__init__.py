@@ -1,0 +1,1 @@
+"""The index: where each chunk is, made from the footers of packs and only from them."""

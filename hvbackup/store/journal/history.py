@@ -1,0 +1,427 @@
+"""What a machine's journal offers: moments, gaps and marks, and the disks as they were at any of its moments.
+
+A view at a moment is the newest point that holds no later fact, and over it the pieces of every run of facts from there to the
+moment: whole segments, whose pieces are kept under STATE, sixteen of them merged into one table and sixteen of those again; and
+at last the facts of one segment up to the moment.  Opening it reads nothing else, however long ago the point was made.
+
+Only what is durable is shown: an open log is fsynced by whoever reads it, before it is believed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvbackup.errors import JournalGap, NotFound, StoreDamage
+from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
+from hvbackup.store.journal import journal, tables
+from hvbackup.store.journal.journal import LOG, Facts, Name
+from hvbackup.store.journal.layered import Layer, LayeredView
+from hvbackup.store.journal.overlay import Pieces, Table
+from hvbackup.store.journal.segment import PieceCache, Segment, path_of
+from hvbackup.store.journal.tables import Summary, pieces_of, summary_of
+from hvbackup.store.journal.told import ClockStep, Common, Doubt, Gap, Mark, Moment, Told
+from hvbackup.store.store import Store
+
+__all__ = [
+    "ClockStep",
+    "Common",
+    "Doubt",
+    "Gap",
+    "History",
+    "Mark",
+    "Moment",
+    "OpenRun",
+    "SealedRun",
+    "Told",
+    "newest_tokens",
+]
+
+FANOUT = 16  # tables merged into one; a view has at most 15 of each size
+LEVELS = (FANOUT**2, FANOUT)  # segments in a merged table, largest first
+
+
+class Run(Protocol):
+    """A file of the journal, sealed or open: its facts, and their bytes."""
+
+    name: Name
+
+    @property
+    def facts(self) -> Facts:
+        """All facts up to the last barrier; the sequence number of row i is `name.first + i`."""
+
+    def read(self, pos: int, length: int) -> bytes:
+        """Bytes of facts, by their `pos`."""
+
+    def meta(self) -> Iterator[tuple[int, bytes]]:
+        """(sequence number, JSON) of every META fact."""
+
+    @property
+    def summary(self) -> Summary:
+        """What it holds, without reading it where that is known."""
+
+
+class OpenRun:
+    """An open log up to its last barrier, in memory, and durable."""
+
+    def __init__(self, store: Store, machine: str, name: Name) -> None:
+        self.name = name
+        try:
+            frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, machine, name, synced=True))
+        except StoreDamage:
+            frames = []  # its header is gone: it offers nothing, and views that would need it are refused
+        self.facts, self._parts = journal.joined_facts(frames), [frame.data for frame in frames]
+        self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+
+    def read(self, pos: int, length: int) -> bytes:
+        """Bytes of facts, by their `pos`; a fact lies in one frame."""
+        i = bisect.bisect_right(self._ends, pos)
+        at = pos - (self._ends[i] - len(self._parts[i]))
+        return bytes(self._parts[i][at : at + length])
+
+    def meta(self) -> Iterator[tuple[int, bytes]]:
+        """(sequence number, JSON) of every META fact."""
+        return journal.meta_of(self.name.first, self.facts, self.read)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """What it holds."""
+        return _summary(self)
+
+
+class SealedRun(Segment):
+    """A sealed segment whose summary is kept under STATE."""
+
+    def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
+        super().__init__(store.files, store.ring, machine, name, pieces)
+        self._tables = tables.Cache(store.state, machine)
+        self.bytes = store.files.size(path_of(machine, name))
+
+    @cached_property
+    def summary(self) -> Summary:
+        """What it holds; built by reading its facts once."""
+        key = stem(self.name)
+        found = self._tables.summary(key, self.bytes)
+        if found is None:
+            found = _summary(self)
+            self._tables.keep(key, self.bytes, found)
+        return found
+
+
+def stem(name: Name) -> str:
+    """What the tables of a segment are called."""
+    return name.stem
+
+
+def _summary(run: Run) -> Summary:
+    facts = run.facts
+    metas = [(seq, int(facts["t"][seq - run.name.first]), json.loads(data)) for seq, data in run.meta()]
+    return summary_of(run.name.first, facts, metas)
+
+
+class History:
+    """The journal of one machine, as far as it was durable when this was opened.
+
+    Thread safety: open on one thread; the views may be used from any.
+    """
+
+    def __init__(self, store: Store, machine: MachineId, *, whole: bool = False) -> None:
+        """`whole`: also what no point is left for, and so is not offered any more."""
+        self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
+        self._pieces, self._tables = PieceCache(), tables.Cache(store.state, self._folder)
+        self.runs: list[Run] = self._opened()
+        if not whole:
+            self._drop_baseless()
+
+    def _drop_baseless(self) -> None:
+        """A removal of old segments that was cut off leaves some without a point to lay them over."""
+        if not self.runs:
+            return
+        seqs, oldest = [], self.runs[0].summary.first_moment
+        for point in self._points():
+            seqs.append(point.seq or 0)
+            if seqs[-1] <= oldest:
+                break
+        while self.runs and not any(
+            self.runs[0].name.first - 2 <= s <= self.runs[0].summary.first_moment for s in seqs
+        ):
+            self.runs.pop(0)
+
+    def _points(self) -> list[RecoveryPoint]:
+        """The readable points that hold facts of the journal, the one with most of them first: clocks may step back."""
+        found = [p for p in self._store.points(self._machine) if p.seq is not None]
+        return sorted(found, key=lambda p: (p.seq or 0, p.t), reverse=True)
+
+    def _opened(self) -> list[Run]:
+        while True:
+            try:
+                names = journal.list_files(self._store.files, self._folder)
+                return [run for name in names if (run := self._open(name)).summary.moments]
+            except FileNotFoundError:
+                continue  # a log was sealed, or a segment's window passed, since we looked
+
+    def _open(self, name: Name) -> Run:
+        if name.suffix == LOG:
+            return OpenRun(self._store, self._folder, name)
+        return SealedRun(self._store, self._folder, name, self._pieces)
+
+    @cached_property
+    def moments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(sequence numbers, times) of all moments that are offered, ascending."""
+        none = np.zeros(0, np.int64)
+        seqs = np.concatenate([none, *(run.summary.seqs() for run in self.runs)])
+        times = np.maximum.accumulate(np.concatenate([none, *(run.summary.times() for run in self.runs)]))
+        sure = np.ones(len(seqs), np.bool_)
+        for doubt in self.told.doubts:
+            sure &= (seqs <= doubt.after) | (seqs > doubt.until)
+        return seqs[sure], times[sure]
+
+    @property
+    def first(self) -> Moment | None:
+        """The oldest moment, if there is one."""
+        return Moment(self.runs[0].summary.first_moment, self.runs[0].summary.first_t) if self.runs else None
+
+    @property
+    def last(self) -> Moment | None:
+        """The newest moment, if there is one."""
+        found = self._in_run(len(self.runs) - 1, self.runs[-1].summary.moments - 1) if self.runs else None
+        return self._sure(found)
+
+    def doubt_of(self, seq: int) -> Doubt | None:
+        """Why a moment is not offered although it was recorded."""
+        return next((d for d in self.told.doubts if d.holds(seq)), None)
+
+    def _sure(self, found: Moment | None) -> Moment | None:
+        """The moment itself, or the newest one before it that is in no doubt."""
+        while found and (doubt := self.doubt_of(found.seq)):
+            number = bisect.bisect_right([run.summary.first_moment for run in self.runs], doubt.after) - 1
+            i = int(self.runs[number].summary.seqs().searchsorted(doubt.after, side="right")) - 1 if number >= 0 else -1
+            found = self._in_run(number, i) if i >= 0 else None
+        return found
+
+    @cached_property
+    def told(self) -> Told:
+        """Everything the META facts say, up to the end."""
+        return self.told_until(None)
+
+    def told_until(self, seq: int | None) -> Told:
+        """Everything the META facts up to `seq` say."""
+        told = Told()
+        for run in self.runs:
+            if seq is not None and run.summary.first > seq:
+                break
+            if seq is None or run.summary.last_seq <= seq:
+                for at, t, value in run.summary.metas:
+                    told.tell(at, t, value)
+                continue
+            for at, data in run.meta():
+                if at <= seq:
+                    told.tell(at, int(run.facts["t"][at - run.name.first]), json.loads(data))
+        return told
+
+    # -- choosing a moment ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _latest(self) -> list[int]:
+        """For each run, the latest time of any moment up to its end: a clock that stepped back does not count."""
+        return np.maximum.accumulate([run.summary.last_t for run in self.runs]).tolist() if self.runs else []
+
+    def _in_run(self, number: int, i: int) -> Moment:
+        summary = self.runs[number].summary
+        floor = self._latest[number - 1] if number else 0
+        return Moment(int(summary.seqs()[i]), Instant(max(floor, int(summary.times()[i]))))
+
+    def newest_at(self, t: Instant) -> Moment | None:
+        """The newest moment not after `t`, whether or not `t` is in a gap."""
+        return self._sure(self._newest_at(t))
+
+    def _newest_at(self, t: Instant) -> Moment | None:
+        number = bisect.bisect_right(self._latest, t)
+        if number < len(self.runs):
+            i = int(self.runs[number].summary.times().searchsorted(t, side="right")) - 1
+            if i >= 0 and (number == 0 or self._latest[number - 1] <= t):
+                return self._in_run(number, i)
+        return self._in_run(number - 1, self.runs[number - 1].summary.moments - 1) if number else None
+
+    def oldest_after(self, t: Instant) -> Moment | None:
+        """The oldest moment after `t`."""
+        number = bisect.bisect_right(self._latest, t)
+        if number == len(self.runs):
+            return None
+        found = self._in_run(number, int(self.runs[number].summary.times().searchsorted(t, side="right")))
+        doubt = self.doubt_of(found.seq)
+        return self._after(doubt.until) if doubt else found
+
+    def _after(self, seq: int) -> Moment | None:
+        """The oldest moment behind a sequence number."""
+        seqs, times = self.moments
+        i = int(seqs.searchsorted(seq, side="right"))
+        return Moment(int(seqs[i]), Instant(int(times[i]))) if i < len(seqs) else None
+
+    def gap_at(self, t: Instant) -> Gap | None:
+        """The gap that `t` is in."""
+        return next((g for g in self.told.gaps if g.start < t < g.end), None)
+
+    def at(self, t: Instant) -> Moment:
+        """The newest moment not after `t`.  Raises JournalGap inside a gap, NotFound before the first moment."""
+        gap = self.gap_at(t)
+        if gap is not None:
+            near = " and ".join(f"seq:{m.seq}" for m in (self.newest_at(gap.start), self.oldest_after(t)) if m)
+            raise JournalGap(
+                f"Nothing was recorded then ({gap.why}); the nearest recoverable moments are {near or 'none'}"
+            )
+        found = self.newest_at(t)
+        if found is None:
+            raise NotFound("The journal has no moment that early")
+        return found
+
+    def by_seq(self, seq: int) -> Moment:
+        """The moment with this sequence number.
+
+        Raises NotFound when it is no barrier, JournalGap when it may lack changes, naming the nearest.
+        """
+        if doubt := self.doubt_of(seq):
+            sides = [f"seq:{doubt.after}", *(f"seq:{m.seq}" for m in (self._after(doubt.until),) if m)]
+            raise JournalGap(
+                f"seq:{seq} may lack changes ({doubt.why}); the nearest recoverable moments are {' and '.join(sides)}"
+            )
+        number = bisect.bisect_left([run.summary.last_moment for run in self.runs], seq)
+        if number < len(self.runs):
+            i = int(self.runs[number].summary.seqs().searchsorted(seq))
+            found = self._in_run(number, i)
+            if found.seq == seq:
+                return found
+        near = [f"seq:{s}" for s in self._neighbours(seq, number)]
+        raise NotFound(f"seq:{seq} is no moment of this journal; the nearest are {' and '.join(near) or 'none'}")
+
+    def _neighbours(self, seq: int, number: int) -> Iterator[int]:
+        around = [s for run in self.runs[max(0, number - 1) : number + 1] for s in run.summary.seqs().tolist()]
+        at = bisect.bisect_left(around, seq)
+        yield from around[max(0, at - 1) : at + 1]
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def base(self, moment: Moment) -> RecoveryPoint:
+        """The newest point that holds no fact after the moment, and every fact that is not in the journal any more.
+
+        Raises NotFound when there is none.
+        """
+        oldest = max(self.told_until(moment.seq).base, self.runs[0].name.first - 2 if self.runs else 0)
+        found = next((p for p in self._points() if (p.seq or 0) <= moment.seq), None)
+        if found is None or (found.seq or 0) < oldest:
+            raise NotFound(f"No recovery point is left to build seq:{moment.seq} upon")
+        return found
+
+    def view(self, moment: Moment, disk: DiskId, base: RecoveryPoint | None = None) -> LayeredView:
+        """One disk at a moment.  Raises NotFound, ChunkDamaged."""
+        point, told = base or self.base(moment), self.told_until(moment.seq)
+        root = point.disk(disk)
+        now = told.disks.get(disk) or (root.disk if root else None)
+        if now is None:
+            raise NotFound(f"The machine had no disk {disk} at seq:{moment.seq}")
+        under = self._store.view(root) if root else None
+        layers = self._layers(moment, point.seq or 0, disk)
+        return LayeredView(under, now, self._store.block, self._store.ring.block_key, layers)
+
+    def _layers(self, moment: Moment, after: int, disk: DiskId) -> Sequence[Layer]:
+        """The runs of facts after the point, up to the moment, newest first."""
+        runs = [r for r in self.runs if r.summary.last_seq > after and r.name.first <= moment.seq]
+        self._check_complete(runs, after)
+        whole = [r for r in runs if r.name.first > after and r.summary.last_seq <= moment.seq and r.name.suffix != LOG]
+        layers = self._merged_layers(whole, disk)
+        for run in [r for r in runs if r not in whole]:
+            number = next((n for n, d in run.summary.disks.items() if d == disk), None)
+            if number is not None:
+                facts = run.facts[max(0, after + 1 - run.name.first) : moment.seq + 1 - run.name.first]
+                layer = Layer(Table.of(pieces_of(facts, number, 0)), _reading([run]))
+                layers = [layer, *layers] if run.name.first <= after else [*layers, layer]
+        return [layer for layer in reversed(layers) if len(layer.pieces)]
+
+    def _check_complete(self, runs: Sequence[Run], after: int) -> None:
+        """Raises StoreDamage when a file of the journal is missing between a point and a moment."""
+        end = after
+        for run in runs:
+            # A new epoch leaves one number out, and a point that begins one takes it.
+            if run.name.first > end + 2:
+                raise StoreDamage(
+                    f"The journal of machine {self._machine} has lost its facts {end + 1} to {run.name.first - 1}; "
+                    "moments that need them can't be read"
+                )
+            end = run.summary.last_seq
+
+    def _merged_layers(self, runs: Sequence[Run], disk: DiskId) -> list[Layer]:
+        """Layers of whole segments, oldest first: as many as possible in merged tables."""
+        layers, at = [], 0
+        while at < len(runs):
+            size = next((n for n in LEVELS if at % n == 0 and at + n <= len(runs)), 1)
+            group = runs[at : at + size]
+            layers.append(Layer(self._table(group, disk), _reading(group)))
+            at += size
+        return layers
+
+    def _table(self, group: Sequence[Run], disk: DiskId) -> Table:
+        """The pieces that a group of segments leaves behind; `source` is the number of the segment in the group."""
+        if len(group) == 1:
+            return group[0].summary.table(disk)
+        key = f"{stem(group[0].name)}+{len(group)}.{_short(disk)}"
+        total = sum(run.bytes for run in group if isinstance(run, SealedRun))
+        found = self._tables.merged(key, total, disk)
+        if found is None:
+            pieces = self._merge(group, disk)
+            self._tables.keep_merged(key, total, disk, pieces)
+            found = self._tables.merged(key, total, disk) or Table.of(pieces)
+        return found
+
+    def _merge(self, group: Sequence[Run], disk: DiskId) -> Pieces:
+        step = max(1, len(group) // FANOUT)
+        parts = [(i, self._table(group[i : i + step], disk)) for i in range(0, len(group), step)]
+        return tables.merged(parts)
+
+    def warm(self) -> None:
+        """The tables that a view of the newest moment needs are there when this returns."""
+        if self.runs and self.last:
+            try:
+                point, told = self.base(self.last), self.told
+            except NotFound:
+                return
+            for disk in told.disks:
+                self._layers(self.last, point.seq or 0, disk)
+
+    def forget_removed(self) -> None:
+        """Tables of segments that are gone go too."""
+        self._tables.forget({stem(run.name) for run in self.runs})
+
+
+def _reading(group: Sequence[Run]) -> Any:
+    return lambda source, pos, length: group[source].read(pos, length)
+
+
+def _short(disk: DiskId) -> str:
+    """A name of a disk that may be part of a file's."""
+    return disk.encode().hex()[:40]
+
+
+def newest_tokens(store: Store, machine: MachineId) -> dict[DiskId, dict[str, Any]]:
+    """The tokens that the newest durable barrier of a machine names; read from the last file alone."""
+    folder = store.ring.machine_name(machine)
+    while True:
+        names = journal.list_files(store.files, folder)
+        try:
+            for name in reversed(names):
+                run = (
+                    OpenRun(store, folder, name) if name.suffix == LOG else SealedRun(store, folder, name, PieceCache())
+                )
+                told = Told()
+                for at, t, value in run.summary.metas:
+                    told.tell(at, t, value)
+                if told.tokens_seq >= 0:
+                    return told.tokens
+        except FileNotFoundError:
+            continue  # it was sealed since we looked
+        return {}

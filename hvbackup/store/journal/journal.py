@@ -1,0 +1,274 @@
+"""The journal of a machine: the ordered facts of all its disks, as they arrived.
+
+    journals/MACHINE/EPOCH-SEQ.log     open: frames of facts, appended, fsynced in groups
+    journals/MACHINE/EPOCH-SEQ.seg     sealed: the same facts, compressed (segment.py)
+    journals/MACHINE/EPOCH-SEQ-LAST.seg    several of those in one (merging.py); they don't count any more
+
+A moment is a durable barrier: the state after the last fact of a frame with the barrier flag, or after each of its facts where
+they are single writes of a stream.  Facts behind the last barrier of a log are no part of any moment, and are dropped when the
+log is taken over.  Order comes from the sequence; times label.
+
+    killed after                left behind                           cleaned by
+    1 log created               an empty log                          take_over(): removed
+    2 some frames written       a log with a torn end                 take_over(): sealed up to its last barrier
+    3 segment renamed           the segment, and its log              take_over(): the log is removed
+    4 log removed               nothing
+
+A log is never appended to after it was reopened: `take_over` seals what is good, and a new file begins with a new epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvbackup.errors import StoreDamage
+from hvbackup.files import Files, LogFile
+from hvbackup.model import Instant
+from hvbackup.store.format import layout as f
+from hvbackup.store.format.keys import Keyring
+from hvbackup.store.format.sealed import parse_header
+
+FOLDER = "journals"
+LOG, SEGMENT = ".log", ".seg"
+
+Facts = NDArray[np.void]  # of format.FACT
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """The name of a file of a journal: its epoch and first sequence number order it."""
+
+    epoch: int
+    first: int
+    suffix: str
+    last: int | None = None  # of a merged segment: its last sequence number
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return f"{self.epoch:08d}-{self.first:020d}" + ("" if self.last is None else f"-{self.last:020d}")
+
+    def __str__(self) -> str:
+        return self.stem + self.suffix
+
+    def covers(self, other: Name) -> bool:
+        """Whether this file has all that the other one has, which therefore does not count."""
+        if self.epoch != other.epoch or self == other:
+            return False
+        if self.last is None:
+            return self.first == other.first and self.suffix == SEGMENT and other.suffix == LOG
+        return self.first <= other.first and (other.last or other.first) <= self.last
+
+
+def parse_name(name: str) -> Name | None:
+    """The parts of a file's name, or None for a file that is none of ours."""
+    stem, suffix = os.path.splitext(name)
+    parts = stem.split("-")
+    if suffix not in (LOG, SEGMENT) or not all(part.isdigit() for part in parts):
+        return None
+    if len(parts) == 3 and suffix == SEGMENT:
+        return Name(int(parts[0]), int(parts[1]), suffix, int(parts[2]))
+    return Name(int(parts[0]), int(parts[1]), suffix) if len(parts) == 2 else None
+
+
+def list_files(files: Files, machine: str) -> list[Name]:
+    """The files of a machine's journal in their order; where a log and its segment both exist, the segment alone, and where a
+    merged segment and its parts, the merged one.
+
+    Files of an old epoch that begin at or after a newer epoch are fenced off: a writer that did not know it was replaced.
+    """
+    kept = uncovered(all_files(files, machine))
+    begins: dict[int, int] = {}
+    for n in kept:
+        begins[n.epoch] = min(begins.get(n.epoch, n.first), n.first)
+    return sorted(
+        (n for n in kept if all(n.first < first for epoch, first in begins.items() if epoch > n.epoch)),
+        key=lambda n: (n.first, n.epoch),
+    )
+
+
+def all_files(files: Files, machine: str) -> list[Name]:
+    """Every file of a machine's journal, also those that do not count."""
+    return [n for name in files.names(f"{FOLDER}/{machine}") if (n := parse_name(name))]
+
+
+def uncovered(names: Sequence[Name]) -> list[Name]:
+    """The files that count."""
+    kept: list[Name] = []
+    # Whoever covers another one comes before it.
+    for n in sorted(names, key=lambda n: (n.epoch, n.first, -(n.last or 0), n.suffix == LOG)):
+        if not (kept and kept[-1].covers(n)):
+            kept.append(n)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Facts that were appended together, and their bytes."""
+
+    first: int
+    facts: Facts
+    data: memoryview
+    t: Instant
+    barrier: bool
+    each: bool = False  # every fact is a barrier of its own
+
+
+class LogWriter:
+    """Appends facts to a log that it creates.  Thread safety: one thread; `sync` from any."""
+
+    def __init__(self, files: Files, ring: Keyring, machine: str, epoch: int, first: int) -> None:
+        self.name = Name(epoch, first, LOG)
+        self.next = first  # sequence number of the next fact
+        self._salt = os.urandom(32)
+        self._cipher = ring.cipher(self._salt, f.KIND_LOG)
+        path = f"{FOLDER}/{machine}/{self.name}"
+        self._bind = f.bound(ring.store, f.KIND_LOG, path)
+        self._ordinal = 0
+        self._file: LogFile = files.log(path)
+        flags = f.FLAG_ENCRYPTED if self._cipher else 0
+        self._file.append(
+            f.with_crc(f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0))
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.size
+
+    def append(
+        self, facts: Facts, data: bytes | bytearray | memoryview, t: Instant, *, barrier: bool, each: bool = False
+    ) -> int:
+        """The facts are with the operating system when this returns the sequence number of the last one.
+
+        `pos` of each fact says where its bytes are in `data`; `each`: all of them are barriers.
+        """
+        payload = b"".join((facts.tobytes(), data))
+        stored = len(payload) + (16 if self._cipher else 0)
+        flags = f.FLAG_BARRIER | f.FLAG_EACH if each else f.FLAG_BARRIER if barrier else 0
+        head = f.FRAME.pack(
+            f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, len(payload), flags, t, time.monotonic_ns()
+        )
+        if self._cipher:
+            payload = self._cipher.encrypt(self._ordinal.to_bytes(12, "little"), payload, self._bind + head)
+        self._file.append(f.with_crc(head, payload) + payload)
+        self._ordinal += 1
+        self.next += len(facts)
+        return self.next - 1
+
+    def note(self, t: Instant, value: dict[str, Any], *, barrier: bool) -> int:
+        """Append one META fact."""
+        data = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+        fact = np.zeros(1, f.FACT)
+        fact["t"], fact["length"], fact["kind"] = t, len(data), f.FACT_META
+        return self.append(fact, data, t, barrier=barrier)
+
+    def sync(self) -> None:
+        """Everything appended before is durable when this returns."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Let go of the log; it stays open in the sense of the format until it is sealed."""
+        self._file.close()
+
+
+def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: bool = False) -> Iterator[Frame]:
+    """The frames of a log, until its end or the first one that is not whole; `synced`: all of them are durable.
+
+    Raises StoreDamage when the file has no header of ours (a log that was cut before it is read as empty).
+    """
+    path = f"{FOLDER}/{machine}/{name}"
+    data = memoryview(files.read_synced(path) if synced else files.read(path))
+    if len(data) < f.HEADER_BYTES:
+        return
+    head = parse_header(bytes(data[: f.HEADER_BYTES]), f.KIND_LOG, ring.store, path)
+    cipher, bind = ring.cipher(head.salt, f.KIND_LOG), f.bound(ring.store, f.KIND_LOG, path)
+    at, ordinal, first = f.HEADER_BYTES, 0, name.first
+    while (parsed := _frame_at(data, at)) is not None:
+        fields, payload = parsed
+        if fields[1] != ordinal or fields[2] != first:
+            return
+        plain = memoryview(_decrypted(cipher, ordinal, payload, bind + data[at : at + 60], path))
+        if len(plain) != fields[5] or len(plain) < fields[3] * f.FACT.itemsize:
+            return
+        facts = np.frombuffer(plain[: fields[3] * f.FACT.itemsize], f.FACT)
+        barrier, each = bool(fields[6] & f.FLAG_BARRIER), bool(fields[6] & f.FLAG_EACH)
+        yield Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), barrier, barrier and each)
+        at, ordinal, first = at + f.FRAME_BYTES + len(payload), ordinal + 1, first + len(facts)
+
+
+def held_moments(files: Files, machine: str, name: Name) -> bool:
+    """Whether a log whose header can't be read holds a whole barrier."""
+    data, at = memoryview(files.read(f"{FOLDER}/{machine}/{name}")), f.HEADER_BYTES
+    while (parsed := _frame_at(data, at)) is not None:
+        fields, payload = parsed
+        if fields[6] & f.FLAG_BARRIER:
+            return True
+        at += f.FRAME_BYTES + len(payload)
+    return False
+
+
+def _frame_at(data: memoryview, at: int) -> tuple[tuple[Any, ...], memoryview] | None:
+    head = bytes(data[at : at + f.FRAME_BYTES])
+    if len(head) < f.FRAME_BYTES or head[:4] != f.FRAME_MAGIC:
+        return None
+    fields = f.FRAME.unpack(head[:60])
+    payload = data[at + f.FRAME_BYTES : at + f.FRAME_BYTES + fields[4]]
+    if len(payload) != fields[4] or not f.crc_matches(head[:60], head[60:], bytes(payload)):
+        return None
+    return fields, payload
+
+
+def _decrypted(cipher: Any, ordinal: int, payload: memoryview, bind: bytes, path: str) -> bytes | memoryview:
+    from cryptography.exceptions import InvalidTag
+
+    if cipher is None:
+        return payload
+    try:
+        plain: bytes = cipher.decrypt(ordinal.to_bytes(12, "little"), payload, bind)
+    except InvalidTag as e:
+        raise StoreDamage(f"{path}: frame {ordinal} is not what was written there") from e
+    return plain
+
+
+def joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
+    """All facts of frames, with `pos` in the one stream of all their bytes, and that stream."""
+    return joined_facts(frames), b"".join(frame.data for frame in frames)
+
+
+def joined_facts(frames: Sequence[Frame]) -> Facts:
+    """All facts of frames, with `pos` in the one stream of all their bytes."""
+    parts, at = [np.zeros(0, f.FACT)], 0
+    for frame in frames:
+        part = frame.facts.copy()
+        part["pos"] += at
+        part["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
+        parts.append(part)
+        at += len(frame.data)
+    return np.concatenate(parts)
+
+
+def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:
+    """(sequence number, JSON) of every META fact; `read` gets bytes of the stream."""
+    for i in np.flatnonzero(facts["kind"] == f.FACT_META).tolist():
+        yield first + i, read(int(facts["pos"][i]), int(facts["length"][i]))
+
+
+def up_to_last_barrier(frames: Iterator[Frame]) -> list[Frame]:
+    """The frames that make up moments; what comes after the last barrier is dropped."""
+    kept: list[Frame] = []
+    open_set: list[Frame] = []
+    for frame in frames:
+        open_set.append(frame)
+        if frame.barrier:
+            kept += open_set
+            open_set = []
+    return kept

@@ -1,0 +1,1 @@
+"""Keeping: which points stay and why, and how the others are forgotten."""

@@ -1,0 +1,1 @@
+"""Reclaim: chunks that nothing needs are removed, others copied into denser packs first."""
