@@ -17,7 +17,7 @@ from hvbackup.model import DiskRoot, Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.moments import local
 from hvbackup.service.inventory import inventory
 from hvbackup.store.chunks.view import DiskView
-from hvbackup.store.journal import window
+from hvbackup.store.journal import readers
 from hvbackup.store.journal.history import Gap, History, Moment
 from hvbackup.store.journal.layered import LayeredView
 from hvbackup.store.shelves import pins
@@ -54,7 +54,7 @@ class Chosen:
         with pins.pinned(self.store, [self.read], what) as notes, ExitStack() as stack:
             if self.moment is not None:
                 seq = self.read.seq or 0
-                stack.enter_context(window.pinned(self.store, self.point.machine.id, seq, os.getpid()))
+                stack.enter_context(readers.pinned(self.store, self.point.machine.id, seq, os.getpid()))
             yield notes
 
 

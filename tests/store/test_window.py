@@ -14,7 +14,7 @@ from hvbackup.capture import Options
 from hvbackup.errors import SpaceExhausted
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, Disk, Instant, KiB
-from hvbackup.store.journal import window
+from hvbackup.store.journal import readers
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import SEGMENT, Name
 from hvbackup.store.journal.recorder import Recorder
@@ -82,7 +82,7 @@ def test_a_window_passes_and_everything_left_reads_back(store: Store) -> None:
     seqs, images = recorded(store, 8)
     assert trim(store, MACHINE, Limits(60 * SECOND), by_age=True) == 0  # the only point is at the beginning
     fold(store, MACHINE, History(store, MACHINE).by_seq(seqs[4]), Options())
-    with window.pinned(store, MACHINE, 0, os.getpid()):
+    with readers.pinned(store, MACHINE, 0, os.getpid()):
         assert trim(store, MACHINE, Limits(60 * SECOND), by_age=True) == 0  # somebody reads from the first point on
     assert trim(store, MACHINE, Limits(60 * SECOND), by_age=False) == 0  # the clock jumped: ages mean nothing
     assert trim(store, MACHINE, Limits(60 * SECOND), by_age=True) > 0
@@ -106,8 +106,8 @@ def test_a_budget_is_kept_by_removing_what_points_cover_or_refused(store: Store)
 
 
 def test_a_reader_that_died_holds_nothing(store: Store) -> None:
-    with window.pinned(store, MACHINE, 3, 2**22 + 1):  # no process has that number
-        assert window.pinned_from(store, MACHINE) is None
+    with readers.pinned(store, MACHINE, 3, 2**22 + 1):  # no process has that number
+        assert readers.pinned_from(store, MACHINE) is None
 
 
 def test_a_lost_segment_is_noticed_and_named(store: Store) -> None:

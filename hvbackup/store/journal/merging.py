@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hvbackup.model import SECOND, MachineId, MiB
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal import journal
+from hvbackup.store.journal import journal, readers
+from hvbackup.store.journal.history import History, SealedRun
 from hvbackup.store.journal.journal import FOLDER, SEGMENT, Facts, Name
 from hvbackup.store.journal.segment import path_of, write_facts
 from hvbackup.store.journal.tables import Summary
 from hvbackup.store.store import Store
-
-if TYPE_CHECKING:
-    from hvbackup.store.journal.history import SealedRun
 
 MERGED_MAX_BYTES = 32 * MiB  # of facts and their bytes: merging holds as much in memory, twice
 HOUR_NS = 3600 * SECOND
@@ -69,12 +66,9 @@ def merge(store: Store, machine: MachineId) -> int:
 
     Only for whoever holds the machine.  Raises ChunkDamaged, SpaceExhausted.
     """
-    from hvbackup.store.journal.history import History, SealedRun
-    from hvbackup.store.journal.window import pinned_from
-
     folder = store.ring.machine_name(machine)
     _remove_parts(store, folder)
-    if pinned_from(store, machine) is not None:
+    if readers.pinned_from(store, machine) is not None:
         return 0  # somebody reads for long; there is always a next time
     runs = {run.name: run for run in History(store, machine, whole=True).runs if isinstance(run, SealedRun)}
     covered = {p.seq for p in store.points(machine) if p.seq is not None}

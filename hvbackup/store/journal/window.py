@@ -7,15 +7,13 @@ more is recorded until a point is made or the budget is raised, and the journal 
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hvbackup.errors import NotFound, SpaceExhausted
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
-from hvbackup.store.journal import journal, merging
+from hvbackup.store.journal import journal, merging, readers
+from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import FOLDER, Name
 from hvbackup.store.shelves import pins
 from hvbackup.store.store import Store
@@ -65,33 +63,6 @@ def check_budget(store: Store, machine: MachineId, limits: Limits) -> None:
         )
 
 
-PINS = "pins"  # under STATE: who reads a journal now
-
-
-@contextmanager
-def pinned(store: Store, machine: MachineId, seq: int, pid: int) -> Iterator[None]:
-    """No fact after `seq` goes for as long as the context lasts and the process lives."""
-    name = f"{PINS}/{store.ring.machine_name(machine)}/{seq}-{pid}-{secrets.token_hex(4)}"
-    store.state.write_new(name, b"")
-    try:
-        yield
-    finally:
-        store.state.remove(name)
-
-
-def pinned_from(store: Store, machine: MachineId) -> int | None:
-    """Every fact after this one is read by somebody; None when nobody reads."""
-    folder = f"{PINS}/{store.ring.machine_name(machine)}"
-    seqs = []
-    for name in store.state.names(folder):
-        seq, pid, _ = name.split("-")
-        if Path(f"/proc/{pid}").exists():
-            seqs.append(int(seq))
-        else:
-            store.state.remove(f"{folder}/{name}")
-    return min(seqs, default=None)
-
-
 def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits) -> list[Piece]:
     """The oldest pieces that may and should go.  Pure.  Age counts from the newest moment, not from anybody's clock.
 
@@ -112,8 +83,6 @@ def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits)
 
 def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> int:
     """What need not be kept is gone; how many bytes that were.  Only for the owner of the store."""
-    from hvbackup.store.journal.history import History
-
     history = History(store, machine, whole=True)
     limits = limits if by_age else Limits(0, limits.budget_bytes)
     folder = store.ring.machine_name(machine)
@@ -122,7 +91,7 @@ def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> i
         for run in history.runs
     ]
     gone = removable(pieces, _covered(store, machine), limits)
-    pinned = pinned_from(store, machine)
+    pinned = readers.pinned_from(store, machine)
     if pinned is not None and any(piece.last_seq > pinned for piece in gone):
         gone = removable(pieces, {seq for seq in _covered(store, machine) if seq <= pinned}, limits)
     if not gone:
@@ -151,8 +120,6 @@ def _covered(store: Store, machine: MachineId) -> set[int]:
 
 def needed(store: Store, machine: MachineId) -> RecoveryPoint | None:
     """The newest point at or before the oldest moment of the journal: nobody may forget it while that moment is offered."""
-    from hvbackup.store.journal.history import History
-
     runs = History(store, machine).runs
     before = [p for p in store.points(machine) if p.seq is not None and runs and p.seq <= runs[0].summary.first_moment]
     return max(before, key=lambda p: p.seq or 0) if before else None
@@ -164,8 +131,6 @@ def all_needed(store: Store, machine: MachineId) -> list[RecoveryPoint]:
     That is the one the oldest moments build upon, and the one with which each life began: nothing older may be laid under what
     follows it.  Raises StoreDamage.
     """
-    from hvbackup.store.journal.history import History
-
     runs = History(store, machine, whole=True).runs
     bases = {int(value["base"]) for run in runs for _, _, value in run.summary.metas if "base" in value}
     oldest = needed(store, machine)
