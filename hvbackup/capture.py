@@ -48,7 +48,7 @@ from hvbackup.model import (
     RecoveryPoint,
     Token,
 )
-from hvbackup.pipeline import ordered
+from hvbackup.pipeline import Pace, ordered
 from hvbackup.sampling import sampled, witness
 from hvbackup.store.chunks.writer import ChunkWriter, Frame
 from hvbackup.store.format.blockmap import BlockMap, Ids, MapEditor
@@ -92,6 +92,7 @@ class Options:
     tags: tuple[str, ...] = ()  # what a user calls the point
     clock: Clock = system_clock
     progress: Callable[[Progress], None] = lambda _: None
+    pace: Pace = field(default_factory=Pace)
     rng: random.Random = field(default_factory=random.Random)
 
 
@@ -428,6 +429,7 @@ class _Run:
         if whole is None:
             whole = self._local.area = bytearray(BATCH_BYTES)
         area, at = memoryview(whole), 0
+        self._options.pace.source(sum(length for _, length in batch))
         with readers.one() as reader:
             for offset, length in batch:
                 reader.read_into(offset, area[at : at + length])
@@ -444,6 +446,7 @@ class _Run:
     def _keep(self, editor: MapEditor, done: _Done) -> None:
         """Write the new chunks of a batch, and its ids into the map; on the thread that owns the writer."""
         figures = self._outcome.figures
+        self._options.pace.store(sum(len(frame.data) for frame in done.frames))
         for frame in done.frames:
             self._writer.put_blocks(frame)
             figures.new_bytes += sum(frame.plain)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hvbackup import schedule
+from hvbackup import bandwidth, schedule
 from hvbackup.errors import UsageError
 from hvbackup.model import Consistency
 
@@ -73,11 +73,11 @@ def when(value: Any) -> str:
     return str(value)
 
 
-def window(value: Any) -> str:
-    """A window of time, as it is written."""
-    if text(value):
-        schedule.Window.parse(value)
-    return str(value)
+def rates(value: Any) -> list[str]:
+    """Limits of bandwidth, as they are written; the first that holds counts."""
+    for rule in texts(value):
+        bandwidth.Rule.parse(rule)
+    return list(value)
 
 
 def whole_path(value: Any) -> str:
@@ -137,6 +137,9 @@ class StoreSettings:
 
     path: str = setting(whole_path, "", "its directory; empty: the default store")
     jobs: int = setting(count, 2, "how many jobs write it at once")
+    bandwidth: Sequence[str] = setting(
+        rates, many=True, doc='how fast jobs fill it and restores read it: "50M Mon..Fri 08:00-18:00", "200M"'
+    )
     check: str = setting(when, "Sun 03:00", "when it is checked; empty: never")
     reclaim: str = setting(when, "daily", "when the room of what was forgotten is freed; empty: never")
     deep_check: str = setting(when, "", "when everything in it is read and verified")
@@ -151,6 +154,9 @@ class SourceSettings:
     agent: str = setting(text, "", "where its machine's guest agent listens")
     tags: Sequence[str] = setting(texts, many=True, doc="of all its machines")
     jobs: int = setting(count, 1, "how many captures read from it at once")
+    bandwidth: Sequence[str] = setting(
+        rates, many=True, doc='how fast all of them read from it: "50M Mon..Fri 08:00-18:00", "200M"'
+    )
 
 
 @dataclass(frozen=True, slots=True)

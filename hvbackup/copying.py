@@ -12,7 +12,9 @@ from hvbackup.extents import Spans
 from hvbackup.hypervisors import Reader
 from hvbackup.model import DiskId, Instant, MiB
 from hvbackup.nbd.client import NbdClient
+from hvbackup.pipeline import Pace
 
+AT_ONCE = Pace()
 PIECE_BYTES = 1 * MiB  # read and appended at a time: bounds memory
 ZERO_TEST_BYTES = (
     64 * 1024
@@ -29,15 +31,17 @@ class Facts(Protocol):
         """These extents read as zeroes."""
 
 
-def copy(recorder: Facts, disk: DiskId, t: Instant, reader: Reader, data: Spans) -> None:
+def copy(recorder: Facts, disk: DiskId, t: Instant, reader: Reader, data: Spans, pace: Pace = AT_ONCE) -> None:
     """What a reader has in these ranges is appended when this returns.  Raises ReadFailed, SpaceExhausted."""
     for runs in portions(data):
         content = bytearray(sum(length for _, length in runs))
+        pace.source(len(content))
         read_all(reader, runs, memoryview(content))
         zero, kept = _split(runs, content)
         if zero:
             recorder.zero(disk, t, zero)
         if kept:
+            pace.store(sum(len(part) for _, part in kept))
             recorder.write(disk, t, [run for run, _ in kept], b"".join(part for _, part in kept) if zero else content)
 
 

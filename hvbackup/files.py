@@ -440,6 +440,17 @@ class Files:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def exclusive(path: Path, what: str, wait_seconds: float) -> Iterator[int]:
+    """A small file that processes share, made when it is not there, and held alone while the context lasts.  Raises Busy."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(fd, fcntl.LOCK_EX, what, wait_seconds)
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def locked(fd: int, what: str) -> None:
     """Nobody else who asks has `what` until `fd` is closed.  Raises Busy."""
     _lock(fd, fcntl.LOCK_EX, what, 0.0)

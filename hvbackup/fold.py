@@ -24,6 +24,7 @@ from hvbackup.model import (
     RecoveryPoint,
     Token,
 )
+from hvbackup.pipeline import Pace
 from hvbackup.store.chunks.writer import ChunkWriter
 from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.journal.layered import LayeredView
@@ -101,7 +102,7 @@ def _built_upon(store: Store, machine: MachineId, moment: Moment, writer: ChunkW
 def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> Outcome:
     """A recovery point of the moment exists when this returns.  Raises NotFound, ChunkDamaged, SpaceExhausted."""
     outcome = Outcome()
-    options = replace(options, seq=moment.seq, sample_blocks=0)
+    options = replace(options, seq=moment.seq, sample_blocks=0, pace=Pace())  # it reads what is in the store already
     writer = store.writer()
     try:
         history, parent = _built_upon(store, machine, moment, writer)

@@ -6,8 +6,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+
+Take = Callable[[int], None]  # returns when so many bytes may go
+
+
+def at_once(_: int) -> None:
+    """Nothing is limited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast bytes may go.  Thread safety: any thread."""
+
+    source: Take = at_once  # asked before so much is read from a hypervisor
+    store: Take = at_once  # asked before so much goes into a store, or is read out of it for a restore
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, tzinfo
+from datetime import tzinfo
 from pathlib import Path
 
-from hvbackup import configuration, schedule, selection
-from hvbackup.config import KeyOptions, Places
+from hvbackup import bandwidth, configuration, schedule, selection
+from hvbackup.config import KeyOptions, Places, private
 from hvbackup.configuration import Configuration
 from hvbackup.daemon import channels, rows, tasks
 from hvbackup.daemon.discovery import Discovery
@@ -29,6 +29,7 @@ from hvbackup.notify import Alarm, Message, Quiet, send_all
 from hvbackup.selection import Chosen, Selection
 from hvbackup.service.estate import Estate
 from hvbackup.service.session import Session
+from hvbackup.zone import local_zone
 
 WORKERS_SECONDS = 2.0  # between two looks at the workers
 ESTATE_SECONDS = 5.0  # and at the stores
@@ -42,25 +43,6 @@ log = logging.getLogger("hvbackup")
 def wall_clock() -> Instant:
     """Time comes in here and nowhere below."""
     return Instant(time.time_ns())
-
-
-def local_zone() -> tzinfo:
-    """The zone of calendar expressions: the host's, with its changes of the clocks where they can be known."""
-    from zoneinfo import ZoneInfo
-
-    name = os.environ.get("TZ", "").lstrip(":")
-    link = os.path.realpath("/etc/localtime").partition("zoneinfo/")[2]
-    for candidate in (name, link):
-        try:
-            if candidate:
-                return ZoneInfo(candidate)
-        except (OSError, ValueError):  # ZoneInfoNotFoundError is a KeyError of sorts; see below
-            continue
-        except KeyError:
-            continue
-    found = datetime.now().astimezone().tzinfo
-    assert found is not None
-    return found
 
 
 @dataclass(slots=True)
@@ -95,6 +77,14 @@ class Keeper:
         self._first_seen: dict[str, int] = {}
         self._next: dict[str, float] = {}
         self._sending: threading.Thread | None = None
+        self._tell_limits()
+
+    def _tell_limits(self) -> None:
+        """Every process of ours, old or new, keeps to the configured bandwidth soon after this returns."""
+        s = self.settings
+        stores = {str(Path(v.path) if v.path else self.places.store): v.bandwidth for v in s.stores.values()}
+        private(self.places.run)
+        bandwidth.write_rules(self.places.run, {v.uri: v.bandwidth for v in s.sources.values()}, stores)
 
     def _sessions(self) -> dict[str, Opened]:
         return {
@@ -146,6 +136,7 @@ class Keeper:
             log.error("The configuration was not reloaded, the old one stays: %s", e)
             return False
         self.settings, self.reload_error = new, ""
+        self._tell_limits()
         for opened in self.stores.values():
             if opened.estate:
                 opened.estate.store.close()

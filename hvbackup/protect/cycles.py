@@ -218,7 +218,7 @@ class CycleLife:
                 self.journaling.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
             if len(changes.data):
                 with contextlib.closing(disk.open()) as reader:
-                    copy(self.journaling, disk.disk.id, frozen.t, reader, changes.data)
+                    copy(self.journaling, disk.disk.id, frozen.t, reader, changes.data, self.setting.options.pace)
         return sum(extents.total(changes.data) for changes in found)
 
     def _changes(self, disk: FrozenDisk) -> Changes:

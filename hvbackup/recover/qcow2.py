@@ -29,6 +29,7 @@ from hvbackup.files import PARTIAL, Kernel
 from hvbackup.model import MiB
 from hvbackup.nbd.client import NbdClient, RequestFailed
 from hvbackup.nbd.uri import NbdUri
+from hvbackup.pipeline import Take, at_once
 from hvbackup.recover.rawtarget import take_aside
 from hvbackup.recover.restore import Mode, Restored, restore
 from hvbackup.store.chunks.view import DiskView
@@ -40,10 +41,12 @@ CONNECTIONS_MAX = 32  # one for each thread, and one
 FLUSH_BYTES = 512 * MiB
 
 
-def to_qcow2(view: DiskView, path: Path, key: bytes, progress: Callable[[int, int], None], mode: Mode) -> Restored:
+def to_qcow2(
+    view: DiskView, path: Path, key: bytes, progress: Callable[[int, int], None], mode: Mode, take: Take = at_once
+) -> Restored:
     """A qcow2 image holds the disk when this returns.  Raises ChunkDamaged, SpaceExhausted, UsageError, HvbackupError."""
     with closing(Qcow2Target(path, view.size, mode)) as target:
-        return restore(view, target, key, progress, compare=mode.compares)
+        return restore(view, target, key, progress, compare=mode.compares, take=take)
 
 
 class Qcow2Target:

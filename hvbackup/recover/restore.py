@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from hvbackup.errors import UsageError
 from hvbackup.files import PARTIAL
 from hvbackup.model import MiB
-from hvbackup.pipeline import ordered
+from hvbackup.pipeline import Take, at_once, ordered
 from hvbackup.recover import inuse
 from hvbackup.recover.rawtarget import RawTarget
 from hvbackup.store.chunks.view import DiskView
@@ -120,13 +120,19 @@ def _check_device(path: Path, mode: Mode, form: str) -> None:
 
 
 def restore(
-    view: DiskView, target: Target, key: bytes, progress: Callable[[int, int], None], *, compare: bool
+    view: DiskView,
+    target: Target,
+    key: bytes,
+    progress: Callable[[int, int], None],
+    *,
+    compare: bool,
+    take: Take = at_once,
 ) -> Restored:
     """The target holds the disk, durably, when this returns.  `key` is the store's block key; `progress` gets done and total.
 
     Raises ChunkDamaged, SpaceExhausted, HostUnreachable; then what was written stays for the next try.
     """
-    work = _Work(view, target, key, compare=compare)
+    work = _Work(view, target, key, take, compare=compare)
     done = Restored(size=view.size)
     leaves = view.leaves() if target.blank else work.all_leaves()
     with (
@@ -142,10 +148,12 @@ def restore(
     return done
 
 
-def to_file(view: DiskView, path: Path, key: bytes, progress: Callable[[int, int], None], mode: Mode) -> Restored:
+def to_file(
+    view: DiskView, path: Path, key: bytes, progress: Callable[[int, int], None], mode: Mode, take: Take = at_once
+) -> Restored:
     """A raw file or block device holds the disk when this returns."""
     with closing(RawTarget(path, view.size, keep=mode is not Mode.REPLACE, in_place=mode is Mode.DIFFERENTIAL)) as t:
-        return restore(view, t, key, progress, compare=mode.compares)
+        return restore(view, t, key, progress, compare=mode.compares, take=take)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +178,8 @@ class _Batch:
 class _Work:
     """The stages of one restore.  Thread safety: `lacking` and `write` from any thread."""
 
-    def __init__(self, view: DiskView, target: Target, key: bytes, *, compare: bool) -> None:
-        self._view, self._target, self._key, self._compare = view, target, key, compare
+    def __init__(self, view: DiskView, target: Target, key: bytes, take: Take, *, compare: bool) -> None:
+        self._view, self._target, self._key, self._take, self._compare = view, target, key, take, compare
         self._local = threading.local()
 
     def all_leaves(self) -> Iterator[tuple[int, Ids]]:
@@ -278,6 +286,7 @@ class _Work:
     def write(self, batch: _Batch) -> tuple[_Batch, int]:
         """(the batch, how many bytes of it were written)."""
         written = 0
+        self._take(len(batch.blocks) * self._view.block)
         for offset, data in self._view.contents_of(batch.blocks, batch.ids):
             self._target.write(offset, data)
             written += len(data)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hvbackup.bandwidth import pace_of
 from hvbackup.capture import Options, Progress, capture
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, PartlyFailed, UsageError
 from hvbackup.hypervisors import Hypervisor
@@ -128,7 +129,8 @@ def _source(session: Session, store: Store, source: str, request: Request) -> It
     hooks = Hooks(find(request.hooks), request.hooks_optional, request.hook_timeout_seconds, source)
     hooked = HookedHypervisor(hypervisor, hooks) if request.hooks else hypervisor
     for machine in machines:
-        options = _options(request, source, machine, name_of(store, machine, request.name))
+        pace = pace_of(session.places.run, source, session.places.store)
+        options = replace(_options(request, source, machine, name_of(store, machine, request.name)), pace=pace)
         worker = socket_of(session.places, store.id, machine.id)
         if ask(worker, {"do": "ping"}, REPLY_SECONDS):
             yield by_worker(store, worker, machine, options, request)

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from hvbackup import memory
+from hvbackup.bandwidth import pace_of
 from hvbackup.capture import Options, system_clock
 from hvbackup.config import Places
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
@@ -129,7 +130,7 @@ def _worker(
     report: OnEvent,
 ) -> Worker:
     name = backup.name_of(store, machine, request.name)
-    options = Options(source=source, name=name)
+    options = Options(source=source, name=name, pace=pace_of(places.run, source, places.store))
     rhythm = replace(request.rhythm, rings=places.rings)
     protection = Protection(
         store, hypervisor, machine, options, rhythm, lambda event: report(machine, event), store.writing

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hvbackup.bandwidth import pace_of
 from hvbackup.config import KeyOptions, private
 from hvbackup.errors import NotFound, StoreDamage, UsageError
 from hvbackup.files import PARTIAL
@@ -20,6 +21,7 @@ from hvbackup.model import DiskRoot, Instant, RecoveryPoint
 from hvbackup.moments import rfc3339
 from hvbackup.nbd.server import NbdServer
 from hvbackup.nbd.uri import NbdUri
+from hvbackup.pipeline import Take
 from hvbackup.processes import start_detached
 from hvbackup.recover import restore as restoring
 from hvbackup.recover.boot import Boot, Boots
@@ -151,7 +153,8 @@ def restore(session: Session, which: Which, goal: Goal, progress: OnProgress) ->
         _refuse_overwriting(plan, machine_file, goal)
         with found.pinned("restore") as more:
             notes = [*notes, *more]
-            done = [_one(found.view(d.root), d, store.ring.block_key, progress) for d in plan]
+            take = pace_of(session.places.run, "", session.places.store).store
+            done = [_one(found.view(d.root), d, store.ring.block_key, progress, take) for d in plan]
         if machine_file:
             lonefile.write(machine_file, _machine_json(point, done))
             if not any(d.error for d in done):
@@ -215,10 +218,10 @@ def _unfinished(machine_file: Path) -> Path:
     return machine_file.with_name(machine_file.name + PARTIAL)
 
 
-def _one(view: Any, disk: RestoredDisk, key: bytes, progress: OnProgress) -> RestoredDisk:
+def _one(view: Any, disk: RestoredDisk, key: bytes, progress: OnProgress, take: Take) -> RestoredDisk:
     write = to_qcow2 if disk.format == "qcow2" else restoring.to_file
     try:
-        done = write(view, disk.path, key, lambda at, total: progress(disk.root.disk.id, at, total), disk.mode)
+        done = write(view, disk.path, key, lambda at, total: progress(disk.root.disk.id, at, total), disk.mode, take)
     except StoreDamage as e:
         return replace(disk, error=e)
     return replace(disk, done=done)
