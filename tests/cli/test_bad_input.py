@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.rig import World, make_disk
+from tests.cli.rig import PRIVATE_MOUNTS, World, make_disk
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\r\n'
@@ -311,10 +311,7 @@ def test_ctrl_c_at_any_moment_ends_with_its_code_or_with_a_point(stored: World) 
 
 def may_mount() -> bool:
     mount = "mount -t tmpfs -o size=1m none /mnt"
-    return (
-        subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount], check=False).returncode
-        == 0
-    )
+    return subprocess.run([*PRIVATE_MOUNTS, "sh", "-c", mount], check=False).returncode == 0
 
 
 @pytest.mark.real
@@ -338,7 +335,7 @@ def test_a_full_disk_while_writing(world: World) -> None:
         {run} backup {source} --json > room.json
         {run} check --deep --json > check.json
     """
-    where = ["unshare", "--user", "--map-root-user", "--mount", program, "-c", script]
+    where = [*PRIVATE_MOUNTS, program, "-c", script]
     ran = subprocess.run(
         where, cwd=world.folder, env=world.environment, capture_output=True, text=True, timeout=100, check=False
     )

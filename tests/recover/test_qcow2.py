@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.rig import World, make_disk
+from tests.cli.rig import PRIVATE_MOUNTS, World, make_disk
 
 pytestmark = pytest.mark.real
 
@@ -75,7 +75,7 @@ def test_a_full_disk_is_named(stored: World) -> None:
     small.mkdir()
     run = " ".join(stored.command("restore", "web1", "--json", "--disk", "disk", "--to", small / "d.qcow2"))
     script = f"mount -t tmpfs -o size=16m none {small} && {run} > {stored.folder}/said.json"
-    where = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    where = [*PRIVATE_MOUNTS, "sh", "-c", script]
     ran = subprocess.run(where, env=stored.environment, capture_output=True, text=True, timeout=60, check=False)
     if "unshare" in ran.stderr or "mount" in ran.stderr:
         pytest.skip("no small file system can be mounted here")
