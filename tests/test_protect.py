@@ -20,6 +20,8 @@ from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tra
 from hvbackup.leases import Leases
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MachineId
 from hvbackup.moments import rfc3339
+from hvbackup.protect import beginning
+from hvbackup.protect.cycles import OneByOne
 from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, JournalStalled, Rhythm, TrackerLied, Trouble
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.samples import Samples
@@ -455,3 +457,40 @@ def test_a_lease_is_known_as_ours_although_nothing_had_been_written_before_it(tm
         lease = Leases(store, lambda: Instant(SECOND)).take(MachineId("m1"), "fake:")
     with Store.open(tmp_path / "store", tmp_path / "state", []) as store:
         assert [v.id for v in Leases(store, lambda: Instant(SECOND)).stale(MachineId("m1"))] == [lease.id]
+
+
+class Kept:
+    """Cycles that note what they were told before they were closed."""
+
+    def __init__(self, inner: OneByOne) -> None:
+        self.inner, self.told = inner, list[str]()
+
+    def snapshot(self, *words: Any, **more: Any) -> Any:
+        return self.inner.snapshot(*words, **more)
+
+    def keep(self, tokens: Any) -> None:
+        self.told.append("keep")
+        self.inner.keep(tokens)
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+def test_a_life_whose_first_moment_fails_says_what_to_keep_before_it_lets_go(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an adapter that holds things between snapshots would leave them, and their lease would be gone."""
+    made: list[Kept] = []
+
+    def cycles(*words: Any) -> Kept:
+        made.append(Kept(OneByOne(*words)))
+        return made[-1]
+
+    world.protection.begin("").close()  # there is a barrier to go on from
+    monkeypatch.setattr(beginning, "cycles_of", cycles)
+    world.guest_writes()
+    world.hv.at("read", 1, HostUnreachable("the host is gone"))
+    with pytest.raises(HostUnreachable):
+        world.protection.begin("")
+    assert made[-1].told[-2:] == ["keep", "close"]
+    assert not Leases(world.store, Options().clock).all()

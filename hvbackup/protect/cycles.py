@@ -129,6 +129,7 @@ class CycleLife:
 
     def let_go(self) -> None:
         """Nothing of the life is left on the host but what barrier and point name; else its lease stays."""
+        self.cycles.keep(self._kept())  # also where the first moment failed, and nothing was said to be kept yet
         self.cycles.close()
         self.setting.leases.remove(self.lease.id)
 
