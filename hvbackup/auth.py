@@ -15,6 +15,7 @@ A role may be limited to machines by the words that policies use: names, pattern
 from __future__ import annotations
 
 import base64
+import contextlib
 import enum
 import hashlib
 import hmac
@@ -23,7 +24,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,11 +33,14 @@ from hvbackup.files import Files
 from hvbackup.model import SECOND, Instant
 
 FILE = "accounts.json"
+USED = "codes.json"  # beside it
+RESERVED = ("local", "nobody", "schedule")  # who else the audit names
 PREFIX = "hvb_"  # of a token, so that scanners of leaked secrets know it
 TOTP_STEP_SECONDS = 30
 TOTP_DRIFT = 1  # steps a clock may be off, either way
 FREE_TRIES = 5  # before each further one waits twice as long
 WAIT_MAX_SECONDS = 900.0
+TURN_SECONDS = 1.0  # that a try waits for the one before it; a password takes a tenth of that
 PASSWORD_MIN = 10
 
 
@@ -128,7 +132,9 @@ class Accounts:
         self._files, self._clock = Files(configuration), clock
         self._lock = threading.RLock()
         self._book, self._stamp = _Book(), (0, 0)
-        self._counters: dict[str, int] = {}  # the newest code that each user has used
+        self._counters: Mapping[str, int] | None = (
+            None  # the newest code that each user has used, once it was looked up
+        )
         self.guard = Guard()
 
     # -- coming in -----------------------------------------------------------------------------------------------------
@@ -146,13 +152,13 @@ class Accounts:
     def by_password(self, name: str, password: str, code: str, address: str) -> Principal:
         """The person with this name.  Raises Refused; whoever guesses waits ever longer, and learns nothing else."""
         keys = (f"user {name}", f"address {address}")
-        self.guard.admit(keys)
-        user = self._now().users.get(name)
-        good = _fits(user.password if user else _NOBODY, password) and user is not None
-        if not good or user is None or not self._code_fits(user, code):
-            self.guard.failed(keys)
-            raise Refused("Name, password or code is wrong")
-        self.guard.succeeded(keys)
+        with self.guard.one_try(keys):
+            user = self._now().users.get(name)
+            good = _fits(user.password if user else _NOBODY, password) and user is not None
+            if not good or user is None or not self._code_fits(user, code):
+                self.guard.failed(keys)
+                raise Refused("Name, password or code is wrong")
+            self.guard.succeeded(keys)
         return Principal(user.name, user.role, tuple(user.machines))
 
     def still(self, principal: Principal) -> Principal:
@@ -170,10 +176,20 @@ class Accounts:
         with self._lock:
             for counter in range(now - TOTP_DRIFT, now + TOTP_DRIFT + 1):
                 fits = hmac.compare_digest(hotp(_secret(user.totp), counter), code.strip())
-                if fits and counter > self._counters.get(user.name, -1):
-                    self._counters[user.name] = counter
+                if fits and counter > self._used().get(user.name, -1):
+                    self._counters = {**self._used(), user.name: counter}
+                    self._files.replace(USED, json.dumps(self._counters).encode())
                     return True
         return False
+
+    def _used(self) -> Mapping[str, int]:
+        """Which code each user has used last, also with the service before this one."""
+        if self._counters is None:
+            try:
+                self._counters = {str(name): int(n) for name, n in json.loads(self._files.read(USED)).items()}
+            except (FileNotFoundError, ValueError, AttributeError, TypeError):
+                self._counters = {}
+        return self._counters
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -189,6 +205,8 @@ class Accounts:
         """The user is known when this returns; one of that name is replaced.  Raises UsageError."""
         if not name.isprintable() or not 1 <= len(name) <= 64:
             raise UsageError("A user's name has 1 to 64 printable characters")
+        if name in RESERVED or name.startswith("token "):
+            raise UsageError(f"A user can't be called {name}: the audit would take them for somebody else")
         if len(password) < PASSWORD_MIN:
             raise UsageError(f"A password has at least {PASSWORD_MIN} characters")
         secret = base64.b32encode(secrets.token_bytes(20)).decode() if totp else ""
@@ -257,6 +275,8 @@ class Guard:
     clock: Callable[[], float] = time.monotonic
     _failures: dict[str, tuple[int, float]] = field(default_factory=dict)  # how many, and when the next try may come
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _turn: threading.Condition = field(default_factory=threading.Condition)
+    _looked_at: set[str] = field(default_factory=set)
 
     def admit(self, keys: Sequence[str]) -> None:
         """Raises Refused while one of them has to wait."""
@@ -264,6 +284,22 @@ class Guard:
             wait = max((self._failures[k][1] - self.clock() for k in keys if k in self._failures), default=0.0)
         if wait > 0:
             raise TooMany(wait)
+
+    @contextlib.contextmanager
+    def one_try(self, keys: Sequence[str]) -> Iterator[None]:
+        """Nobody else's try with one of these keys is looked at while the context lasts.  Raises Refused like `admit`."""
+        mine = frozenset(keys)
+        with self._turn:
+            if not self._turn.wait_for(lambda: not self._looked_at & mine, TURN_SECONDS):
+                raise TooMany(TURN_SECONDS)
+            self._looked_at |= mine
+        try:
+            self.admit(keys)
+            yield
+        finally:
+            with self._turn:
+                self._looked_at -= mine
+                self._turn.notify_all()
 
     def failed(self, keys: Sequence[str]) -> None:
         """One more wrong try."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from hvbackup import auth
 from hvbackup.auth import FREE_TRIES, Accounts, Guard, Refused, Role, TooMany, hotp
 from hvbackup.errors import HvbackupError, NotFound, UsageError
 from hvbackup.model import SECOND, Instant
@@ -131,3 +134,46 @@ def test_bad_accounts(accounts: Accounts, tmp_path: Path) -> None:
     (tmp_path / "accounts.json").write_text(json.dumps({"users": [{"name": "x"}]}))
     with pytest.raises(HvbackupError, match=r"accounts\.json can't be read"):
         accounts.users()
+
+
+def test_guessers_with_many_hands_get_no_more_tries(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty at once: only so many passwords are looked at as one after the other would be."""
+    looked: list[str] = []
+    at_once: list[int] = []
+
+    def fits(_: str, password: str) -> bool:
+        looked.append(password)
+        at_once.append(len(looked))
+        time.sleep(0.01)
+        at_once[-1] -= len(looked)  # 0: nobody else came in meanwhile
+        return False
+
+    monkeypatch.setattr(auth, "_fits", fits)
+    accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=False)
+
+    def guess(number: int) -> str:
+        try:
+            accounts.by_password("ann", f"guess {number}", "", f"host {number}")
+        except Refused as e:
+            return type(e).__name__
+        return "in"
+
+    with ThreadPoolExecutor(40) as pool:
+        said = list(pool.map(guess, range(40)))
+    assert len(looked) == FREE_TRIES == said.count("Refused")
+    assert said.count("TooMany") == 40 - FREE_TRIES
+    assert set(at_once) == {0}
+
+
+def test_a_code_counts_once_also_after_a_restart(accounts: Accounts, tmp_path: Path, clock: Clock) -> None:
+    user = accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=True)
+    code = hotp(base64.b32decode(user.totp), clock.now // SECOND // 30)
+    assert accounts.by_password("ann", PASSWORD, code, "a").name == "ann"
+    with pytest.raises(Refused):
+        Accounts(tmp_path, clock).by_password("ann", PASSWORD, code, "a")
+
+
+@pytest.mark.parametrize("name", ["local", "nobody", "schedule", "token ci"])
+def test_nobody_looks_like_somebody_else_in_the_audit(accounts: Accounts, name: str) -> None:
+    with pytest.raises(UsageError, match="audit"):
+        accounts.add_user(name, Role.VIEWER, [], PASSWORD, totp=False)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -26,6 +26,7 @@ from hvbackup.daemon.keeper import Keeper
 from hvbackup.daemon.rows import Row
 from hvbackup.errors import HvbackupError, NotFound
 from hvbackup.selection import Found, closeness
+from hvbackup.service.session import Session
 
 COOKIE = "__Host-hvbackup"
 SESSION_SECONDS = 8 * 3600.0
@@ -64,15 +65,15 @@ class Sessions:
             self._all[_key(cookie)] = _Session(principal, secrets.token_urlsafe(16), now, now)
         return cookie
 
-    def get(self, cookie: str) -> _Session | None:
-        """The session of a cookie, while it lasts."""
+    def get(self, cookie: str, *, used: bool = True) -> _Session | None:
+        """The session of a cookie, while it lasts; not for longer, unless it is being used."""
         now = time.monotonic()
         with self._lock:
             found = self._all.get(_key(cookie))
             if found is None or not _alive(found, now):
                 self._all.pop(_key(cookie), None)
                 return None
-            found.seen = now
+            found.seen = now if used else found.seen
             return found
 
     def end(self, cookie: str) -> None:
@@ -123,6 +124,13 @@ class Desk:
                 except (HvbackupError, OSError) as e:
                     log.error("The audit record %s could not be written: %s", entry, e)
                     raise
+
+    def session(self, caller: Caller, store: str = "") -> Session:
+        """A store (the first one for nothing), opened for somebody.  Raises NotFound."""
+        if store and store not in self.keeper.stores:
+            raise NotFound(f"There is no store {store}; there are {', '.join(self.keeper.stores)}")
+        opened = self.keeper.stores[store or next(iter(self.keeper.stores))]
+        return replace(opened.session, caller=caller.name)
 
     def load_audit(self) -> None:
         """What earlier services wrote is known when this returns."""
@@ -187,6 +195,21 @@ def caller_of(request: Request) -> Caller:
     if session is None:
         raise Refused("Log in, or send `Authorization: Bearer TOKEN`")
     return Caller(desk.accounts.still(session.principal), address, session.csrf)
+
+
+def is_still_admitted(request: Request) -> bool:
+    """Whether who asked long ago still may: a stream of events ends with its session, token or user."""
+    desk = desk_of(request)
+    if request.scope.get("hvbackup.local"):
+        return True
+    token = request.headers.get("authorization", "").partition(" ")[2]
+    try:
+        if token:
+            return desk.accounts.by_token(token.strip()).may(Permission.READ)
+        session = desk.sessions.get(request.cookies.get(COOKIE, ""), used=False)
+        return session is not None and desk.accounts.still(session.principal).may(Permission.READ)
+    except HvbackupError:
+        return False
 
 
 def check_origin(request: Request, caller: Caller, word: str) -> None:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from hvbackup import jobs
-from hvbackup.api.gate import Caller, Desk, TheDesk, audited, needs
+from hvbackup.api.gate import Caller, Desk, TheDesk, audited, is_still_admitted, needs
 from hvbackup.auth import Permission
 from hvbackup.errors import NotFound
 from hvbackup.jobs import Job, State
@@ -91,7 +91,7 @@ async def events(request: Request, desk: TheDesk, caller: Reader) -> StreamingRe
 
 async def _events(request: Request, desk: Desk, caller: Caller) -> AsyncIterator[str]:
     told, quiet = "", 0
-    while not await request.is_disconnected():
+    while is_still_admitted(request) and not await request.is_disconnected():
         found = [shown(desk, j) for j in desk.keeper.jobs.all()[:200] if visible(desk, caller, j)]
         recent = [j for j in found if j["ended"] is None] + [j for j in found if j["ended"]][:10]
         text = json.dumps({"jobs": recent})

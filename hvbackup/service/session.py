@@ -23,6 +23,7 @@ class Session:
     places: Places
     keys: KeyOptions = field(default_factory=KeyOptions)
     ask: Ask | None = None  # None: nobody is there to answer
+    caller: str = ""  # who asks, where it is somebody whom the service let in
 
     def open(self, *, owner: bool = False) -> Store:
         """The store, open.  Raises StoreMissing, KeyRefused, Busy (when we want to own it)."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from hvbackup.api.app import create
+from hvbackup.api.gate import COOKIE, Caller, is_still_admitted
+from hvbackup.api.work import _events
+from hvbackup.auth import Principal, Role
 from tests.api.conftest import SIZE, Site
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,3 +196,26 @@ def test_no_machine_name_becomes_an_option_or_a_word_of_its_own(site: Site) -> N
 )
 def test_static_files_are_those_there_are(site: Site, path: str) -> None:
     assert site.client().get(path).status_code in (404, 422)
+
+
+def test_a_stream_of_events_ends_with_who_listens(site: Site) -> None:
+    token, text = site.desk.accounts.add_token("listener", Role.VIEWER, ["*"], 0)
+    request = Request(
+        {"type": "http", "headers": [(b"authorization", f"Bearer {text}".encode())], "app": site.app, "method": "GET"}
+    )
+    assert is_still_admitted(request)
+    site.desk.accounts.remove_token(token.id)
+    assert not is_still_admitted(request)
+    site.desk.accounts.add_user("bob", Role.VIEWER, [], "a long password", totp=False)
+    cookie = site.desk.sessions.begin(Principal("bob", Role.VIEWER))
+    request = Request(
+        {"type": "http", "headers": [(b"cookie", f"{COOKIE}={cookie}".encode())], "app": site.app, "method": "GET"}
+    )
+    assert is_still_admitted(request)
+    site.desk.accounts.remove_user("bob")
+    assert not is_still_admitted(request)
+
+    async def heard() -> list[str]:
+        return [text async for text in _events(request, site.desk, Caller(Principal("bob", Role.VIEWER), "a"))]
+
+    assert asyncio.run(heard()) == []
