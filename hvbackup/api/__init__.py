@@ -5,7 +5,7 @@ tls         the certificate that is made at the first start
 app         the application: routers, errors, headers
 gate        who asks, what the call needs, and the audit of it
 orders      what calls ask for, as commands of hvbackup
-machines, stores, work, people     the routes
+machines, stores, upkeep, work, people     the routes
 timeline    what of a machine can be recovered, quickly
 pages       the console
 scrape      metrics

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hvbackup import __version__
-from hvbackup.api import machines, pages, people, stores, work
+from hvbackup.api import machines, pages, people, stores, upkeep, work
 from hvbackup.api.gate import Desk, Forbidden
 from hvbackup.auth import Refused, TooMany
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, UsageError
@@ -38,7 +38,7 @@ def create(desk: Desk | None) -> FastAPI:
         license_info={"name": "AGPL-3.0-or-later"},
     )  # fmt: skip
     app.state.desk = desk
-    for router in (stores.router, machines.router, work.router, people.router, stores.outside):
+    for router in (stores.router, upkeep.router, machines.router, work.router, people.router, stores.outside):
         app.include_router(router, responses=RESPONSES)
     app.include_router(pages.router, include_in_schema=False)
     app.add_exception_handler(HvbackupError, _failed)

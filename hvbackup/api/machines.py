@@ -53,6 +53,7 @@ def shape(row: Row) -> dict[str, Any]:
         "state": str(row.standing),
         "why": row.why or None,
         "rpo_seconds": row.rpo_seconds,
+        "recoverable": rfc3339(Instant(row.recoverable)) if row.recoverable else None,
         "age_seconds": None if row.age_seconds is None else round(row.age_seconds, 3),
         "points": row.points,
         "size_bytes": row.size_bytes,
@@ -63,6 +64,7 @@ def shape(row: Row) -> dict[str, Any]:
         "worker": row.note and {"pid": row.note.process.pid, "trouble": row.note.trouble or None},
         "next_due": rfc3339(Instant(row.next_due)) if row.next_due else None,
         "job": row.open_job or None,
+        "event": {"kind": row.event.kind, "time": rfc3339(Instant(row.event.t))} if row.event else None,
     }
 
 
@@ -196,7 +198,7 @@ def prune(desk: TheDesk, caller: Admin, key: Key, order: orders.Prune) -> dict[s
 def tag(desk: TheDesk, caller: Operator, key: Key, order: orders.Tag) -> dict[str, Any]:
     """Name the present moment of a machine under continuous protection."""
     row = row_of(desk, caller, key)
-    session = desk.keeper.stores[row.store].session
+    session = desk.session(caller, row.store)
     with audited(desk, caller, "tag", row.id, tag=order.tag):
         made = protection.tag(session, row.id, order.tag)
     return {"machine": row.id, "tag": made.label, "seq": made.seq, "time": rfc3339(Instant(made.t))}
@@ -235,6 +237,6 @@ def hold(desk: TheDesk, caller: Operator, key: Key, order: orders.Hold) -> dict[
         raise NotFound(f"Machine {row.name} has no point {order.point}")
     until = instant(order.until, now) if order.until else None
     with audited(desk, caller, "hold", row.id, point=order.point, why=order.why):
-        session = desk.keeper.stores[row.store].session
+        session = desk.session(caller, row.store)
         [made] = retention.hold(session, [order.point], now, until=Instant(until) if until else None, why=order.why)
     return {"hold": made.id, "point": order.point, "until": rfc3339(made.until) if made.until else None}

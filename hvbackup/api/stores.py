@@ -108,7 +108,7 @@ def release(
     store: Annotated[str, Query(max_length=100)] = "",
 ) -> dict[str, Any]:  # fmt: skip
     """End a hold; where two persons are needed, it waits for the second."""
-    session = desk.keeper.stores[known_store(desk, store)].session
+    session = desk.session(caller, store)
     with audited(desk, caller, "release", hold=hold):
         _, request = retention.release(session, hold, desk.keeper.clock())
     return {"hold": hold, "waits": request.id if request else None}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hvbackup import schedule
 from hvbackup.configuration import PolicySettings
+from hvbackup.daemon.watchers import Heard
 from hvbackup.model import SECOND, Instant
 from hvbackup.selection import Chosen
 from hvbackup.service.estate import Known
@@ -54,6 +55,13 @@ class Row:
     note: Note | None
     next_due: int = 0
     open_job: str = ""
+    event: Heard | None = None  # what its host told of it last
+
+    @property
+    def recoverable(self) -> int:
+        """The newest moment that can be recovered: of a point, or of a journal; 0 when there is none."""
+        moments = [int(self.known.times[-1])] if self.known else []
+        return max([*moments, self.note.newest if self.note else 0])
 
     @property
     def points(self) -> int:
@@ -68,7 +76,7 @@ class Row:
 
 def row(
     chosen: Chosen, policy: PolicySettings | None, store: str, key: str, known: Known | None, note: Note | None,
-    failure: str, first_seen: int, now: Instant, next_due: int = 0, open_job: str = "",
+    failure: str, first_seen: int, now: Instant, next_due: int = 0, open_job: str = "", event: Heard | None = None,
 ) -> Row:  # fmt: skip
     """A machine that a source has."""
     m = chosen.machine
@@ -78,16 +86,18 @@ def row(
     return Row(
         key, store, m.id, m.name, m.platform or (known.newest.machine.platform if known else ""), m.source, tuple(m.tags),
         chosen.policy or "", bool(policy and policy.protect), standing, why, rpo, age, known, note, next_due, open_job,
+        event,
     )  # fmt: skip
 
 
-def gone(known: Known, store: str, now: Instant) -> Row:
+def gone(known: Known, store: str, now: Instant, event: Heard | None) -> Row:
     """A machine that only the store knows."""
     m = known.newest.machine
     why = "No source has it any more; its points are kept"
     age = known.age_seconds(now)
     return Row(
-        known.key, store, m.id, m.name, m.platform, "", (), "", False, Standing.GONE, why, None, age, known, None
+        known.key, store, m.id, m.name, m.platform, "", (), "", False, Standing.GONE, why, None, age, known, None,
+        event=event,
     )  # fmt: skip
 
 

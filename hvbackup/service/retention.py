@@ -26,7 +26,7 @@ from hvbackup.store.shelves import holds as holding
 from hvbackup.store.shelves import immutable, pins, requests, settings
 from hvbackup.store.shelves.holds import Hold
 from hvbackup.store.shelves.pins import Pin
-from hvbackup.store.shelves.requests import Operator, Request
+from hvbackup.store.shelves.requests import CALLER, Operator, Request
 from hvbackup.store.shelves.settings import Settings
 from hvbackup.store.store import Store
 
@@ -70,6 +70,8 @@ class Done:
 
 def operator(session: Session, store: Store) -> Operator:
     """Who gives the orders of this session."""
+    if session.caller:
+        return Operator(f"{CALLER}{session.caller}", f"{session.caller}@{socket.gethostname()}", os.getuid())
     try:
         name = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:

@@ -1,7 +1,8 @@
 """Requests: what one operator wants and a second one must approve, in a store whose settings ask for two.
 
-Operators are told apart by the key that opened the store, where it is encrypted, else by the user's number on the host.  This is
-a rule that hvbackup keeps, not one of cryptography: whoever can write the store's files can also remove them without it.
+Operators are told apart by the key that opened the store, where it is encrypted, else by the user's number on the host; those
+whom the service let in by their names, and never from those who have a shell.  This is a rule that hvbackup keeps, not one of
+cryptography: whoever can write the store's files can also remove them without it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hvbackup.store.format import layout as f
 from hvbackup.store.format.shelf import Shelf, Value
 from hvbackup.store.store import Store
 
+CALLER = "api:"  # no key's id begins like this
 DAYS_NS = 7 * 86400 * SECOND  # nobody approves later what was asked for before
 
 
@@ -24,12 +26,14 @@ DAYS_NS = 7 * 86400 * SECOND  # nobody approves later what was asked for before
 class Operator:
     """Who gives an order."""
 
-    key: str  # id of the wrapped key that opened the store, or empty
+    key: str  # id of the wrapped key that opened the store, or empty; or CALLER and a name, of somebody the service let in
     user: str  # name@host
     uid: int
 
     def is_other_than(self, other: Operator) -> bool:
         """Whether it is surely somebody else."""
+        if self.key.startswith(CALLER) != other.key.startswith(CALLER):
+            return False  # a user of the service may be the administrator of its host as well
         return self.key != other.key if self.key and other.key else self.uid != other.uid
 
     def __str__(self) -> str:
