@@ -82,6 +82,7 @@ class Machine:
     name: str
     platform: str
     disks: tuple[Disk, ...] = ()
+    tags: tuple[str, ...] = ()  # what its platform's administrators call it; of now, kept in no point
 
 
 @dataclass(frozen=True, slots=True)

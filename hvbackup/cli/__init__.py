@@ -14,7 +14,7 @@ insight      stats, size
 doctor       doctor
 retention    prune, forget, hold, holds, release, approve, settings, reclaim
 audit        audit
-serving      serve, config, jobs
+serving      serve, config, jobs, watch
 people       user, token
 job, worker  processes of the service
 upkeep       parity, regroup

@@ -1,4 +1,4 @@
-"""serve, config, jobs: the service of this host."""
+"""serve, config, jobs, watch: the service of this host."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def add(verbs: Verbs) -> None:
         action.set_defaults(run=run)
     action.add_argument("--all", action="store_true", help="with every default, and what it means")
     _add_jobs(verbs)
+    verb = add_verb(verbs, "watch", "what happens to the machines of a source, as it happens")
+    verb.add_argument("source", metavar="SOURCE", help="a host that tells of it: libvirt:qemu:///system")
+    verb.set_defaults(run=watch)
+
+
+def watch(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup watch SOURCE`."""
+    from hvbackup.cli.invocation import session_of
+    from hvbackup.service.watch import watch as run
+
+    def report(kind: str, machine: str, name: str) -> None:
+        out.answer({"event": kind, "id": machine, "name": name}, [f"{name or args.source}: {kind}"])
+
+    run(session_of(args), args.source, report)
+    return 0
 
 
 def serve(args: argparse.Namespace, out: Out) -> int:

@@ -2,6 +2,7 @@
 
 systemd      what systemd is told: ready, alive, reloading
 discovery    which machines sources have, asked in processes that may hang
+watchers     what happens on hosts that tell of it
 workers      one process for each machine under continuous protection, which outlives the service
 tasks        what is due, as jobs
 alarms       what is wrong now, and whom it was told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO
 
 from hvbackup.configuration import SourceSettings
+from hvbackup.daemon.watchers import Watchers
+from hvbackup.files import Files
 from hvbackup.selection import Found
 
 ANSWER_SECONDS = 120.0
@@ -37,6 +41,26 @@ class Discovery:
     store_words: Sequence[str]  # how the command line is told which store
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     sources: dict[str, Asked] = field(default_factory=dict)
+    kept: Path | None = (
+        None  # the file in which answers outlive us: a machine is not gone because nobody has answered yet
+    )
+    watchers: Watchers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watchers = Watchers(self.environment)
+        if self.kept:
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                said = json.loads(self.kept.read_bytes())
+                self.sources = {
+                    n: Asked([Found(**{**m, "tags": tuple(m["tags"])}) for m in ms]) for n, ms in said.items()
+                }
+
+    def _keep(self) -> None:
+        if self.kept:
+            value = {n: [asdict(m) for m in a.machines] for n, a in self.sources.items()}
+            files = Files(self.kept.parent)
+            files.make_dir("")
+            files.replace(self.kept.name, json.dumps(value).encode())
 
     @property
     def machines(self) -> list[Found]:
@@ -57,17 +81,18 @@ class Discovery:
         """Answers are taken in, and who is to be asked is asked; whether anything is new."""
         for gone in set(self.sources) - set(settings):
             self._stop(self.sources.pop(gone))
-        new = False
+        new, news = False, self.watchers.step(settings, {n for n, a in self.sources.items() if a.process is None})
         for name, source in settings.items():
             asked = self.sources.setdefault(name, Asked())
             if asked.process is not None:
                 new |= self._take(name, asked)
-            elif time.monotonic() - asked.asked >= every_seconds:
+            elif name in news or time.monotonic() - asked.asked >= every_seconds:
                 self._ask(asked, source)
         return new
 
     def close(self) -> None:
         """Nobody is being asked any more."""
+        self.watchers.close()
         for asked in self.sources.values():
             self._stop(asked)
 
@@ -94,6 +119,8 @@ class Discovery:
         self._stop(asked)
         before = (asked.machines, asked.error)
         self._understand(name, asked, said)
+        if before[0] != asked.machines:
+            self._keep()
         return before != (asked.machines, asked.error)
 
     def _understand(self, name: str, asked: Asked, said: bytes) -> None:
@@ -103,7 +130,7 @@ class Discovery:
                 asked.error = str(answer["error"]["message"])
                 return
             runs = [run["machine"] for run in answer["runs"]]
-            asked.machines = [Found(m["id"], m["name"], name, (), m["platform"]) for m in runs]
+            asked.machines = [Found(m["id"], m["name"], name, tuple(m["tags"]), m["platform"]) for m in runs]
             asked.error, asked.answered = "", time.monotonic()
         except (ValueError, KeyError, TypeError):
             asked.error = "gave no answer that can be understood"

@@ -26,7 +26,7 @@ from hvbackup.errors import HvbackupError
 from hvbackup.jobs import Jobs, Limits, State, Task
 from hvbackup.model import SECOND, Instant, MachineId
 from hvbackup.notify import Alarm, Message, Quiet, send_all
-from hvbackup.selection import Chosen, Selection
+from hvbackup.selection import Chosen
 from hvbackup.service.estate import Estate
 from hvbackup.service.session import Session
 from hvbackup.zone import local_zone
@@ -68,8 +68,9 @@ class Keeper:
         self.jobs = Jobs(places.state / "jobs", clock, self.environment)
         self.workers = Workers(places, self.environment)
         self.stores = self._sessions()
-        self.discovery = Discovery(self.store_words(next(iter(self.settings.stores))), self.environment)
-        self.selection = Selection()
+        first = self.store_words(next(iter(self.settings.stores)))
+        self.discovery = Discovery(first, self.environment, kept=places.state / "machines.json")
+        self.selection = selection.select(self.settings, self.discovery.machines)
         self.alarms: Sequence[Alarm] = ()
         self._rows: Sequence[Row] = ()
         self._quiet = Quiet()
@@ -194,7 +195,8 @@ class Keeper:
         present = {(r.store, r.key) for r in made}
         for store, opened in self.stores.items():
             known = opened.estate.all() if opened.estate else []
-            made += [rows.gone(k, store, now) for k in known if (store, k.key) not in present]
+            heard = self.discovery.watchers.heard
+            made += [rows.gone(k, store, now, heard.get(k.id)) for k in known if (store, k.key) not in present]
         return sorted(made, key=lambda r: (r.name, r.id))
 
     def _row(self, chosen: Chosen, now: Instant) -> Row | None:
@@ -221,6 +223,7 @@ class Keeper:
             now,
             due,
             past.open,
+            self.discovery.watchers.heard.get(m.id),
         )
 
     def _wanted(self) -> dict[str, Wanted]:

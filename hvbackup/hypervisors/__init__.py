@@ -28,7 +28,18 @@ from pathlib import Path
 from typing import Protocol
 
 from hvbackup.extents import Spans
-from hvbackup.model import Consistency, Continuity, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, Token
+from hvbackup.model import (
+    Consistency,
+    Continuity,
+    Disk,
+    DiskId,
+    Instant,
+    LeaseId,
+    Machine,
+    MachineConfig,
+    MachineId,
+    Token,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,7 @@ class Can:
     pushed_session: bool = False  # the platform begins the session
     readers: int = 1  # how many readers of one disk make sense in parallel
     cycles: bool = False  # has `cycles`: many snapshots, one after the other, at little cost each
+    events: bool = False  # has `watching`: says what happens to its machines
     stream: bool = False  # has `stream`: each write of the guest is sent to us as well
 
 
@@ -224,6 +236,18 @@ class Hypervisor(Protocol):
 
         `keep` names every token that a committed point or barrier of this store still needs, whichever run made it.
         Callable from another process after a crash, and twice.  Raises HostUnreachable.
+        """
+
+
+class Watching(Hypervisor, Protocol):
+    """A platform with `can.events`."""
+
+    def watching(
+        self, report: Callable[[str, MachineId, str], None], lost: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[None]:
+        """Be told what happens, to which machine, and its name, while the context lasts; `lost` once, when no more can come.
+
+        An event is a reason to look, never a fact to rely on.  Raises HostUnreachable.
         """
 
 

@@ -32,7 +32,7 @@ from types import TracebackType
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
 from hvbackup.hypervisors import Can, libvirt_cycles, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
 from hvbackup.hypervisors.libvirt_cycles import LibvirtCycles
-from hvbackup.hypervisors.libvirt_events import Event, watching
+from hvbackup.hypervisors.libvirt_events import watching
 from hvbackup.hypervisors.libvirt_host import Domain, Host
 from hvbackup.hypervisors.libvirt_pull import LibvirtFrozen, Pull, Room
 from hvbackup.hypervisors.libvirt_seen import Seen, look
@@ -45,6 +45,9 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SCRATCH = Path(
     "/var/lib/libvirt/hvbackup"
 )  # where a QEMU that is not root may go, which it may not below our own folders
+
+
+LOOK_WAIT_SECONDS = 60.0  # for a snapshot of ours that is just beginning, or another look; see Room.locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class LibvirtHypervisor:
             freeze=True,
             several_disks_at_once=True,
             readers=2,
+            events=True,
             cycles=where.local,  # QEMU's own, which takes sockets and files of this host
         )
 
@@ -94,7 +98,8 @@ class LibvirtHypervisor:
         found = [(domain, name) for domain in self.host.domains() if (name := _name(domain))]
         if self.where.domains:
             found = [_named(wanted, found, self.where.uri) for wanted in self.where.domains]
-        seen = [self._machine(domain) for domain, _ in sorted(found, key=lambda each: each[1])]
+        room = self._room()
+        seen = [self._machine(room, domain) for domain, _ in sorted(found, key=lambda each: each[1])]
         return [machine for machine in seen if machine is not None]
 
     def snapshot(
@@ -130,10 +135,10 @@ class LibvirtHypervisor:
         return libvirt_cycles.begin(room, domain, seen, lease, self.release)
 
     def watching(
-        self, report: Callable[[Event], None], lost: Callable[[], None] = lambda: None
+        self, report: Callable[[str, MachineId, str], None], lost: Callable[[], None] = lambda: None
     ) -> AbstractContextManager[None]:
         """Be told what happens to machines of the host while the context lasts.  Raises HostUnreachable."""
-        return watching(self.host, report, lost)
+        return watching(self.host, lambda event: report(event.kind, event.machine, event.name), lost)
 
     def _release_cycles(
         self, room: Room, domain: Domain, folders: Sequence[Path], lease: LeaseId | None, keeping: Collection[str]
@@ -192,10 +197,11 @@ class LibvirtHypervisor:
         foreign = self.where.local and os.geteuid() == 0 and uid != 0
         return _SCRATCH if foreign else self._scratch_dir
 
-    def _machine(self, domain: Domain) -> Machine | None:
+    def _machine(self, room: Room, domain: Domain) -> Machine | None:
         """None for a domain that is gone again."""
         try:
-            return self.look(domain).machine
+            with room.locked(MachineId(domain.uuid), LOOK_WAIT_SECONDS):
+                return self.look(domain).machine
         except NotFound:
             return None
 

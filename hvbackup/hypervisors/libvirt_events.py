@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hvbackup.hypervisors.libvirt_host import Happening, Host
+from hvbackup.hypervisors.libvirt_xml import NAMESPACE
 from hvbackup.model import MachineId
 
 
@@ -33,6 +34,7 @@ class Kind(enum.StrEnum):
     REVERTED = "reverted"  # it went back to a snapshot
     MIGRATED = "migrated"  # it came from another host, or went to one
     DISKS = "disks"  # one was attached or detached, or its image became another one
+    TAGGED = "tagged"  # its metadata says something else to us
     OTHER = "other"
 
 
@@ -68,6 +70,7 @@ _LIFECYCLE = {
     ("stopped", "snapshot"): Kind.REVERTED,
     ("crashed", ""): Kind.CRASHED,
     ("disks", ""): Kind.DISKS,
+    ("metadata", NAMESPACE): Kind.TAGGED,
 }
 
 

@@ -159,8 +159,12 @@ class Host:
         def disks(_: Any, domain: libvirt.virDomain, *__: Any) -> None:
             happened(Happening("disks", "", domain.UUIDString(), domain.name()))
 
+        def metadata(_: Any, domain: libvirt.virDomain, __: int, namespace: str | None, ___: Any) -> None:
+            happened(Happening("metadata", namespace or "", domain.UUIDString(), domain.name()))
+
         wanted = {
             libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE: lifecycle,
+            libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE: metadata,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: disks,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: disks,
             libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2: disks,

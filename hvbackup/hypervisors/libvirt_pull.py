@@ -112,7 +112,7 @@ class Pull:
     ) -> LibvirtFrozen:
         """The moment.  Raises Busy, HostUnreachable, UsageError, SpaceExhausted."""
         room, names = self._room, self._room.names.of(lease)
-        with room.locked(self._machine):
+        with room.locked(self._machine.id):
             self._refuse_busy()
             plan = libvirt_freeze.plan(self._domain, seen, wanted, room.freezing)
             folder = room.folder(self._machine, names)

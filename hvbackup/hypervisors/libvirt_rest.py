@@ -34,7 +34,7 @@ def begin(
     """The machine as it was left.  Raises UsageError, Busy, HostUnreachable."""
     _refuse(seen, wanted)
     folder = room.folder(seen.machine, room.names.of(lease))
-    with room.locked(seen.machine):
+    with room.locked(seen.machine.id):
         room.make(folder)
     stack = ExitStack()
     stack.callback(room.remove, folder)

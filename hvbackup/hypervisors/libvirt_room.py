@@ -18,7 +18,9 @@ from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_names import LeaseNames, StoreNames
 from hvbackup.hypervisors.qmp import Peer
-from hvbackup.model import LeaseId, Machine
+from hvbackup.model import LeaseId, Machine, MachineId
+
+BEGIN_WAIT_SECONDS = 30.0  # for a look, or the beginning of another snapshot
 
 
 class Limits(Protocol):
@@ -74,12 +76,14 @@ class Room:
             raise Busy(f"Machine {machine.name} has an open snapshot ({folder}); wait for it, or release its lease")
 
     @contextmanager
-    def locked(self, machine: Machine) -> Iterator[None]:
-        """Nobody else on this host begins a snapshot of the machine meanwhile.  Raises Busy.
+    def locked(self, machine: MachineId, wait_seconds: float = BEGIN_WAIT_SECONDS) -> Iterator[None]:
+        """Nobody else of ours on this host begins a snapshot of the machine, or looks at its disks, meanwhile.  Raises Busy.
 
-        libvirt would let the second one wait for half a minute before it refuses.
+        libvirt would let a second backup wait for half a minute before it refuses.  And it asks QEMU for its block nodes when
+        somebody looks while a backup's scratch is being made, on which QEMU 7.2 has been seen to fail an assertion
+        (qcow2_get_specific_info), which is the end of the guest.
         """
-        with Files(self.runtime).owner(f"libvirt-{machine.id}.lock", f"Machine {machine.name}"):
+        with Files(self.runtime).owner(f"libvirt-{machine}.lock", f"Machine {machine}", wait_seconds=wait_seconds):
             yield
 
     def socket(self, folder: Path, names: LeaseNames) -> str:

@@ -102,7 +102,8 @@ def look(domain: Domain, where: LibvirtUri, state: Path) -> Seen:
         beside = []
     disks = [Disk(DiskId(d.target), _capacity(domain, d.target), d.sector, d.path) for d in spec.disks]
     disks += [there for s in beside if (there := _sidecar(s, shell))]
-    machine = Machine(MachineId(spec.uuid), spec.name, "libvirt", tuple(disks))
+    tags = dict.fromkeys([*libvirt_xml.spec(definition).tags, *spec.tags])  # set for good, or for this life alone
+    machine = Machine(MachineId(spec.uuid), spec.name, "libvirt", tuple(disks), tuple(tags))
     return Seen(domain, active, spec, machine, beside, shell, definition, notes, where)
 
 

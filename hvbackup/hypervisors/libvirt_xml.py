@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 from xml.sax.saxutils import quoteattr
 
+NAMESPACE = "https://hvbackup.org/xmlns/libvirt/1"  # a name, not an address
 RAW, QCOW2 = "raw", "qcow2"
 
 _SIZES = {
@@ -63,6 +64,7 @@ class DomainSpec:
     agent: bool = False  # a port for a guest agent
     agent_runs: bool = False  # and somebody in the guest opened it
     networks: Sequence[Mapping[str, str]] = ()
+    tags: Sequence[str] = ()  # of its metadata, in our namespace
 
 
 def spec(text: str) -> DomainSpec:
@@ -87,7 +89,15 @@ def spec(text: str) -> DomainSpec:
         agent=port is not None,
         agent_runs=port is not None and port.get("state") == "connected",
         networks=[_interface(e) for e in root.findall("devices/interface")],
+        tags=_tags(root),
     )
+
+
+def _tags(root: Element) -> list[str]:
+    """`<metadata><h:tags xmlns:h="…">prod, db</h:tags></metadata>`, also with an element for each."""
+    found = root.find(f"metadata/{{{NAMESPACE}}}tags")
+    words = " ".join(found.itertext()).replace(",", " ").split() if found is not None else []
+    return list(dict.fromkeys(words))
 
 
 def _disk(element: Element) -> DomainDisk:

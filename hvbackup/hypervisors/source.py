@@ -61,6 +61,11 @@ class SourceOptions:
         return bool(self.agent or self.exclude_mountpoints or self.freeze_limit_seconds)
 
 
+def tells_events(source: str) -> bool:
+    """Whether the platform of a source says what happens to its machines, as it happens."""
+    return source.partition(":")[0] == "libvirt"
+
+
 def open_source(source: str, options: SourceOptions) -> Hypervisor:
     """The adapter for a source; nothing is connected yet.  Raises UsageError."""
     scheme, _, rest = source.partition(":")

@@ -101,7 +101,7 @@ def planned(p: Planned) -> Json:
     """One machine of a `backup --dry-run`."""
     return {
         "source": p.source,
-        "machine": machine(p.machine),
+        "machine": machine(p.machine) | {"tags": list(p.machine.tags)},
         "newest": point(p.newest) if p.newest else None,
         "disks": [{**disk(d), "tracked": d.id in p.known} for d in p.machine.disks],
     }

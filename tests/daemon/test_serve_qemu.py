@@ -7,17 +7,16 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hvbackup.model import MiB
 from tests.cli.rig import World
+from tests.daemon.rig import Served, configure, notes, points, until
 from tests.hypervisors.daemon import Daemon, make_image, node
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -64,54 +63,6 @@ def machine(folder: Path) -> Iterator[Daemon]:
         yield made
     finally:
         made.kill()
-
-
-def configure(world: World, text: str) -> None:
-    (world.configuration / "config.toml").write_text(text.format(folder=world.folder))
-
-
-class Served:
-    """`hvbackup serve` as a process."""
-
-    def __init__(self, world: World, **environment: str) -> None:
-        self.world = world
-        self.log = (world.folder / "serve.log").open("ab")
-        self.from_ = self.log.tell()
-        self.process = subprocess.Popen(
-            world.command("serve"), env={**world.environment, **environment}, stdout=self.log, stderr=self.log
-        )
-
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        self.process.send_signal(number)
-        self.log.close()
-        return self.process.wait(120)
-
-    def said(self, text: str) -> bool:
-        return text.encode() in (self.world.folder / "serve.log").read_bytes()[self.from_ :]
-
-
-def until(done: Callable[[], Any], seconds: float = 180.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
-
-
-def notes(world: World) -> list[dict[str, Any]]:
-    found = []
-    for path in (world.folder / "run/workers").glob("*.json"):
-        try:
-            note = json.loads(path.read_text())
-        except ValueError:
-            continue
-        if Path(f"/proc/{note['process']['pid']}").exists():
-            found.append(note)
-    return found
-
-
-def points(world: World) -> dict[str, int]:
-    return {m["name"]: m["points"] for m in world.run("status", "--json").json["machines"]}
 
 
 def test_the_service_protects_and_its_deaths_cost_nothing(world: World, tmp_path: Path) -> None:
