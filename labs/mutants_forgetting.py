@@ -117,6 +117,22 @@ FORGETTING: tuple[Planted, ...] = (
         False,
     ),
     (
+        "packs condemned by a guess alone",
+        "hvbackup/store/reclaim/reclaim.py",
+        "        if chosen is None or chosen:\n",
+        "        if chosen is None:\n",
+        ("tests/store/test_counts.py::test_a_guess_that_is_too_high_condemns_nothing",),
+        True,
+    ),
+    (
+        "blocks that an earlier point keeps guessed to be dead",
+        "hvbackup/store/reclaim/counts.py",
+        "        unlike &= from_third\n",
+        "",
+        ("tests/store/test_counts.py::test_a_guess_is_what_a_mark_finds",),
+        False,
+    ),
+    (
         "writers that began before not waited for",
         "hvbackup/store/reclaim/reclaim.py",
         "            if not left or not self._options.wait:\n                return not left\n",

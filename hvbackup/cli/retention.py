@@ -326,6 +326,9 @@ def _add_reclaim(verbs: Verbs) -> None:
     )
     verb.add_argument("--rate", default="", metavar="SIZE", help="read no more than this in a second")
     verb.add_argument("--empty-trash", action="store_true", help="now, although its time has not passed")
+    verb.add_argument(
+        "--exact", action="store_true", help="look through everything first, although the last week's counts would do"
+    )
     verb.set_defaults(run=reclaim)
 
 
@@ -341,6 +344,7 @@ def reclaim(args: argparse.Namespace, out: Out) -> int:
         wait=args.wait,
         bytes_per_second=parse_size(args.rate),
         empty_trash=args.empty_trash,
+        exact=args.exact,
     )
     if args.dry_run:
         found = service.dry_run(session_of(args), wish)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hvbackup.errors import UsageError
-from hvbackup.model import Instant
+from hvbackup.model import SECOND, Instant
 from hvbackup.service.retention import ordering
 from hvbackup.service.session import Session
 from hvbackup.store.keep import forget as forgetting
@@ -18,6 +18,7 @@ from hvbackup.store.reclaim.reclaim import Options, Reclaimed
 from hvbackup.store.shelves import immutable, pins
 
 NICENESS = 10
+COUNTS_AGE_NS = 7 * 24 * 3600 * SECOND  # counts choose for so long; what captures that died left waits no longer
 FOREVER = Instant(2**63 - 1)
 
 
@@ -30,6 +31,7 @@ class Wish:
     wait: bool = False
     bytes_per_second: int = 0  # 0: as fast as it goes
     empty_trash: bool = False
+    exact: bool = False  # mark first, whatever is known
     say: Callable[[str], None] = lambda _: None
 
 
@@ -65,7 +67,12 @@ def reclaim(session: Session, wish: Wish, now: Instant) -> Freed:
     with session.open() as store:
         immutable.arm(store)
         options = Options(
-            wish.garbage_share, wish.grace_ns, wish.wait, pause=Throttle(wish.bytes_per_second), say=wish.say
+            wish.garbage_share,
+            wish.grace_ns,
+            0 if wish.exact else COUNTS_AGE_NS,
+            wish.wait,
+            pause=Throttle(wish.bytes_per_second),
+            say=wish.say,
         )
         done = reserve.using(store.files, lambda: reclaiming.reclaim(store, options))
         reserve.keep(store.files)

@@ -1,10 +1,11 @@
-"""Reclaim at 10 million chunks: how long a mark takes, what memory it needs, and what it finds after 1 % of churn.
+"""Reclaim at 10 million chunks: how long choosing and marking take, what memory they need, what they find after 1 % of churn.
 
     python -m labs.bench.reclaim --folder FOLDER [--chunks 10000000]
 
 The store is real but for the data: packs of blocks have a header and a footer and no records between, because a mark reads none.
 Maps, pages, points, index and mark are the program's own.  One point is captured, 1 % of its blocks change at random places, a
-second point is captured, the first one is forgotten.  Memory is the kernel's count, looked at every 50 ms, mapped pages apart.
+second point is captured, a run of reclaim marks, the first point is forgotten, and then it is measured, in a process of its own:
+choosing by counts, and marking.  Memory is the kernel's count, looked at every 50 ms, mapped pages apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hvbackup.store.format import layout as f
 from hvbackup.store.format import pack as packs
 from hvbackup.store.format.blockmap import BlockMap, MapEditor
 from hvbackup.store.format.point import new_id
+from hvbackup.store.reclaim import counts
 from hvbackup.store.reclaim.mark import mark
 from hvbackup.store.reclaim.reclaim import choose
 from hvbackup.store.store import Store, init
@@ -71,6 +73,8 @@ def build(folder: Path, chunks: int) -> None:
         first = commit(store, 1, [(0, ids)], None)
         where = np.sort(np.random.default_rng(1).choice(len(ids), changed, replace=False))
         commit(store, 2, [(int(at), more[i : i + 1]) for i, at in enumerate(where)], first)
+        marks = mark(store, Instant(2))
+        counts.save(store, counts.Counts(Instant(2), marks.shares(), marks.points))
         store.tell("forget", Instant(3), forgotten=[store.path_of(first)])
         store.files.remove(store.path_of(first))
 
@@ -115,23 +119,30 @@ def watched(into: dict[str, float]) -> Iterator[None]:
 
 
 def measure(folder: Path) -> dict[str, object]:
-    """What a mark costs."""
+    """What choosing and marking cost."""
     opened: dict[str, float] = {}
     marked: dict[str, float] = {}
     chosen: dict[str, float] = {}
     with watched(opened):
         store = Store.open(folder / "store", folder / "state", owner=True)
     with store:
+        with watched(chosen):
+            known = counts.load(store)
+            guessed = counts.guess(store, known, lambda _: None) if known else None
+            assert guessed, "the store must be built anew"
+            found = choose(store, guessed.shares, 0.2)
         with watched(marked):
             shares = mark(store, Instant(time.time_ns())).shares()
-        with watched(chosen):
-            found = choose(store, shares, 0.01)
+        right = choose(store, shares, 0.2)
         live, total = sum(s.live for s in shares.values()), sum(s.total for s in shares.values())
         return {
             "rows": store.index.chunks,
             "packs": len(shares),
             "garbage_percent": round(100 * (1 - live / total), 3),
-            "chosen_at_1_percent": len(found),
+            "guessed_garbage_percent": round(100 * (1 - sum(s.live for s in guessed.shares.values()) / total), 3),
+            "chosen": len(found),
+            "a_mark_would_choose": len(right),
+            "chosen_by_both": len(set(found) & set(right)),
             "open": {k: round(v, 2) for k, v in opened.items()},
             "mark": {k: round(v, 2) for k, v in marked.items()},
             "choose": {k: round(v, 3) for k, v in chosen.items()},

@@ -188,7 +188,14 @@ class Life:
         def sleep(_seconds: float) -> None:
             hours[0] += 600
 
-        made = Options(grace_ns=0, garbage_share=0.0, clock=self.clock, sleep=sleep, steady=lambda: hours[0])
+        made = Options(
+            grace_ns=0,
+            garbage_share=0.0,
+            counts_age_ns=4 * HOUR_NS,  # at the end a mark chooses, so that nothing is left
+            clock=self.clock,
+            sleep=sleep,
+            steady=lambda: hours[0],
+        )
         return replace(made, **changes)  # type: ignore[arg-type]
 
     def _time(self, store: Store) -> None:

@@ -55,6 +55,7 @@ from hvbackup.store.index.index import Index
 FOLDER = "writers"  # in the store; and in STATE, for the locks
 LEASE_SECONDS = 15 * 60.0
 RENEW_SECONDS = LEASE_SECONDS / 3
+COUNTS = "counts"  # under STATE: what reclaim counted; it knows nothing of what a writer that died has left
 Clock = Callable[[], tuple[float, float]]
 
 
@@ -189,6 +190,7 @@ def remove_dead(backend: Backend, state: Files, ring: Keyring, writer: str) -> N
     """The leases of writers of this STATE that are dead are gone when this returns."""
     for lease in leases(backend, ring):
         if lease.writer == writer and is_dead(state, lease.id):
+            state.remove(COUNTS)
             backend.remove(f"{FOLDER}/{lease.id}")
     for name in state.names(FOLDER):
         if is_dead(state, name):
@@ -233,5 +235,6 @@ class Wait:
         dead = lease.writer == self._writer and is_dead(self._state, lease.id)
         if not dead and (lease.data != data or now - since <= LEASE_SECONDS + RENEW_SECONDS):
             return False
+        self._state.remove(COUNTS)
         self._backend.remove(f"{FOLDER}/{lease.id}")
         return True

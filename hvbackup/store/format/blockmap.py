@@ -32,7 +32,8 @@ def depth_of(blocks: int) -> int:
     return depth
 
 
-def _page(data: bytes) -> Ids:
+def page_of(data: bytes) -> Ids:
+    """The ids of a page."""
     return np.frombuffer(data, np.uint8).reshape(PAGE_IDS, ID_BYTES)
 
 
@@ -77,7 +78,7 @@ class BlockMap:
         for level in range(self.depth - 1, -1, -1):
             if at == ZERO_CHUNK or leaf >= PAGE_IDS ** (self.depth - 1):
                 return None
-            page = _page(self._load(at))
+            page = page_of(self._load(at))
             if level == 0:
                 return page
             at = ChunkId(page[leaf // PAGE_IDS ** (level - 1) % PAGE_IDS].tobytes())
@@ -96,7 +97,7 @@ class BlockMap:
         return self._walk_back(self.root, self.depth - 1, 0)
 
     def _walk_back(self, at: ChunkId, level: int, first: int) -> Iterator[tuple[int, Ids]]:
-        page = _page(self._load(at)) if at != ZERO_CHUNK else np.zeros((0, ID_BYTES), np.uint8)
+        page = page_of(self._load(at)) if at != ZERO_CHUNK else np.zeros((0, ID_BYTES), np.uint8)
         if level == 0 and len(page):
             yield first, page
             return
@@ -106,7 +107,7 @@ class BlockMap:
     def _walk(self, at: ChunkId, level: int, first: int, lo: int, hi: int) -> Iterator[tuple[int, Ids]]:
         if at == ZERO_CHUNK or first >= hi or first + PAGE_IDS ** (level + 1) <= lo:
             return
-        page = _page(self._load(at))
+        page = page_of(self._load(at))
         if level == 0:
             yield first, page
             return
@@ -122,13 +123,21 @@ class BlockMap:
                 continue
             yield at, level
             if level:
-                stack += [(ChunkId(i.tobytes()), level - 1) for i in _page(self._load(at)) if i.any()]
+                stack += [(ChunkId(i.tobytes()), level - 1) for i in page_of(self._load(at)) if i.any()]
 
     def diff(self, other: BlockMap) -> NDArray[np.int64]:
         """The numbers of blocks whose content differs, ascending; pages that both maps share are not read."""
+        empty = bytes(PAGE_BYTES)
+        found = [np.zeros(0, np.int64)]
+        for leaf, mine, others in self.leaves_unlike(other):
+            a, b = (page_of(empty if at == ZERO_CHUNK else self._load(at)) for at in (mine, others))
+            found.append(np.flatnonzero((a != b).any(axis=1)) + leaf * PAGE_IDS)
+        return np.concatenate(found)
+
+    def leaves_unlike(self, other: BlockMap) -> Iterator[tuple[int, ChunkId, ChunkId]]:
+        """(number of a leaf, its id here, its id there) where those differ, ascending; leaves themselves are not read."""
         depth = max(self.depth, other.depth)
-        found = list(_diff(self._raised(depth), other._raised(depth)))
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return _unlike(self._raised(depth), other._raised(depth))
 
     def _raised(self, depth: int) -> _Node:
         """The root as a node of a tree of at least this depth."""
@@ -150,7 +159,7 @@ class _Node:
         return _Node(self.load, ChunkId(self.page()[i].tobytes()), self.level - 1)
 
     def page(self) -> Ids:
-        return np.zeros((PAGE_IDS, ID_BYTES), np.uint8) if self.at == ZERO_CHUNK else _page(self.load(self.at))
+        return np.zeros((PAGE_IDS, ID_BYTES), np.uint8) if self.at == ZERO_CHUNK else page_of(self.load(self.at))
 
     def differing(self, other: _Node) -> list[int]:
         if self.only is not None or other.only is not None:
@@ -159,15 +168,14 @@ class _Node:
         return found
 
 
-def _diff(a: _Node, b: _Node, first: int = 0) -> Iterator[NDArray[np.int64]]:
+def _unlike(a: _Node, b: _Node, first: int = 0) -> Iterator[tuple[int, ChunkId, ChunkId]]:
     if a.at == b.at and a.only is None and b.only is None:
         return
-    rows = a.differing(b)
     if a.level == 0:
-        yield np.array(rows, np.int64) + first
+        yield first, a.at, b.at
         return
-    for i in rows:
-        yield from _diff(a.child(i), b.child(i), first + i * PAGE_IDS**a.level)
+    for i in a.differing(b):
+        yield from _unlike(a.child(i), b.child(i), first + i * PAGE_IDS ** (a.level - 1))
 
 
 class _Edited:
@@ -202,7 +210,7 @@ class MapEditor:
             return ZERO_CHUNK
         at, depth = base.root, base.depth
         while depth > self._depth and at != ZERO_CHUNK:
-            at, depth = ChunkId(_page(self._load(at))[0].tobytes()), depth - 1
+            at, depth = ChunkId(page_of(self._load(at))[0].tobytes()), depth - 1
         root: ChunkId | _Edited = at
         for _ in range(depth, self._depth):
             ids = np.zeros((PAGE_IDS, ID_BYTES), np.uint8)
@@ -215,7 +223,7 @@ class MapEditor:
         return root
 
     def _open(self, at: ChunkId) -> _Edited:
-        return _Edited(_page(bytes(PAGE_BYTES) if at == ZERO_CHUNK else self._load(at)).copy())
+        return _Edited(page_of(bytes(PAGE_BYTES) if at == ZERO_CHUNK else self._load(at)).copy())
 
     def _interior(self, leaf: int) -> tuple[_Edited, int]:
         """The lowest interior page above a leaf, opened for editing, and the leaf's place in it."""

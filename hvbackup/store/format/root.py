@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,14 @@ class Root:
     def load(cls, value: dict[str, Any]) -> Root:
         """From JSON.  Raises KeyError, TypeError, ValueError."""
         return cls(ChunkId(bytes.fromhex(value["id"])), int(value["size"]))
+
+
+Disks = Mapping[str, Root]  # the maps of a point, by disk
+
+
+def disks_of(point: RecoveryPoint) -> Disks:
+    """The maps of a point, by disk."""
+    return {d.disk.id: Root(d.root, d.disk.size) for d in point.disks}
 
 
 def roots_of(point: RecoveryPoint) -> Iterator[Root]:

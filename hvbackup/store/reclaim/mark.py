@@ -29,7 +29,7 @@ from hvbackup.store.chunks import writers
 from hvbackup.store.chunks.writer import META_COPIES, point_copy
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.blockmap import Ids, depth_of
-from hvbackup.store.format.root import Root, roots_of
+from hvbackup.store.format.root import Disks, Root, disks_of, roots_of
 from hvbackup.store.index.generation import OFFSET_BITS, PIECE_ROWS, Generation, keys_of, locations
 from hvbackup.store.keep import forget
 from hvbackup.store.shelves import pins
@@ -65,6 +65,7 @@ class Marks:
         self._learn()
         self._waiting: list[Ids] = []
         self._waiting_count = 0
+        self.points: dict[str, Disks] = {}  # those that were walked, in the trash or not, by path
         self.lost_blocks = 0  # needed, and nowhere: that is damage, which `check` names
 
     def _learn(self) -> bool:
@@ -187,13 +188,13 @@ def mark(
     """
     marks = Marks(store, unfit, gone)
     walk = _Walk(store, marks, pause)
-    walked: set[str] = set()
+    walked = marks.points
     while True:
         before = len(walked)
         for path, data, point in chain(points(store, walked), trashed(store, walked)):
             marks.copy_of_point(path, data)
             walk.point(point)
-            walked.add(path)
+            walked[path] = disks_of(point)
         for pin in pins.every(store, now):
             for root in pin.roots:
                 walk.root(root, f"what is pinned by {pin.what}")

@@ -1,6 +1,6 @@
 """Reclaim: the only thing that removes data.  Packs that nobody needs go; sparse ones go after what lives in them was copied.
 
-    1 choose      packs of which a good part is needed by nobody, by a mark
+    1 choose      packs of which a good part is needed by nobody: by counts (`counts.py`), and if those know of any, by a mark
     2 condemn     they are listed: writers that begin take nothing from them
     3 wait        for writers that began before, and so may not know (`writers.py`)
     4 mark        everything that any root needs, again, whatever step 1 thought (`mark.py`)
@@ -45,7 +45,7 @@ from hvbackup.model import SECOND, Instant, MiB
 from hvbackup.store.chunks import condemned, writers
 from hvbackup.store.chunks.condemned import CONDEMNED, Condemned
 from hvbackup.store.format import pack as packs
-from hvbackup.store.reclaim import repack, reserve
+from hvbackup.store.reclaim import counts, repack, reserve
 from hvbackup.store.reclaim.mark import Marks, Pause, Share, mark
 from hvbackup.store.store import Store
 
@@ -63,6 +63,7 @@ class Options:
 
     garbage_share: float = GARBAGE_SHARE
     grace_ns: int = GRACE_NS
+    counts_age_ns: int = 0  # for so long, counts may say that there is nothing to do; 0: a mark always looks
     wait: bool = False  # for writers and for the grace to pass; else return, and the next run goes on
     clock: Callable[[], Instant] = lambda: Instant(time.time_ns())
     steady: Callable[[], float] = time.monotonic  # never steps
@@ -169,15 +170,40 @@ class _Run:
         """A new list of what is worth it now, if anything is."""
         unfit, gone = _unfit(self._store, lists)
         with self._timed("choose"):
-            marks = mark(self._store, self._options.clock(), unfit, gone, self._options.pause)
-            there = {p: s for p, s in marks.shares().items() if p not in unfit | gone}
-            chosen = choose(self._store, there, self._options.garbage_share)
+            chosen = self._chosen(self._guessed(), unfit | gone)
+        if chosen is None or chosen:
+            with self._timed("look through"):
+                marks = mark(self._store, self._options.clock(), unfit, gone, self._options.pause)
+                chosen = self._chosen(self._keep(marks), unfit | gone)
         if not chosen:
             return None
         made = condemned.new(frozenset(chosen), self._options.clock())
         CONDEMNED.put(self._store.files, self._store.ring, made.id, made)
         self._done.condemned = len(chosen)
         return made
+
+    def _chosen(self, shares: Mapping[str, Share] | None, without: set[str]) -> list[str] | None:
+        if shares is None:
+            return None
+        return choose(self._store, {p: s for p, s in shares.items() if p not in without}, self._options.garbage_share)
+
+    def _guessed(self) -> Mapping[str, Share] | None:
+        """How much of each pack is needed, by what the last mark found; None when that was too long ago, or can't be told."""
+        now, age = self._options.clock(), self._options.counts_age_ns
+        known = counts.load(self._store)
+        if known is None or not known.t <= now < known.t + age:
+            return None
+        found = counts.guess(self._store, known, self._options.pause)
+        if found is None:
+            return None
+        counts.save(self._store, replace(known, points=found.points))
+        return found.shares
+
+    def _keep(self, marks: Marks) -> Mapping[str, Share]:
+        """What a mark found, also for the next run to choose by."""
+        shares = marks.shares()
+        counts.save(self._store, counts.Counts(self._options.clock(), shares, marks.points))
+        return shares
 
     def _finish(self, lists: list[Condemned]) -> None:
         with self._timed("wait"):
@@ -188,6 +214,7 @@ class _Run:
         with self._timed("mark"):
             self._store.index.catch_up()
             marks = mark(self._store, self._options.clock(), unfit, gone, self._options.pause)
+            self._keep(marks)
         with self._timed("copy"):
             lists = self._copy(lists, marks)
         with self._timed("remove"):
