@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from hvbackup import metrics
-from hvbackup.metrics import MachineSample, StoreSample
+from hvbackup.metrics import MachineSample, ServiceSample, StoreSample
 
 LINE = re.compile(r'[a-z_]+(\{[a-z]+="(\\.|[^"\\\n])*"(,[a-z]+="(\\.|[^"\\\n])*")*\})? -?\d+(\.\d+)?(e[-+]\d+)?')
 
@@ -17,15 +17,18 @@ def test_a_scrape() -> None:
         MachineSample("1", 'a "quoted"\nname\\', 3, 12.5, 60.0, recording=True, run_status=2),
         MachineSample("2", "db", 1, covered=False),
     ]
-    store = StoreSample("1.0", {"packs": 7}, 10**13, alarms={"late": 1}, source_up={"kvm1": False})
-    text = metrics.exposition(store, machines)
+    stores = [StoreSample("main", {"packs": 7}, 10**13), StoreSample("off site", {"packs": 8}, damaged=2)]
+    service = ServiceSample("1.0", alarms={"late": 1}, source_up={"kvm1": False})
+    text = metrics.exposition(service, stores, machines)
     samples = [line for line in text.splitlines() if not line.startswith("#")]
     assert all(LINE.fullmatch(line) for line in samples), samples
     assert 'hvbackup_point_age_seconds{machine="a \\"quoted\\"\\nname\\\\",id="1"} 12.5' in samples
     assert 'hvbackup_recording{machine="a \\"quoted\\"\\nname\\\\",id="1"} 1' in samples
     assert 'hvbackup_covered{machine="db",id="2"} 0' in samples
     assert 'hvbackup_source_up{source="kvm1"} 0' in samples
-    assert "hvbackup_store_free_bytes 10000000000000" in samples
+    assert 'hvbackup_store_free_bytes{store="main"} 10000000000000' in samples
+    assert 'hvbackup_store_bytes{store="off site",kind="packs"} 8' in samples
+    assert 'hvbackup_damaged{store="off site"} 2' in samples
     assert not any(line.startswith("hvbackup_journal_lag") for line in text.splitlines())  # nobody knows it
     for name in {re.match("[a-z_]+", line)[0] for line in samples}:  # type: ignore[index]
         assert text.count(f"# TYPE {name} gauge") == text.count(f"# HELP {name} ") == 1

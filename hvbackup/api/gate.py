@@ -26,6 +26,7 @@ from hvbackup.daemon.keeper import Keeper
 from hvbackup.daemon.rows import Row
 from hvbackup.errors import HvbackupError, NotFound
 from hvbackup.selection import Found, closeness
+from hvbackup.service.estate import Estate
 from hvbackup.service.session import Session
 
 COOKIE = "__Host-hvbackup"
@@ -102,7 +103,7 @@ class Desk:
     _audit_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def audit(self, caller: Caller, what: str, status: str, machine: str = "", **more: Any) -> None:
-        """The call is in the chain of the store's records when this returns."""
+        """The call is in the chain of records of the store it concerns, or else of the first one, when this returns."""
         now = self.keeper.clock()
         entry = {
             "what": what,
@@ -115,15 +116,23 @@ class Desk:
         with self._audit_lock:
             self.audited.append({"t": now, **entry})
             del self.audited[:-AUDIT_KEPT]
-            for opened in list(self.keeper.stores.values())[:1]:
-                if opened.estate is None:
-                    log.warning("Audit without a store: %s", entry)
-                    return
-                try:
-                    opened.estate.store.tell("audit", now, **entry)
-                except (HvbackupError, OSError) as e:
-                    log.error("The audit record %s could not be written: %s", entry, e)
-                    raise
+            estate = self._estate_of(str(more.get("store", "")), machine)
+            if estate is None:
+                log.warning("Audit without a store: %s", entry)
+                return
+            try:
+                estate.store.tell("audit", now, **entry)
+            except (HvbackupError, OSError) as e:
+                log.error("The audit record %s could not be written: %s", entry, e)
+                raise
+
+    def _estate_of(self, store: str, machine: str) -> Estate | None:
+        """Of the store that is named, or that has the machine, or else of the first one that is open."""
+        name = store or next((r.store for r in self.keeper.rows() if machine and r.id == machine), "")
+        opened = self.keeper.stores.get(name)
+        if opened and opened.estate:
+            return opened.estate
+        return next((o.estate for o in self.keeper.stores.values() if o.estate), None)
 
     def session(self, caller: Caller, store: str = "") -> Session:
         """A store (the first one for nothing), opened for somebody.  Raises NotFound."""

@@ -16,12 +16,13 @@ from hvbackup.daemon.keeper import Keeper
 from hvbackup.daemon.rows import Row, Standing
 from hvbackup.errors import HvbackupError
 from hvbackup.jobs import State
-from hvbackup.metrics import MachineSample, StoreSample
+from hvbackup.metrics import MachineSample, ServiceSample, StoreSample
 from hvbackup.model import SECOND
 from hvbackup.service import look
 
 SLOW_SECONDS = 300.0  # between two looks at what a store's files take and how it grows
 KINDS = ("packs", "journals", "points", "runs")
+CHECKS = ("check", "deep check")
 GROWTH = """
 SELECT day, sum(changed_bytes)::BIGINT, sum(new_bytes)::BIGINT, sum(stored_bytes)::BIGINT FROM growth GROUP BY day ORDER BY day
 """
@@ -123,18 +124,37 @@ def store_shape(keeper: Keeper, name: str) -> dict[str, Any]:
 
 def exposition(keeper: Keeper) -> str:
     """The answer to a scrape."""
-    first = next(iter(keeper.stores))
-    shape = store_shape(keeper, first)
-    checks = [tasks.past_of(keeper.jobs, first, kind).past.succeeded for kind in ("check", "deep check")]
-    age = (keeper.clock() - max(checks)) / SECOND if max(checks) else None
-    all_jobs = keeper.jobs.all()
-    store = StoreSample(
-        __version__, shape["bytes"], shape["free_bytes"], age, None, None,
-        {str(s): sum(j.state is s for j in all_jobs) for s in State},
+    service = ServiceSample(
+        __version__, {str(s): 0 for s in State} | _counted(str(j.state) for j in keeper.jobs.all()),
         _counted(a.key.partition(":")[0] for a in keeper.alarms),
         {n: not a.error for n, a in keeper.discovery.sources.items()},
     )  # fmt: skip
-    return metrics.exposition(store, [_sample(keeper, r) for r in keeper.rows()])
+    stores = [_store_sample(keeper, name) for name in keeper.stores]
+    return metrics.exposition(service, stores, [_sample(keeper, r) for r in keeper.rows()])
+
+
+def _store_sample(keeper: Keeper, name: str) -> StoreSample:
+    slow = figures.of(keeper, name)
+    found, age = _newest_check(keeper, name)
+    damaged = len(found["problems"]) if found else None
+    return StoreSample(name, dict(slow.sizes), _free(keeper, name), age, found.get("debt_bytes"), damaged)
+
+
+def _newest_check(keeper: Keeper, store: str) -> tuple[Mapping[str, Any], float | None]:
+    """What the newest check that came to an end has found, good or bad, and how long ago it began."""
+    for job in keeper.jobs.of(store):
+        said = keeper.jobs.answer(job.id) if job.task.kind in CHECKS and not job.state.is_open else None
+        if isinstance(said, dict) and "problems" in said:
+            return said, (keeper.clock() - job.began) / SECOND
+    return {}, None
+
+
+def _free(keeper: Keeper, name: str) -> int | None:
+    try:
+        found = os.statvfs(keeper.stores[name].session.places.store)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 def _sample(keeper: Keeper, r: Row) -> MachineSample:

@@ -71,7 +71,7 @@ def known_store(desk: Desk, name: str) -> str:
 def sql(desk: TheDesk, caller: Everything, order: Question) -> dict[str, Any]:
     """Ask the index of a store, in SQL that only reads."""
     session = desk.keeper.stores[known_store(desk, order.store)].session
-    with audited(desk, caller, "sql", query=order.query[:500]):
+    with audited(desk, caller, "sql", store=order.store, query=order.query[:500]):
         found = look.sql(session, order.query)
     return {"columns": found.columns, "rows": found.rows, "notes": list(found.notes)}
 
@@ -109,7 +109,7 @@ def release(
 ) -> dict[str, Any]:  # fmt: skip
     """End a hold; where two persons are needed, it waits for the second."""
     session = desk.session(caller, store)
-    with audited(desk, caller, "release", hold=hold):
+    with audited(desk, caller, "release", store=store, hold=hold):
         _, request = retention.release(session, hold, desk.keeper.clock())
     return {"hold": hold, "waits": request.id if request else None}
 

@@ -171,7 +171,7 @@ def trash(desk: TheDesk, caller: Reader, store: Store) -> dict[str, Any]:
 def forget(desk: TheDesk, caller: Admin, store: Store, order: Forget) -> dict[str, Any]:
     """Put points into the trash; where two persons are needed, it waits for the second."""
     session = desk.session(caller, store)
-    with audited(desk, caller, "forget", points=list(order.points), why=order.why):
+    with audited(desk, caller, "forget", store=store, points=list(order.points), why=order.why):
         done = retention.forget(
             session, order.points, desk.keeper.clock(), why=order.why, even_newest=order.even_newest, wait_seconds=0.0
         )
@@ -182,7 +182,7 @@ def forget(desk: TheDesk, caller: Admin, store: Store, order: Forget) -> dict[st
 def undo(desk: TheDesk, caller: Admin, store: Store, order: Undo) -> dict[str, Any]:
     """Have points back out of the trash."""
     session = desk.session(caller, store)
-    with audited(desk, caller, "undo", points=list(order.points)):
+    with audited(desk, caller, "undo", store=store, points=list(order.points)):
         back = retention.undo(session, order.points, desk.keeper.clock())
     return {"restored": [t.id for t in back]}
 
@@ -191,7 +191,7 @@ def undo(desk: TheDesk, caller: Admin, store: Store, order: Undo) -> dict[str, A
 def approve(desk: TheDesk, caller: Admin, store: Store, request: Id) -> dict[str, Any]:
     """Let another person's wish come true; a token is no person."""
     session = desk.session(caller, store)
-    with audited(desk, caller, "approve", request=request):
+    with audited(desk, caller, "approve", store=store, request=request):
         if not caller.csrf:
             raise UsageError("A person approves, who has logged in: neither a token nor whoever reaches the socket")
         found, forgotten = retention.approve(session, request, desk.keeper.clock())
@@ -211,7 +211,7 @@ def change_settings(desk: TheDesk, caller: Admin, store: Store, order: Settings)
     changes: dict[str, Any] = {f"{k}_ns": stretch(v) for k in ("min_age", "trash") if (v := getattr(order, k))}
     changes |= {k: v for k in ("immutable", "two_person") if (v := getattr(order, k)) is not None}
     session = desk.session(caller, store)
-    with audited(desk, caller, "settings", changes=changes):
+    with audited(desk, caller, "settings", store=store, changes=changes):
         found, request = retention.change_settings(session, changes, desk.keeper.clock())
     return {"settings": shapes_retention.settings(found), "request": shapes_retention.request(request)}
 
@@ -225,6 +225,7 @@ def init(desk: TheDesk, caller: Admin, store: Store, order: NewStore) -> dict[st
     session = desk.session(caller, store)
     with audited(desk, caller, "init", store=store, encrypted=order.encrypted):
         made = stores.init(session, block=0, encrypted=order.encrypted, parity=order.parity)
+    desk.keeper.look_again(store)
     return {"store": {"path": str(made.path), "id": made.id, "encrypted": made.encrypted},
             "key_file": str(made.key_file) if made.key_file else None}  # fmt: skip
 
@@ -240,7 +241,7 @@ def keys(desk: TheDesk, caller: Admin, store: Store) -> dict[str, Any]:
 def add_key(desk: TheDesk, caller: Admin, store: Store, order: Label) -> dict[str, Any]:
     """One more key, for paper: its text is shown once and kept nowhere."""
     session = desk.session(caller, store)
-    with audited(desk, caller, "key add", label=order.label):
+    with audited(desk, caller, "key add", store=store, label=order.label):
         made, text = stores.paper_key(session, order.label)
     return {"key": {"id": made.id, "kind": made.kind, "label": made.label}, "text": text}
 
@@ -249,7 +250,7 @@ def add_key(desk: TheDesk, caller: Admin, store: Store, order: Label) -> dict[st
 def remove_key(desk: TheDesk, caller: Admin, store: Store, key: Id) -> dict[str, Any]:
     """Let a key open the store no more."""
     session = desk.session(caller, store)
-    with audited(desk, caller, "key remove", key=key):
+    with audited(desk, caller, "key remove", store=store, key=key):
         notes = stores.remove_key(session, key)
     return {"removed": key, "notes": notes}
 

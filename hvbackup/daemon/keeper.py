@@ -169,6 +169,10 @@ class Keeper:
             raise HvbackupError(opened.error or f"Store {store} is not open yet")
         return opened.estate
 
+    def look_again(self, store: str) -> None:
+        """A store that could not be opened is tried again at the next look."""
+        self.stores[store].tried = -1e9
+
     def refresh(self) -> None:
         """Rows are up to date when this returns."""
         for name, opened in self.stores.items():

@@ -43,10 +43,40 @@ class Inventory:
         return fits[0]
 
 
-def inventory(store: Store) -> Inventory:
-    """Every machine of the store with its points."""
+def machine_of(store: Store, name: str) -> Machine:
+    """The machine people call `name`.  Raises NotFound, UsageError."""
+    return _heads(store).machine(name).machine
+
+
+def history_of(store: Store, name: str) -> History:
+    """The machine people call `name` with its points; of all others, only the newest point is read.  Raises as `machine_of`."""
+    folder = store.ring.machine_name(machine_of(store, name).id)
+    return _inventory(store, [folder]).machines[0]
+
+
+def _heads(store: Store) -> Inventory:
+    """Every machine with its newest readable point: one small file for each, however many points there are."""
     found = Inventory()
     for folder in store.machine_folders():
+        for path in reversed(store.point_paths(folder)):
+            try:
+                newest = store.load_point(path)
+            except StoreDamage:
+                continue
+            found.machines.append(History(newest.machine, [newest]))
+            break
+    found.machines.sort(key=lambda h: (h.machine.name, h.machine.id))
+    return found
+
+
+def inventory(store: Store) -> Inventory:
+    """Every machine of the store with its points."""
+    return _inventory(store, store.machine_folders())
+
+
+def _inventory(store: Store, folders: Sequence[str]) -> Inventory:
+    found = Inventory()
+    for folder in folders:
         good, damaged = [], []
         for path in store.point_paths(folder):
             try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hvbackup.leases import Lease, Leases
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
 from hvbackup.recover.boot import Boot, Boots
-from hvbackup.service.inventory import History, Inventory, inventory
+from hvbackup.service.inventory import History, Inventory, history_of, inventory
 from hvbackup.service.session import Session
 from hvbackup.store.catalog.catalog import Catalog
 from hvbackup.store.check.ledger import Ledger, debt
@@ -70,10 +70,9 @@ class Overview:
 def points(session: Session, machine: str = "") -> Inventory:
     """The points of all machines, or of one.  Raises NotFound."""
     with session.open() as store:
-        found = inventory(store)
         if not machine:
-            return found
-        one = found.machine(machine)
+            return inventory(store)
+        one = history_of(store, machine)
         return Inventory([one], list(one.damaged))
 
 

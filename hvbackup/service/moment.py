@@ -15,7 +15,7 @@ from hvbackup import moments
 from hvbackup.errors import JournalGap, NotFound
 from hvbackup.model import DiskRoot, Instant, MachineId, PointId, RecoveryPoint
 from hvbackup.moments import local
-from hvbackup.service.inventory import inventory
+from hvbackup.service.inventory import history_of
 from hvbackup.store.chunks.view import DiskView
 from hvbackup.store.journal import readers
 from hvbackup.store.journal.history import Gap, History, Moment
@@ -61,7 +61,7 @@ class Chosen:
 def choose(store: Store, machine: str, at: str, now: Instant) -> Chosen:
     """What answers for a moment of a machine.  Raises NotFound, JournalGap, UsageError."""
     wanted = moments.parse(at, now)
-    known = inventory(store).machine(machine)
+    known = history_of(store, machine)
     notes, name = list(known.damaged), known.machine.name
     history = History(store, known.machine.id)
     if wanted.point:

@@ -22,7 +22,7 @@ from hvbackup.protect.group import Group
 from hvbackup.protect.protection import Protection
 from hvbackup.service import backup
 from hvbackup.service.control import REPLY_SECONDS, TAG_SECONDS, ask, listening, socket_of
-from hvbackup.service.inventory import inventory
+from hvbackup.service.inventory import machine_of
 from hvbackup.service.session import Session
 from hvbackup.service.standing import noting
 from hvbackup.store.shelves import pauses
@@ -174,7 +174,7 @@ def tag(session: Session, machine: str, label: str, consistency: Consistency = C
     if not label.strip():
         raise UsageError("A tag needs a name")
     with session.open() as store:
-        found = inventory(store).machine(machine).machine
+        found = machine_of(store, machine)
         path = socket_of(session.places, store.id, found.id)
     answer = ask(path, {"do": "tag", "label": label.strip(), "consistency": consistency}, TAG_SECONDS + REPLY_SECONDS)
     if answer is None:
@@ -206,7 +206,7 @@ def pause(session: Session, machine: str, for_ns: int, why: str) -> Left:
     Raises NotFound, HostUnreachable when its worker does not answer; it is paused all the same.
     """
     with session.open() as store:
-        found = inventory(store).machine(machine).machine
+        found = machine_of(store, machine)
         now = system_clock()
         made = Pause(now, Instant(now + for_ns) if for_ns else None, why)
         pauses.begin(store, found.id, made)
@@ -218,7 +218,7 @@ def pause(session: Session, machine: str, for_ns: int, why: str) -> Left:
 def resume(session: Session, machine: str) -> Left:
     """The machine is protected again, if a worker runs.  Raises NotFound when it was not paused, HostUnreachable."""
     with session.open() as store:
-        found = inventory(store).machine(machine).machine
+        found = machine_of(store, machine)
         if pauses.current(store, found.id, system_clock()) is None:
             raise NotFound(f"The protection of machine {found.name} is not paused")
         pauses.end(store, found.id)

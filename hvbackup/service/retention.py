@@ -14,7 +14,7 @@ from typing import Any
 from hvbackup.errors import NotFound, StoreDamage, UsageError
 from hvbackup.files import Files
 from hvbackup.model import Instant, RecoveryPoint
-from hvbackup.service.inventory import History, inventory
+from hvbackup.service.inventory import History, history_of, inventory
 from hvbackup.service.session import Session
 from hvbackup.store.format import keys
 from hvbackup.store.keep import forget as forgetting
@@ -98,8 +98,7 @@ def ordering(session: Session, now: Instant) -> Iterator[tuple[Store, Settings]]
 def plans(store: Store, machines: Sequence[str], policy: Policy, group_by: str, now: Instant) -> list[MachinePlan]:
     """What a policy means for these machines (all, when none is named).  Raises NotFound, UsageError, StoreDamage."""
     plan([], policy, {})  # a policy that keeps nothing is refused, also where there is nothing to keep
-    known = inventory(store)
-    chosen = [known.machine(name) for name in machines] if machines else known.machines
+    chosen = [history_of(store, name) for name in machines] if machines else inventory(store).machines
     return [p for one in chosen for p in _plans(store, one, policy, group_by, now)]
 
 

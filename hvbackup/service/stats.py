@@ -17,7 +17,7 @@ from typing import Any
 
 from hvbackup.errors import StoreDamage, UsageError
 from hvbackup.model import SECOND, Instant, RecoveryPoint
-from hvbackup.service.inventory import History, inventory
+from hvbackup.service.inventory import History, Inventory, history_of, inventory
 from hvbackup.service.look import used_bytes
 from hvbackup.service.session import Session
 from hvbackup.service.sizing import DAY_NS, Measured, Need, Trend, need, trend
@@ -146,8 +146,8 @@ def size(
 def _known(
     store: Store, machines: Sequence[str], now: Instant, days: int
 ) -> tuple[list[History], dict[str, Costs], Mapping[datetime.date, int], list[str]]:
-    found = inventory(store)
-    chosen = [found.machine(name) for name in machines] if machines else found.machines
+    found = inventory(store) if not machines else Inventory([history_of(store, name) for name in machines])
+    chosen = found.machines
     catalog = Catalog(store.state)
     notes = [*found.notes, *catalog.reconcile(store)]
     since = (now - days * DAY_NS) // 1000

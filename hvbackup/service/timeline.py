@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hvbackup.model import SECOND, Consistency, Instant, Machine, RecoveryPoint
 from hvbackup.moments import local
 from hvbackup.service.control import worker_pid
-from hvbackup.service.inventory import inventory
+from hvbackup.service.inventory import history_of
 from hvbackup.service.session import Session
 from hvbackup.store.journal.history import ClockStep, Common, Gap, History, Mark, Moment
 from hvbackup.store.shelves import pauses
@@ -112,7 +112,7 @@ def _common_lines(commons: Sequence[Common]) -> Iterator[str]:
 def timeline(session: Session, machine: str, now: Instant, since_ns: int = 0) -> Timeline:
     """What of one machine can be recovered, of the last `since_ns` (0: all).  Raises NotFound."""
     with session.open() as store:
-        known = inventory(store).machine(machine)
+        known = history_of(store, machine)
         history = History(store, known.machine.id)
         start = Instant(now - since_ns) if since_ns else _oldest(known.points, history, now)
         told = history.told

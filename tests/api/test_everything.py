@@ -192,6 +192,13 @@ def test_a_store_of_the_configuration_is_made(own: Site, tmp_path: Path) -> None
         copied = own.client("admin").post(f"{V}/stores/main/copy", json={"to": "second"})
         done = own.finish(copied.json()["id"])
         assert done["state"] in ("done", "degraded"), done
+        own.keeper.refresh()
+        own.client("admin").post(f"{V}/stores/second/keys", json={})
+        told = [r.value["what"] for r in own.keeper.estate("second").store.runs if r.value.get("kind") == "audit"]
+        assert told == ["key add"], "in the chain of the store that it concerns"
+        scraped = own.local.get("/metrics").text
+        assert 'hvbackup_store_free_bytes{store="second"}' in scraped
+        assert 'hvbackup_store_free_bytes{store="main"}' in scraped
         assert key
     finally:
         extra.unlink()
