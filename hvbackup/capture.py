@@ -252,6 +252,7 @@ def _tell(store: Store, machine: Machine, outcome: Outcome, options: Options) ->
         status=outcome.status.name.lower(),
         notes=outcome.notes,
         figures=asdict(outcome.figures),
+        **({"distrusted": True} if outcome.distrusted else {}),
     )
 
 

@@ -175,6 +175,7 @@ class PolicySettings:
     schedule: str = setting(when, "", "when points are made: daily, Mon..Fri 22:00, 4h")
     rpo: str = setting(stretch, "25h", "the most that may be lost: what is older is late")
     consistency: str = setting(consistency, AUTO, "auto, crash, filesystem, application")
+    drill: str = setting(when, "", "when the recovery of each of its machines is rehearsed; empty: never")
     keep: Mapping[str, Any] = setting(keep, table=True, doc="{daily = 7, weekly = 4}; nothing is pruned without")
     spread: str = setting(stretch, "0s", "machines begin within so long of the scheduled time")
 

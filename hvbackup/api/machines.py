@@ -186,6 +186,14 @@ def restore(desk: TheDesk, caller: Restorer, key: Key, order: orders.Restore) ->
     return submitted(desk, caller, orders.restore(desk.keeper, row, order, caller.name))
 
 
+@router.post("/machines/{key}/drill", status_code=202)
+def drill(desk: TheDesk, caller: Operator, key: Key, order: orders.Drill) -> dict[str, Any]:
+    """Rehearse its recovery: every block is read and verified, to nowhere."""
+    row = row_of(desk, caller, key)
+    known_of(row)
+    return submitted(desk, caller, orders.drill(desk.keeper, row, order, caller.name))
+
+
 @router.post("/machines/{key}/prune", status_code=202)
 def prune(desk: TheDesk, caller: Admin, key: Key, order: orders.Prune) -> dict[str, Any]:
     """Forget the points that the rules do not keep; they go to the trash first."""

@@ -61,6 +61,12 @@ class Boot(Which):
     new_identity: bool = Field(True, description="another UUID and other network addresses")
 
 
+class Drill(Order):
+    """Which moment is rehearsed."""
+
+    at: At | None = Field(None, description="as for a restore; a random one of the last 30 days without")
+
+
 class Backup(Order):
     """How a point is made."""
 
@@ -135,6 +141,11 @@ def boot(keeper: Keeper, r: Row, order: Boot, who: str) -> Task:
     words = ["boot", *order.words(), *([f"--name={order.name}"] if order.name else [])]
     words += ["--generic"] * order.generic + ["--new-identity"] * order.new_identity
     return task(keeper, r, "boot", words, who)
+
+
+def drill(keeper: Keeper, r: Row, order: Drill, who: str) -> Task:
+    """A recovery to nowhere."""
+    return task(keeper, r, "drill", ["drill", *([f"--at={order.at}"] if order.at else [])], who)
 
 
 def map_(keeper: Keeper, r: Row, order: Which, who: str) -> Task:

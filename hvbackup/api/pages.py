@@ -332,6 +332,10 @@ def _map(desk: Desk, caller: Caller, row: Row, f: dict[str, str]) -> dict[str, A
     return machines.map_(desk, caller, row.key, orders.Which(at=f["at"]))
 
 
+def _drill(desk: Desk, caller: Caller, row: Row, f: dict[str, str]) -> dict[str, Any]:
+    return machines.drill(desk, caller, row.key, orders.Drill(at=f["at"]))
+
+
 def _restore(desk: Desk, caller: Caller, row: Row, f: dict[str, str]) -> dict[str, Any]:
     return machines.restore(desk, caller, row.key, orders.Restore(at=f["at"], to=f["to"], format=f.get("format", "")))  # type: ignore[arg-type]
 
@@ -363,6 +367,7 @@ ACTIONS: Mapping[str, tuple[Permission, Do]] = {
     "hold": (Permission.OPERATE, _hold),
     "pause": (Permission.OPERATE, _pause),
     "resume": (Permission.OPERATE, _resume),
+    "drill": (Permission.OPERATE, _drill),
     "boot": (Permission.RESTORE, _boot),
     "map": (Permission.RESTORE, _map),
     "restore": (Permission.RESTORE, _restore),

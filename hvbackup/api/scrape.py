@@ -21,6 +21,7 @@ from hvbackup.model import SECOND
 from hvbackup.service import look
 
 SLOW_SECONDS = 300.0  # between two looks at what a store's files take and how it grows
+CLOSE_SECONDS = 60.0
 KINDS = ("packs", "journals", "points", "runs")
 CHECKS = ("check", "deep check")
 GROWTH = """
@@ -67,6 +68,12 @@ class Figures:
                 slow.thread = threading.Thread(target=_look, args=(keeper, name, slow), daemon=True)
                 slow.thread.start()
             return slow
+
+    def close(self) -> None:
+        """No look is under way any more: a process that ends in the middle of DuckDB's own code is aborted."""
+        for slow in list(self._of.values()):
+            if slow.thread:
+                slow.thread.join(CLOSE_SECONDS)
 
 
 def _look(keeper: Keeper, name: str, slow: Slow) -> None:
@@ -158,7 +165,7 @@ def _free(keeper: Keeper, name: str) -> int | None:
 
 
 def _sample(keeper: Keeper, r: Row) -> MachineSample:
-    history = tasks.past_of(keeper.jobs, r.id, "backup")
+    history, drill = tasks.past_of(keeper.jobs, r.id, "backup"), tasks.past_of(keeper.jobs, r.id, "drill")
     status = None if not history.past.ended else 2 if history.past.failures else 0
     lag = max(0.0, (keeper.clock() - r.note.newest) / SECOND) if r.note and r.note.newest else None
     return MachineSample(
@@ -166,6 +173,8 @@ def _sample(keeper: Keeper, r: Row) -> MachineSample:
         r.known.journal_bytes if r.known and r.known.journal_bytes else None,
         bool(r.note and not r.note.trouble) if r.continuous else None, r.standing is Standing.PAUSED,
         r.standing is not Standing.UNPROTECTED, history.last_run_ns / SECOND if history.last_run_ns else None, status,
+        (keeper.clock() - drill.past.succeeded) / SECOND if drill.past.succeeded else None,
+        drill.last_run_ns / SECOND if drill.last_run_ns else None,
     )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def answering(keeper: Keeper) -> Iterator[Desk]:
             server.should_exit = True
             thread.join(STOP_SECONDS + 2)
         (keeper.places.run / SOCKET).unlink(missing_ok=True)
+        scrape.figures.close()
 
 
 class Local:

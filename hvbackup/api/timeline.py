@@ -11,6 +11,7 @@ import numpy as np
 from hvbackup.model import SECOND, Instant, MachineId
 from hvbackup.moments import rfc3339
 from hvbackup.service.estate import Estate, Known
+from hvbackup.service.oddities import Drill, Oddity
 from hvbackup.service.timeline import Stretch, stretches
 from hvbackup.store.journal.history import Gap, History, Mark
 from hvbackup.store.shelves import holds
@@ -51,6 +52,8 @@ class Band:
     marks: Sequence[Mark]
     held: Sequence[tuple[int, str, str]]  # time, id of the point, why
     first: int  # of everything there is
+    drills: Sequence[Drill] = ()
+    oddities: Sequence[Oddity] = ()
 
     def shape(self) -> dict[str, Any]:
         """As JSON."""
@@ -67,6 +70,12 @@ class Band:
             ],
             "gaps": [{"from": rfc3339(g.start), "to": rfc3339(g.end), "why": g.why} for g in self.gaps],
             "marks": [{"tag": m.label, "seq": m.seq, "time": rfc3339(m.t)} for m in self.marks],
+            "verified": [
+                {"time": rfc3339(Instant(d.moment)), "at": d.at, "when": rfc3339(Instant(d.t)), "seconds": d.seconds,
+                 "error": d.error or None}
+                for d in self.drills
+            ],
+            "oddities": [{"time": rfc3339(Instant(o.t)), "kind": o.kind, "why": o.text} for o in self.oddities],
             "holds": [{"time": rfc3339(Instant(t)), "point": i, "why": w} for t, i, w in self.held],
         }  # fmt: skip
 
@@ -81,12 +90,16 @@ def band(estate: Estate, histories: Histories, known: Known, now: int, start: in
     b = max(b, a + SECOND)
     low, high = np.searchsorted(known.times, [a, b + 1]).tolist()
     told = history.told if history else None
+    drills, oddities = estate.told.of(known.id)
+    if told:
+        oddities = [*oddities, *(Oddity(int(d.start), "tracker", d.why) for d in told.doubts)]
     return Band(
         a, b, _thinned(known, low, high, a, b), high - low,
         [s for s in stretches(history) if s.end >= a and s.start <= b] if history else [],
         [g for g in told.gaps if g.end >= a and g.start <= b] if told else [],
         [m for m in told.marks if a <= m.t <= b] if told else [],
         _held(estate, known, now), first,
+        [d for d in drills if a <= d.moment <= b], [o for o in oddities if a <= o.t <= b],
     )  # fmt: skip
 
 

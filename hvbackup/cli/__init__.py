@@ -8,7 +8,7 @@ progress     a bar on a terminal, a line now and then elsewhere
 stores       init, key, check, status, sql, benchmark
 machines     backup, points
 continuous   protect, tag, timeline
-recovery     map, restore, boot, discard
+recovery     map, restore, boot, drill, discard
 copies       copy
 insight      stats, size
 doctor       doctor

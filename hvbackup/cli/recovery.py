@@ -1,4 +1,4 @@
-"""map, restore, boot, discard: from points back to disks and machines."""
+"""map, restore, boot, drill, discard: from points back to disks and machines."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def add(verbs: Verbs) -> None:
     """The verbs of this module."""
     _add_restore(verbs)
     _add_boot(verbs)
+    verb = add_verb(
+        verbs,
+        "drill",
+        "rehearse the recovery of a machine",
+        "Read every block of a machine at a moment as a restore would, to nowhere, and verify it.  Without --at, a random\n"
+        "moment of the last 30 days.  What came of it is in the store's records, and on the timeline of the console.",
+    )
+    verb.add_argument("machine", metavar="MACHINE", help="its name or id")
+    verb.add_argument("--at", default="", metavar="MOMENT", help="this one")
+    verb.set_defaults(run=drill)
     verb = add_verb(verbs, "discard", "end a machine that was booted from a point, and remove what it wrote")
     verb.add_argument("name", nargs="?", default="", metavar="NAME", help="as `boot` and --list have it")
     verb.add_argument("--list", action="store_true", help="list the machines that are booted on this host")
@@ -225,6 +235,24 @@ def _boot_lines(made: Boot) -> Iterator[str]:
     for end, path in made.sockets.items():
         yield f"  {end}: {path}"
     yield f"  what it writes goes to {made.folder}; `hvbackup discard {made.name}` ends it and removes that"
+
+
+def drill(args: argparse.Namespace, out: Out) -> int:
+    """`hvbackup drill MACHINE`."""
+    from hvbackup.moments import local
+    from hvbackup.service import drill as service
+
+    with Progress(out) as progress:
+        done = service.drill(session_of(args), args.machine, args.at, now(), progress)
+    took = f"{len(done.disks)} disks in {duration(done.seconds)}"
+    lines = [f"{done.point.machine.name} of {local(done.point.t)} ({done.point.id}) can be recovered: {took}"]
+    for disk in done.disks:
+        if disk.done:
+            what = f", which begins with {disk.done.holds}" if disk.done.holds else ""
+            lines.append(f"  {disk.root.disk.id}: {size(disk.done.read_bytes)} read and right{what}")
+    out.answer(service.shape(done), [] if done.error else lines)
+    out.warn_all(done.notes)
+    return out.fail(done.error) if done.error else 0
 
 
 def discard(args: argparse.Namespace, out: Out) -> int:

@@ -34,6 +34,7 @@ from hvbackup.zone import local_zone
 WORKERS_SECONDS = 2.0  # between two looks at the workers
 ESTATE_SECONDS = 5.0  # and at the stores
 ALARM_SECONDS = 10.0
+DRILLS_SECONDS = 20.0
 FORGET_SECONDS = 3600.0
 OPEN_AGAIN_SECONDS = 30.0  # a store that could not be opened
 LOW_SPACE_SHARE = 0.05
@@ -113,6 +114,8 @@ class Keeper:
         if self._is_due("workers", WORKERS_SECONDS):
             self.workers.step(self._wanted())
         self._begin_what_is_due()
+        if self._is_due("drills", DRILLS_SECONDS):
+            self._begin_drills()
         for job in self.jobs.step(self._limits()):
             self._log_job(job.id)
             self.refresh()
@@ -266,6 +269,13 @@ class Keeper:
         if begun:
             self._rows = self._made_rows()
 
+    def _begin_drills(self) -> None:
+        now = self.clock()
+        for r in self._rows:
+            when = self.settings.policies[r.policy].drill if r.policy in self.settings.policies else ""
+            if when and r.known and tasks.is_due(self.jobs, r.id, "drill", when, now, self.zone):
+                self.jobs.submit(tasks.drill(r, self.store_words(r.store)))
+
     def _prunes(self, store: str, now: Instant) -> list[Task]:
         """Policies whose rules are to be applied now."""
         found = []
@@ -288,6 +298,8 @@ class Keeper:
     def current_alarms(self) -> list[Alarm]:
         """Everything that somebody should look at."""
         found = [_machine_alarm(r) for r in self._rows if r.standing.is_alarm]
+        drilled = {name for name, p in self.settings.policies.items() if p.drill}
+        found += [a for r in self._rows if r.policy in drilled and (a := tasks.drill_alarm(self.jobs, r))]
         found += [Alarm(f"store:{n}", "critical", f"store {n}", o.error) for n, o in self.stores.items() if o.error]
         found += [
             Alarm(f"source:{n}", "critical", f"source {n}", a.error, "hvbackup doctor")

@@ -101,6 +101,18 @@ def prune(policy_name: str, policy: PolicySettings, machines: Sequence[str], sto
     return Task("prune", ["prune", *rules, *words, "--", *machines], store, policy=policy_name)
 
 
+def drill(r: Row, words: Sequence[str]) -> Task:
+    """Rehearse the recovery of one machine."""
+    return Task("drill", ["drill", *words, "--", r.id], r.store, machine=r.id, name=r.name)
+
+
+def drill_alarm(jobs: Jobs, r: Row) -> Alarm | None:
+    """A recovery that was rehearsed in vain."""
+    history = past_of(jobs, r.id, "drill")
+    text = f"its recovery could not be rehearsed: {history.failure}"
+    return Alarm(f"drill:{r.id}", "critical", r.name, text, "hvbackup check --deep") if history.past.failures else None
+
+
 def is_due(jobs: Jobs, subject: str, kind: str, when: str, now: Instant, zone: tzinfo) -> bool:
     """Whether a task of no single machine is to begin now."""
     history = past_of(jobs, subject, kind)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hvbackup.errors import NotFound, StoreDamage
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
+from hvbackup.service.oddities import Oddities
 from hvbackup.store.format import point as points
 from hvbackup.store.journal import journal
 from hvbackup.store.store import Store
@@ -55,8 +56,12 @@ class Estate:
     """The machines of one open store.  Thread safety: every method from any thread."""
 
     store: Store
+    told: Oddities = field(init=False)  # drills and oddities, by its records
     _known: dict[str, Known] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.told = Oddities(self.store)
 
     def refresh(self) -> None:
         """What the store has now is known when this returns."""

@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from hvbackup import config
+from hvbackup.api import scrape
 from hvbackup.api.app import create
 from hvbackup.api.gate import Desk
 from hvbackup.api.server import Local
@@ -106,4 +107,5 @@ def made_site(folder: Path) -> Iterator[Site]:
     for role in (Role.VIEWER, Role.ADMIN):
         found.tokens[f"{role} of web"] = accounts.add_token(f"{role} of web", role, ["tag:web"], 0)[1]
     yield found
+    scrape.figures.close()
     keeper.close()

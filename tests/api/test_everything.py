@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ ROUTES: Mapping[str, tuple[str, str]] = {
     "timeline": ("GET", f"{V}/machines/{{key}}/timeline"),
     "restore": ("POST", f"{V}/machines/{{key}}/restore"),
     "boot": ("POST", f"{V}/machines/{{key}}/boot"),
+    "drill": ("POST", f"{V}/machines/{{key}}/drill"),
     "discard": ("DELETE", f"{V}/boots/{{name}}"),
     "map": ("POST", f"{V}/machines/{{key}}/map"),
     "copy": ("POST", f"{V}/stores/{{store}}/copy"),
@@ -160,6 +162,22 @@ def test_keys_figures_and_the_configuration(own: Site) -> None:
     assert "polcy" in admin.get(f"{V}/configuration/check").json()["problems"][0]
     (more / "x.toml").unlink()
     assert "password" not in admin.get(f"{V}/configuration").text.replace("password_file", "")
+
+
+def test_a_drill_is_verified_on_the_timeline_and_in_metrics(own: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made when its policy says so."""
+    drilled = {n: replace(p, drill="1s") for n, p in own.keeper.settings.policies.items()}
+    monkeypatch.setattr(own.keeper, "settings", replace(own.keeper.settings, policies=drilled))
+    own.keeper._begin_drills()
+    own.keeper._begin_drills()
+    [job] = [j for j in own.keeper.jobs.all() if j.task.kind == "drill" and j.task.name == "web1"]
+    done = own.finish(job.id)
+    assert done["answer"]["ok"], done
+    key = own.key("web1")
+    [verified] = own.local.get(f"{V}/machines/{key}/timeline").json()["verified"]
+    assert verified["at"] == done["answer"]["at"]
+    assert verified["error"] is None
+    assert 'hvbackup_drill_rto_seconds{machine="web1"' in own.local.get("/metrics").text
 
 
 def test_upkeep_runs_as_jobs(own: Site) -> None:

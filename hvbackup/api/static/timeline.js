@@ -14,7 +14,8 @@
   function read(b) {
     const span = (x) => ({ ...x, a: ms(x.from), b: ms(x.to) }), at = (x) => ({ ...x, t: ms(x.time) + 1 });
     return { a: ms(b.from), b: ms(b.to), first: ms(b.first) + 1, points: b.points.map(at), stretches: b.stretches.map(span),
-      gaps: b.gaps.map(span), marks: b.marks.map(at), holds: b.holds.map(at) };
+      gaps: b.gaps.map(span), marks: b.marks.map(at), holds: b.holds.map(at),
+      verified: b.verified.map(at), oddities: b.oddities.map(at) };
   }
   function el(name, attributes, parent, text) {
     const made = document.createElementNS(NS, name);
@@ -67,6 +68,16 @@
     spans(svg, data.gaps, "gap", TOP + 34, 34, view);
     for (const p of data.points) if (p.t >= view.a && p.t <= view.b) el("circle", { class: "point", cx: x(p.t), cy: BASE - 2, r: 4 }, svg);
     for (const h of data.holds) if (h.t >= view.a && h.t <= view.b) el("title", {}, el("circle", { class: "held", cx: x(h.t), cy: BASE - 2, r: 7.5 }, svg), h.why);
+    for (const v of data.verified) {
+      const at = x(v.t);
+      if (at < -9 || at > width() + 9) continue;
+      const sign = v.error ? `M${at - 4} ${BASE + 12}l8 8m0 -8l-8 8` : `M${at - 5} ${BASE + 16}l4 4l7 -8`;
+      el("title", {}, el("path", { class: v.error ? "failed" : "verified", d: sign }, svg), v.error || `Its recovery was rehearsed in ${stretch(v.seconds)}`);
+    }
+    for (const o of data.oddities) {
+      const at = x(o.t);
+      if (at > -9 && at < width() + 9) el("title", {}, el("path", { class: "odd", d: `M${at} ${TOP - 8}l6 11h-12z` }, svg), o.why);
+    }
     let last = -999;
     for (const m of data.marks) {
       const at = x(m.t);

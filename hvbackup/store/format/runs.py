@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +132,15 @@ class Runs:
                 record = self._one(f"{FOLDER}/{writer}/{name}")
                 found += [record] if isinstance(record, Record) else []
         return found
+
+    def after(self, seen: Mapping[str, str], count: int) -> list[Record]:
+        """The readable records that came after those seen (by writer), in the order of their times; at most so many of each."""
+        found = []
+        for writer in self._backend.names(FOLDER):
+            last = seen.get(writer, "")
+            new = [n for n in self._backend.names(f"{FOLDER}/{writer}")[-count:] if n > last]
+            found += [r for n in new if isinstance(r := self._one(f"{FOLDER}/{writer}/{n}"), Record)]
+        return sorted(found, key=lambda r: int(r.value.get("t", 0)))
 
     def _read(self) -> Iterator[Record | str]:
         for writer in self._backend.names(FOLDER):
