@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from hvbackup.store.check.ledger import Level
 from hvbackup.store.check.refill import refill
 from hvbackup.store.format import parity
 from hvbackup.store.reclaim import cold
+from hvbackup.store.shelves import immutable
 from hvbackup.store.store import Store
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
+ALONE_SECONDS = 600.0  # for whoever writes when a check has ended
 LOCK = "check.lock"  # in STATE: who holds it remembers what was found
 
 
@@ -75,32 +78,54 @@ def check(session: Session, order: CheckOrder, progress: Progress) -> Checked:
 
 
 def _checked(session: Session, order: CheckOrder, progress: Progress) -> Checked:
+    """As a reader: whoever captures or restores does not notice."""
     with ExitStack() as stack:
         store = stack.enter_context(session.open())
         wanted, notes = _wanted(store, order), []
         try:
             stack.enter_context(store.state.owner(LOCK, "The check of this store"))
         except Busy as e:
+            if order.repair:
+                raise  # what is not written down is not mended
             wanted = replace(wanted, record=False, t=store_check.NEVER)
             notes.append(f"{e}; checked beside it, so what is damaged is named, but not marked for healing")
         return Checked(store_check.check(store, wanted, progress=progress), order.level, notes)
 
 
 def _repaired(session: Session, order: CheckOrder, progress: Progress) -> Checked:
-    with ExitStack() as stack:
-        store = stack.enter_context(session.open(owner=True))
-        stack.enter_context(store.state.owner(LOCK, "The check of this store"))
-        wanted = _wanted(store, order)
+    """The store is ours alone before and after what takes long, the check itself: captures go on beside that.
+
+    Whatever is captured meanwhile finds in the index what was damaged before, and what the check adds to that is written down, so
+    mending, which looks at every damaged place again, needs nothing to have stood still.
+    """
+    with session.open(owner=True) as store:  # at once, or Busy before a day was spent
         done = store_repair.repair(store)
-        report = store_check.check(store, wanted, progress=progress)
-        if report.problems:
-            done += store_repair.mend(store)
-            other = stack.enter_context(order.source.open()) if order.source else None
-            done += refill(store, other)
-            if done:
-                again = store_check.check(store, replace(wanted, level=Level.QUICK))
-                report = replace(again, read_bytes=report.read_bytes)
-        return Checked(report, order.level, repaired=done)
+    found = _checked(session, order, progress)
+    if not found.report.problems:
+        return replace(found, repaired=done)
+    with ExitStack() as stack:
+        store = stack.enter_context(_alone(session))
+        stack.enter_context(store.state.owner(LOCK, "The check of this store"))
+        done += store_repair.mend(store)
+        done += store_repair.repair(store)  # copies of points may be in packs that are whole again
+        other = stack.enter_context(order.source.open()) if order.source else None
+        done += refill(store, other)
+        if not done:
+            return found
+        again = store_check.check(store, replace(_wanted(store, order), level=Level.QUICK))
+        return Checked(replace(again, read_bytes=found.report.read_bytes), order.level, repaired=done)
+
+
+def _alone(session: Session) -> Store:
+    """The store, as its owner, when whoever writes now has ended.  Raises Busy when that takes too long."""
+    end = time.monotonic() + ALONE_SECONDS
+    while True:
+        try:
+            return session.open(owner=True)
+        except Busy:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
 
 
 def _wanted(store: Store, order: CheckOrder) -> Wanted:
@@ -134,17 +159,19 @@ def regroup(session: Session, now: Instant, age_ns: int, group_bytes: int, progr
 def cover(session: Session, progress: Progress) -> parity.Covered:
     """Every pack has parity, and whatever is added gets it from now on.  Raises UsageError where the package is missing."""
     with session.open() as store:
+        immutable.arm(store)
         parity.want(store.files)
         return parity.cover(store.files, progress)
 
 
 def keep_covered(session: Session) -> list[str]:
     """Packs that were added have parity if this store's packs are to have it; why not, for people."""
-    files = Files(session.places.store)
-    if not parity.is_wanted(files):
+    if not parity.is_wanted(Files(session.places.store)):
         return []
     try:
-        damaged = parity.cover(files).damaged
+        with session.open() as store:
+            immutable.arm(store)
+            damaged = parity.cover(store.files).damaged
     except UsageError as e:
         return [f"New packs have no parity yet: {e}"]
     return [f"Pack {name} is damaged and got no parity; run `hvbackup check --deep`" for name in damaged]
@@ -153,6 +180,7 @@ def keep_covered(session: Session) -> list[str]:
 def uncover(session: Session) -> int:
     """No pack has parity any more; how many had."""
     with session.open() as store:
+        immutable.arm(store)
         return parity.drop(store.files)
 
 

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from hvbackup.config import Places
 from hvbackup.errors import HvbackupError, UsageError
+from hvbackup.files import Files
+from hvbackup.service import upkeep
+from hvbackup.service.session import Session
 from hvbackup.store.check.check import check
+from hvbackup.store.format import pack as packs
 from hvbackup.store.keep import forget
 from hvbackup.store.reclaim import reclaim
 from hvbackup.store.reclaim.reclaim import Options
@@ -88,6 +93,43 @@ def test_forgetting_and_reclaiming_in_order_work(ext4: Path) -> None:
         immutable.change(store, on=False)
         settings.change(store, Settings(), world.clock(), by="test")
         assert not any(store.files.is_immutable(name) for name in immutable.names(store))
+
+
+def test_immutable_packs_and_points_are_repaired_and_immutable_again(ext4: Path) -> None:
+    world = World(ext4).life(2)
+    session = Session(Places(world.store_path, world.state_path, ext4 / "configuration", ext4 / "run"))
+    with world.opened() as store:
+        sealed(world, store)
+    upkeep.cover(session, lambda *_: None)
+    with world.opened() as store:
+        world.scribble()
+        world.capture(store)
+    assert upkeep.keep_covered(session) == []
+    with world.opened() as store:
+        assert immutable.missing(store) == []
+        assert {name for name in immutable.names(store) if name.endswith(".parity")}
+        files, point = store.files, store.path_of(next(store.points()))
+        damaged = [*map(packs.path_of, packs.list_packs(files)), point]
+        for name in damaged:
+            flip(files, name)
+    found = upkeep.check(session, upkeep.CheckOrder(upkeep.Level.DEEP, repair=True), lambda *_: None)
+    assert found.report.problems == []
+    assert len(found.repaired) >= len(damaged)
+    with world.opened() as store:
+        assert immutable.missing(store) == []
+        world.check_all(store)
+        with pytest.raises(PermissionError):
+            store.files.path(point).unlink()
+
+
+def flip(files: Files, name: str) -> None:
+    """As a disk does it, which asks no flag."""
+    path = files.path(name)
+    files.kernel.set_immutable(str(path), False)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    files.kernel.set_immutable(str(path), True)
 
 
 def test_where_there_are_no_immutable_files_that_is_said_aloud(ramfs: Path, ext4: Path) -> None:
