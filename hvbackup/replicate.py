@@ -43,7 +43,7 @@ from hvbackup.store.format.layout import ID_BYTES, PAGE_IDS
 from hvbackup.store.format.sealed import proof
 from hvbackup.store.index.index import NOWHERE
 from hvbackup.store.shelves.tombstones import TOMBSTONES
-from hvbackup.store.store import Store
+from hvbackup.store.store import ADOPT_RECORDS, Store
 
 THREADS = 2  # read, decode, hash and compress release the interpreter lock
 BATCHES_AHEAD = 6  # bounds memory
@@ -100,6 +100,7 @@ class Copier:
         self._rng = rng or random.Random()
         self.family = source.ring.ids == target.ring.ids
         self._translation: Translation | None = None
+        self._stones: dict[str, list[str]] = {}  # of points that were forgotten in the target once, by path
 
     def copy(
         self, points: Sequence[RecoveryPoint], progress: Callable[[RecoveryPoint, int, int], None]
@@ -114,10 +115,24 @@ class Copier:
             group = todo[at : at + BEGUN_POINTS]
             missing = [path for p in group if not self._target.files.exists(path := self._path(p))]
             if missing:
+                self._was_forgotten(group, missing)
                 with self._target.writing:
                     self._target.tell("copying", self._clock(), begun=missing, origin=self._source.id.hex())
             for point in group:
                 yield self._one(point, progress)
+
+    def _was_forgotten(self, points: Sequence[RecoveryPoint], missing: Sequence[str]) -> None:
+        """Who forgot these in the target before: once they are there again, a record must say so, or nobody would miss them.
+
+        Reading all records takes a while, so those of points newer than what the target has, as nearly all are, are looked for
+        among the newest records only.
+        """
+        newest = {p.machine.id: self._target.newest(p.machine.id) for p in points}
+        late = all((n := newest[p.machine.id]) is not None and p.t > n.t for p in points if self._path(p) in missing)
+        runs = self._target.runs
+        for record in runs.recent(ADOPT_RECORDS) if late else runs:
+            for path in {*record.value.get("forgotten", ())}.intersection(missing):
+                self._stones.setdefault(path, []).append(str(record.value.get("tombstone", "")))
 
     def _path(self, point: RecoveryPoint) -> str:
         return self._target.path_of(point)
@@ -221,11 +236,13 @@ class Copier:
 
     def _tell(self, done: Copied) -> None:
         assert done.point is not None
+        for tombstone in self._stones.pop(path := self._path(done.point), ()):
+            self._target.tell("restored", self._clock(), restored=[path], tombstone=tombstone)
         self._target.tell(
             "copy",
             self._clock(),
             machine=done.point.machine.id,
-            point=self._path(done.point),
+            point=path,
             status="degraded" if done.notes else "ok",
             notes=list(done.notes),
             origin=self._source.id.hex(),

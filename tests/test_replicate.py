@@ -416,6 +416,10 @@ def test_what_was_forgotten_in_the_target_stays_forgotten(ram: Path) -> None:
         empty(target, Instant(both.world.clock() + 48 * HOUR_NS))
     assert [r.error for r in both.copy()] == [None, None]
     both.check_all(2)
+    with both.target() as target:
+        path = target.path_of(first)
+        target.files.remove(path)  # by mistake: that it was forgotten once says nothing about now
+        assert any(path in problem.what for problem in check(target).problems)
 
 
 def test_points_of_two_stores_are_kept_apart(ram: Path) -> None:
