@@ -142,6 +142,7 @@ class StoreSettings:
     )
     check: str = setting(when, "Sun 03:00", "when it is checked; empty: never")
     reclaim: str = setting(when, "daily", "when the room of what was forgotten is freed; empty: never")
+    regroup: str = setting(when, "Sat 04:00", "when what was stored over a week ago is compressed harder; empty: never")
     deep_check: str = setting(when, "", "when everything in it is read and verified")
 
 

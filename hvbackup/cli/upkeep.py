@@ -28,6 +28,7 @@ def add(verbs: Verbs) -> None:
     )
     verb.add_argument("--older-than", default="7d", metavar="TIME", help="only what was stored before (7d)")
     verb.add_argument("--group", default="256K", choices=("256K", "512K", "1M"), help="how much is joined (256K)")
+    verb.add_argument("--rate", default="", metavar="SIZE", help="read no more than this in a second")
     verb.set_defaults(run=regroup)
     verb = add_verb(
         verbs,
@@ -67,6 +68,7 @@ def regroup(args: argparse.Namespace, out: Out) -> int:
             span_ns(args.older_than),
             parse_size(args.group),
             lambda n, total: progress("regroup", n, total),
+            parse_size(args.rate),
         )
     out.answer(asdict(done), _regrouped_lines(done))
     out.warn_all([f"{line}; `hvbackup check --deep` says what needs it" for line in done.damaged])
@@ -74,10 +76,12 @@ def regroup(args: argparse.Namespace, out: Out) -> int:
 
 
 def _regrouped_lines(done: Regrouped) -> Iterator[str]:
-    if not done.packs:
+    if done.no_room:
+        yield f"{count(done.no_room, 'pack')} wait for room: old packs go with the next reclaim, then go on"
+    if done.packs:
+        yield (
+            f"{count(done.packs, 'pack')} of {size(done.old_bytes)} became {count(done.made_packs, 'pack')} of "
+            f"{size(done.new_bytes)}; the old ones go with the next reclaim"
+        )
+    elif not done.no_room:
         yield "Nothing old enough has small frames; nothing was changed"
-        return
-    yield (
-        f"{count(done.packs, 'pack')} of {size(done.old_bytes)} became {count(done.made_packs, 'pack')} of "
-        f"{size(done.new_bytes)}; the old ones go with the next reclaim"
-    )

@@ -88,6 +88,7 @@ def upkeep(
         ("check", store.check, ["check"]),
         ("deep check", store.deep_check, ["check", "--deep"]),
         ("reclaim", store.reclaim, ["reclaim"]),
+        ("regroup", store.regroup, ["regroup"]),
     ):
         history = past_of(jobs, name, kind)
         if when and not history.open and _is_due(when, history.past, now, zone, name):
@@ -131,7 +132,7 @@ def upkeep_alarms(jobs: Jobs, stores: Mapping[str, StoreSettings]) -> list[Alarm
     """Checks that found damage, or could not be made."""
     found = []
     for name in stores:
-        for kind in ("check", "deep check", "reclaim"):
+        for kind in ("check", "deep check", "reclaim", "regroup"):
             history = past_of(jobs, name, kind)
             if history.past.failures:
                 text = f"its {kind} failed: {history.failure}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 from hvbackup.errors import Busy, NotFound, UsageError
 from hvbackup.files import Files
 from hvbackup.model import Instant, MachineId, PointId
+from hvbackup.service.reclaim import NICENESS, Throttle
 from hvbackup.service.session import Session
 from hvbackup.store.check import check as store_check
 from hvbackup.store.check import repair as store_repair
@@ -146,10 +148,13 @@ def _point(store: Store, machine: MachineId | None, text: str) -> PointId:
     return PointId(found[0])
 
 
-def regroup(session: Session, now: Instant, age_ns: int, group_bytes: int, progress: Progress) -> cold.Regrouped:
+def regroup(
+    session: Session, now: Instant, age_ns: int, group_bytes: int, progress: Progress, bytes_per_second: int = 0
+) -> cold.Regrouped:
     """Blocks that were stored long ago take less room, once reclaim has removed the packs they were in.  Raises Busy."""
+    os.nice(NICENESS)
     with session.open() as store, store.writing:
-        done = cold.regroup_cold(store, now, age_ns, group_bytes, progress)
+        done = cold.regroup_cold(store, now, age_ns, group_bytes, progress, Throttle(bytes_per_second))
         if done.packs:
             figures = {name: getattr(done, name) for name in ("packs", "made_packs", "old_bytes", "new_bytes")}
             store.tell("regroup", now, **figures)

@@ -33,6 +33,7 @@ discover = "3s"
 prune = "5s"
 [store.main]
 reclaim = "6s"
+regroup = "6s"
 [policy.continuous]
 machines = ["web*"]
 protect = true
@@ -87,7 +88,7 @@ def test_the_service_protects_and_its_deaths_cost_nothing(world: World, tmp_path
         assert notes(world), "and its end"
         time.sleep(1.5)
         jobs = [json.loads(p.read_text()) for p in (world.state / "jobs").glob("*/job.json")]
-        for kind in ("prune", "reclaim"):
+        for kind in ("prune", "reclaim", "regroup"):
             states = {j["state"] for j in jobs if j["task"]["kind"] == kind}
             assert {"done"} <= states <= {"done", "queued", "running"}, kind
         assert all("in use" not in str(j["error"]) for j in jobs), "no job was started twice"
@@ -131,7 +132,7 @@ def test_one_service_on_a_host_and_a_broken_start_is_refused(world: World) -> No
 
 
 def test_the_command_line_asks_the_service_and_works_without_it(world: World) -> None:
-    quiet = BOTH.replace('reclaim = "6s"', 'reclaim = ""\ncheck = ""')
+    quiet = BOTH.replace('reclaim = "6s"', 'reclaim = ""\ncheck = ""').replace('regroup = "6s"', 'regroup = ""')
     configure(world, quiet.replace("[service]", '[service]\nlisten = "127.0.0.1:0"'))
     served = Served(world)
     until(lambda: served.said("Ready"))

@@ -50,6 +50,20 @@ def test_cold_packs_are_joined_and_condemned_and_everything_reads_without_them(t
         assert regroup_cold(store, NOW).packs == 0, "what was joined stays"
 
 
+def test_captures_keep_their_room_and_the_disk_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = world_of(tmp_path, None)
+    with world.opened() as store:
+        old, read = set(data_packs(store)), list[int]()
+        monkeypatch.setattr(cold, "SPARE", 1.0)  # more than any disk has
+        done = regroup_cold(store, NOW)
+        assert (done.packs, done.no_room) == (0, len(old))
+        assert condemned_packs(store) == set()
+        monkeypatch.undo()
+        assert regroup_cold(store, NOW, pause=read.append).packs == len(old)
+        assert sum(read) > 0
+        world.check_all(store)
+
+
 def test_young_packs_and_pages_are_left_alone(tmp_path: Path) -> None:
     world = world_of(tmp_path, None)
     with world.opened() as store:

@@ -11,11 +11,13 @@ and being condemned takes nothing away; reclaim removes it after its own mark.  
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, Instant
@@ -23,11 +25,13 @@ from hvbackup.store.chunks import condemned
 from hvbackup.store.chunks.condemned import CONDEMNED
 from hvbackup.store.format import layout as f
 from hvbackup.store.format import pack as packs
-from hvbackup.store.reclaim.repack import GROUP_BYTES, Repacked, kind_of, regroup, replaced
+from hvbackup.store.reclaim.mark import Pause
+from hvbackup.store.reclaim.repack import GROUP_BYTES, Repacked, everything, kind_of, regroup, replaced
 from hvbackup.store.store import Store
 
 AGE_NS = 7 * 24 * 3600 * SECOND  # what was stored so long ago and is read seldom enough
 BATCH_PACKS = 16  # joined together: a gigabyte, and what a crash makes be done again
+SPARE = 0.1  # of the disk: room that captures may need before reclaim has removed the old packs
 GROUPED_SHARE = 0.5  # of the bytes that frames could have: packs above are left as they are
 
 
@@ -39,6 +43,7 @@ class Regrouped:
     made_packs: int = 0
     old_bytes: int = 0
     new_bytes: int = 0
+    no_room: int = 0  # packs that wait until reclaim has freed the room of earlier ones
     damaged: list[str] = field(default_factory=list)
 
 
@@ -48,25 +53,39 @@ def regroup_cold(
     age_ns: int = AGE_NS,
     group_bytes: int = GROUP_BYTES,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    pause: Pause = lambda _: None,
 ) -> Regrouped:
     """Packs of small frames that are older than `age_ns` are replaced by packs of large ones, when this returns.
 
-    Inside `store.writing`.  Their room comes back with the next reclaim.
+    Inside `store.writing`.  Their room comes back with the next reclaim; until then both are there, so captures keep SPARE of it.
     """
+
+    def keep(pack: str, rows: NDArray[np.void]) -> NDArray[np.bool_]:
+        pause(int(rows["stored"].sum()))
+        return everything(pack, rows)
+
     done = Regrouped()
     unfit = {p for one in CONDEMNED.all(store.files, store.ring) for p in one.packs}
     chosen = [p for p in packs.list_packs(store.files) if p not in unfit and _is_cold(store, p, now - age_ns)]
     chosen = sorted((p for p in chosen if _has_small_frames(store, p, group_bytes)), key=lambda p: _stored(store, p))
     rest, total = iter(chosen), sum(store.files.size(packs.path_of(p)) for p in chosen)
     while batch := list(islice(rest, BATCH_PACKS)):
+        if not _has_room(store, batch):
+            done.no_room = len(batch) + sum(1 for _ in rest)
+            break
         todo = [p for p in batch if not _is_replaced(store, p, unfit | set(chosen))]
-        made = regroup(store, todo, group_bytes=group_bytes) if todo else Repacked()
+        made = regroup(store, todo, keep, group_bytes=group_bytes) if todo else Repacked()
         done.damaged += [f"Pack {pack} stays as it is: {why}" for pack, _, why in made.damaged]
         done.made_packs += len(made.made)
         done.new_bytes += made.made_bytes
         _condemn(store, [p for p in batch if p in made.whole or p not in todo], unfit, now, done)
         progress(done.old_bytes, total)
     return done
+
+
+def _has_room(store: Store, batch: list[str]) -> bool:
+    disk = shutil.disk_usage(store.files.root)
+    return disk.free - sum(store.files.size(packs.path_of(p)) for p in batch) > SPARE * disk.total
 
 
 def _condemn(store: Store, old: list[str], unfit: set[str], now: Instant, done: Regrouped) -> None:
