@@ -401,10 +401,8 @@ class _Run:
         blocks, ids, nonzero, changed = self._compared(readers, base, batch)
         wanted = np.flatnonzero(changed & nonzero)
         fresh = wanted[self._writer.claim(ids[wanted])]
-        frames = [
-            self._writer.compress([blocks[i] for i in group], [ids[i].tobytes() for i in group])
-            for group in (fresh[i : i + GROUP_BLOCKS].tolist() for i in range(0, len(fresh), GROUP_BLOCKS))
-        ]
+        groups = (fresh[i : i + GROUP_BLOCKS].tolist() for i in range(0, len(fresh), GROUP_BLOCKS))
+        frames = self._writer.compress([([blocks[i] for i in g], [ids[i].tobytes() for i in g]) for g in groups])
         some = int(nonzero.sum())
         return _Done(batch, ids, changed, frames, len(ids) - some, some - len(fresh))
 

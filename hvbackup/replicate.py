@@ -407,7 +407,7 @@ class _Disk:
                 ours[i] = np.frombuffer(chunk, np.uint8)
                 pairs.append((theirs[i].tobytes(), chunk))
             if known[i] or self._writer.claim(ours[i : i + 1])[0]:
-                frames.append(self._writer.compress([data], [chunk]))
+                frames += self._writer.compress([([data], [chunk])])
         return frames, pairs, read
 
     def _keep(self, editor: MapEditor, done: _Done) -> None:

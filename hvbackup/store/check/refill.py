@@ -90,7 +90,8 @@ def _range(
         chunk = ids[i].tobytes()
         data = _by_id(other, chunk) if same else _by_place(store, other, point, root, first + i, chunk)
         if data is not None:
-            writer.put_blocks(writer.compress([memoryview(data)], [chunk]))
+            [frame] = writer.compress([([memoryview(data)], [chunk])])
+            writer.put_blocks(frame)
             count += 1
     writer.drop_claims()
     return count

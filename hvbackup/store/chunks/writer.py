@@ -37,6 +37,7 @@ META_COPIES = 2
 WORTH_IT = 0.97  # a frame that does not shrink below this part is stored as it is: restoring it costs nothing
 
 Sealed = tuple[str, NDArray[np.void]]  # the name of a pack, and its rows
+Group = tuple[Sequence[memoryview], Sequence[bytes]]  # blocks that are compressed together, and their ids
 
 
 def compressor(length: int) -> zstandard.ZstdCompressor:
@@ -52,7 +53,7 @@ class Frame:
     """New chunks, compressed together: one record of a pack."""
 
     codec: int
-    data: bytes
+    data: bytes | memoryview
     ids: Sequence[bytes]
     plain: Sequence[int]
 
@@ -100,19 +101,18 @@ class ChunkWriter:
         with self._lock:
             self._claimed &= self._put
 
-    def compress(self, blocks: Sequence[memoryview], ids: Sequence[bytes]) -> Frame:
-        """One frame out of claimed blocks."""
-        plain = blocks[0] if len(blocks) == 1 else b"".join(blocks)
-        return self._frame(plain, ids, [len(b) for b in blocks])
-
-    def _frame(self, plain: bytes | memoryview, ids: Sequence[bytes], lengths: Sequence[int]) -> Frame:
+    def compress(self, groups: Sequence[Group]) -> list[Frame]:
+        """One frame out of each group of claimed blocks; what held the blocks may be used again when this returns."""
+        if not groups:
+            return []
+        plains: list[bytes | bytearray | memoryview] = [
+            blocks[0] if len(blocks) == 1 else b"".join(blocks) for blocks, _ in groups
+        ]
         zstd = getattr(self._local, "zstd", None)
         if zstd is None:
-            zstd = self._local.zstd = compressor(len(plain))
-        data = zstd.compress(plain)
-        if len(data) > len(plain) * WORTH_IT:
-            return Frame(f.CODEC_RAW, bytes(plain), ids, lengths)
-        return Frame(f.CODEC_ZSTD, data, ids, lengths)
+            zstd = self._local.zstd = compressor(max(map(len, plains)))
+        packed = zstd.multi_compress_to_buffer(plains)  # all at once, or threads wait for each other at each block
+        return [_frame(group, plain, packed[i]) for i, (group, plain) in enumerate(zip(groups, plains, strict=True))]
 
     def put_blocks(self, frame: Frame) -> None:
         """Append a frame of claimed blocks to the open pack of data."""
@@ -128,7 +128,7 @@ class ChunkWriter:
         chunk = ChunkId(blake3.blake3(page, key=self._ring.page_key).digest())
         if chunk not in self._pages and self._claim_page(chunk):
             self._pages[chunk] = page
-            frame = self._frame(page, [chunk], [len(page)])
+            [frame] = self.compress([([memoryview(page)], [chunk])])
             self._put_meta(f.CHUNK_PAGE, frame)
         return chunk
 
@@ -222,6 +222,15 @@ class ChunkWriter:
                 if pack is not None:
                     stack.callback(pack.abandon)
             self._data, self._sealing, self._meta = None, None, []
+
+
+def _frame(group: Group, plain: bytes | bytearray | memoryview, packed: zstandard.BufferSegment) -> Frame:
+    blocks, ids = group
+    lengths = [len(b) for b in blocks]
+    if len(packed) > len(plain) * WORTH_IT:
+        return Frame(f.CODEC_RAW, bytes(plain), ids, lengths)
+    data = memoryview(packed)  # type: ignore[arg-type]  # it has a buffer, which its stub does not say
+    return Frame(f.CODEC_ZSTD, data, ids, lengths)
 
 
 def point_copy(path: str, data: bytes) -> bytes:

@@ -157,7 +157,7 @@ def with_crc(head: bytes, *more: bytes) -> bytes:
     crc = zlib.crc32(head)
     for part in more:
         crc = zlib.crc32(part, crc)
-    return head + struct.pack("<I", crc)
+    return head + crc.to_bytes(4, "little")
 
 
 def crc_matches(head: bytes, crc: bytes, *more: bytes) -> bool:

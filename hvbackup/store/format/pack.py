@@ -35,6 +35,7 @@ SUFFIX = ".pack"
 NAME = re.compile("[0-9a-f]{64}")
 PARITY_SUFFIX = ".parity"
 WRITE_BYTES = 1024 * 1024
+TAG_BYTES = 16
 SCAN_PIECE_BYTES = 8 * 1024 * 1024
 
 
@@ -96,9 +97,10 @@ class PackWriter:
         """Bytes written so far."""
         return self._size
 
-    def _write(self, data: bytes) -> None:
-        self._waiting += data
-        self._size += len(data)
+    def _write(self, *parts: bytes | memoryview) -> None:
+        for part in parts:
+            self._waiting += part
+            self._size += len(part)
         if len(self._waiting) >= WRITE_BYTES:
             self._flush()
 
@@ -107,21 +109,20 @@ class PackWriter:
         self._hash.update(self._waiting)
         self._waiting = bytearray()
 
-    def add(self, what: int, codec: int, frame: bytes, ids: Sequence[bytes], plain: Sequence[int]) -> None:
+    def add(self, what: int, codec: int, frame: bytes | memoryview, ids: Sequence[bytes], plain: Sequence[int]) -> None:
         """Append one record: `frame` holds the chunks `ids`, of `plain` bytes each, one after the other."""
-        entries = b"".join(i + n.to_bytes(4, "little") for i, n in zip(ids, plain, strict=True))
-        tag = 16 if self._cipher else 0
-        head = f.RECORD.pack(f.RECORD_MAGIC, self._ordinal, codec, what, len(ids), len(frame) + tag, sum(plain))
+        entries = b"".join([i + n.to_bytes(4, "little") for i, n in zip(ids, plain, strict=True)])
+        stored = len(frame) + (TAG_BYTES if self._cipher else 0)
+        head = f.RECORD.pack(f.RECORD_MAGIC, self._ordinal, codec, what, len(ids), stored, sum(plain))
         head = f.with_crc(head, entries) + entries
         if self._cipher:
             frame = self._cipher.encrypt(nonce(self._ordinal), frame, self._bind + head)
-        offset, stored, at = self._size, len(head) + len(frame), 0
+        offset, stored, at = self._size, len(head) + stored, 0
         for chunk, length in zip(ids, plain, strict=True):
             self._rows.append((chunk, offset, stored, at, length, what))
             at += length
         self._ordinal += 1
-        self._write(head)
-        self._write(frame)
+        self._write(head, frame)
 
     def seal(self) -> tuple[str, NDArray[np.void]]:
         """The pack exists, durably, when this returns its name and its rows sorted by id."""
