@@ -271,3 +271,20 @@ def seal_a_segment(store: Store, folder: str) -> str:
         writer.add(what, f.CODEC_RAW, data, [blake3.blake3(data, key=store.ring.block_key).digest()], [len(data)])
     writer.seal()
     return path
+
+
+def test_a_check_that_writes_nothing_down_says_what_is_lost_as_well(tmp_path: Path) -> None:
+    """As beside another check: which points need what is damaged is asked of the index, which must know."""
+    world = World(tmp_path).life(1)
+    with world.opened(owner=False) as store:
+        pack = data_packs(store)[0]
+        path = store.files.path(packs.path_of(pack))
+        data = bytearray(path.read_bytes())
+        data[200] ^= 1
+        path.write_bytes(data)
+    with world.opened(owner=False) as store:
+        lost = [p for p in check(store, deep=True).problems if p.lost]
+        assert [p.kind for p in lost] == ["disk"]
+        assert lost[0].extents
+    with world.opened(owner=False) as store:
+        assert store.index.damaged == set()

@@ -135,6 +135,8 @@ class _Check:
             self._contents(chosen, only)
         if self._records:
             self._store.index.set_damaged(self._bad)
+        else:
+            self._store.index.suspect(self._bad)
         self._points()
         for problem in audit.problems(self._store):
             self._report.add("runs", problem)

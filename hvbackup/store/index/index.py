@@ -325,6 +325,10 @@ class Index:
             self._damaged = set(places)
             self._state.replace("damaged.json", json.dumps(sorted(places)).encode())
 
+    def suspect(self, places: set[tuple[str, int]]) -> None:
+        """The same as long as this index lives, and for nobody else: nothing is written down."""
+        self._damaged = set(places)
+
     @property
     def chunks(self) -> int:
         """How many rows the index has; a chunk stored twice counts twice, and one in a pack that is gone perhaps still."""
