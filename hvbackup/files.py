@@ -197,11 +197,12 @@ class LogFile:
             self._kernel.sync_dir(str(self.path.parent))
         self.size = 0
 
-    def append(self, data: Buffer) -> None:
-        """`data` has been written when this returns."""
+    def append(self, *parts: Buffer) -> None:
+        """They have been written, one after the other, when this returns."""
         with named_errors("write", self.path):
-            self._kernel.write(self._fd, data)
-        self.size += memoryview(data).nbytes
+            for part in parts:
+                self._kernel.write(self._fd, part)
+                self.size += memoryview(part).nbytes
 
     def sync(self) -> None:
         """Everything appended before is durable when this returns."""

@@ -13,6 +13,7 @@ A row counts when `rows_head` has passed it.  The target never waits: a full rin
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -85,7 +86,7 @@ class Batch:
     """Rows that were taken out, and their bytes; `pos` says where in `data` those of a row are."""
 
     rows: Rows
-    data: bytes
+    data: bytes | memoryview  # valid until the room is given back
     row_end: int  # the ring's tail once they are durable
     data_end: int
 
@@ -146,10 +147,10 @@ class Ring:
         rows["pos"] = ends[:count] - sizes[:count]
         return Batch(rows, self._bytes(at, total), first + count, at + total)
 
-    def _bytes(self, at: int, length: int) -> bytes:
+    def _bytes(self, at: int, length: int) -> bytes | memoryview:
         inside = at % self.data_max
         first = self._data[inside : inside + length]
-        return bytes(first) + bytes(self._data[: length - len(first)]) if len(first) < length else bytes(first)
+        return b"".join((first, self._data[: length - len(first)])) if len(first) < length else first
 
     def free(self, rows: int, data: int) -> None:
         """Everything before these is durable: the target may use the room."""
@@ -165,7 +166,8 @@ class Ring:
         """Let go of it; the file stays."""
         self._data.release()
         del self._rows
-        self._map.close()
+        with contextlib.suppress(BufferError):  # somebody still looks at a batch: it goes with the last one
+            self._map.close()
         os.close(self.fd)
 
 

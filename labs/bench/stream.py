@@ -182,7 +182,7 @@ def protecting(folder: Path, monitor: Path) -> Iterator[list[dict[str, Any]]]:
         worker.send_signal(signal.SIGINT)
         worker.wait(60)
         reader.join()
-    assert not any(e["event"] == "trouble" for e in events), events
+    assert not (trouble := [e for e in events if e["event"] == "trouble"]), (trouble, events[-3:])
 
 
 Kind = Callable[[Path, Path], AbstractContextManager[None]]

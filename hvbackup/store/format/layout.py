@@ -152,7 +152,7 @@ def bound(store: bytes, kind: int, name: str = "") -> bytes:
     return store + bytes([kind]) + name.encode()
 
 
-def with_crc(head: bytes, *more: bytes) -> bytes:
+def with_crc(head: bytes, *more: bytes | bytearray | memoryview) -> bytes:
     """`head` with the crc32 of itself and of `more` behind it."""
     crc = zlib.crc32(head)
     for part in more:
@@ -160,6 +160,6 @@ def with_crc(head: bytes, *more: bytes) -> bytes:
     return head + crc.to_bytes(4, "little")
 
 
-def crc_matches(head: bytes, crc: bytes, *more: bytes) -> bool:
+def crc_matches(head: bytes, crc: bytes, *more: bytes | bytearray | memoryview) -> bool:
     """Whether `crc` is what `with_crc` would put behind `head`."""
     return with_crc(head, *more)[-4:] == crc

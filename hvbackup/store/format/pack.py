@@ -79,7 +79,7 @@ class PackWriter:
         self._salt = os.urandom(32)
         self._cipher = ring.cipher(self._salt, kind)
         self._bind = f.bound(ring.store, kind, path)
-        self._hash = blake3.blake3()
+        self._hash = None if path else blake3.blake3()
         self._out: Upload = backend.new()
         self._waiting = bytearray()  # not yet handed to the file: many records make one write
         self._size = 0
@@ -106,7 +106,8 @@ class PackWriter:
 
     def _flush(self) -> None:
         self._out.write(self._waiting)
-        self._hash.update(self._waiting)
+        if self._hash:
+            self._hash.update(self._waiting)
         self._waiting = bytearray()
 
     def add(self, what: int, codec: int, frame: bytes | memoryview, ids: Sequence[bytes], plain: Sequence[int]) -> None:
@@ -131,7 +132,7 @@ class PackWriter:
         self._write(footer)
         self._write(f.with_crc(f.TRAILER.pack(f.TRAILER_MAGIC, offset, len(rows), blake3.blake3(footer).digest())))
         self._flush()
-        name = self._path or self._hash.hexdigest()
+        name = self._hash.hexdigest() if self._hash else self._path
         self._out.commit(path_of(name))
         return name, rows
 

@@ -73,7 +73,8 @@ class OpenRun:
     def __init__(self, store: Store, machine: str, name: Name) -> None:
         self.name = name
         try:
-            frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, machine, name, synced=True))
+            log = journal.read_log(store.files, store.ring, machine, name, synced=True)
+            frames = list(journal.up_to_last_barrier(log))
         except StoreDamage:
             frames = []  # its header is gone: it offers nothing, and views that would need it are refused
         self.facts, self._parts = journal.joined_facts(frames), [frame.data for frame in frames]

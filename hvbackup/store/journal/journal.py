@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 
 from hvbackup.errors import StoreDamage
 from hvbackup.files import Files, LogFile
-from hvbackup.model import Instant
+from hvbackup.model import Instant, KiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.keys import Keyring
 from hvbackup.store.format.sealed import parse_header
 
 FOLDER = "journals"
 LOG, SEGMENT = ".log", ".seg"
+COPIED_BYTES = 64 * KiB  # smaller frames are put together before they are written
 
 Facts = NDArray[np.void]  # of format.FACT
 
@@ -151,18 +152,26 @@ class LogWriter:
 
         `pos` of each fact says where its bytes are in `data`; `each`: all of them are barriers.
         """
-        payload = b"".join((facts.tobytes(), data))
-        stored = len(payload) + (16 if self._cipher else 0)
+        plain = len(facts) * f.FACT.itemsize + len(data)
+        stored = plain + (16 if self._cipher else 0)
         flags = f.FLAG_BARRIER | f.FLAG_EACH if each else f.FLAG_BARRIER if barrier else 0
         head = f.FRAME.pack(
-            f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, len(payload), flags, t, time.monotonic_ns()
+            f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, plain, flags, t, time.monotonic_ns()
         )
+        payload: tuple[bytes | bytearray | memoryview, ...] = facts.tobytes(), data
+        if self._cipher or plain < COPIED_BYTES:
+            payload = (b"".join(payload),)
         if self._cipher:
-            payload = self._cipher.encrypt(self._ordinal.to_bytes(12, "little"), payload, self._bind + head)
-        self._file.append(f.with_crc(head, payload) + payload)
+            payload = (self._cipher.encrypt(self._ordinal.to_bytes(12, "little"), payload[0], self._bind + head),)
+        self._append(f.with_crc(head, *payload), *payload)
         self._ordinal += 1
         self.next += len(facts)
         return self.next - 1
+
+    def _append(self, *parts: bytes | bytearray | memoryview) -> None:
+        """One write where that costs little; a large frame is never copied for it."""
+        small = sum(map(len, parts)) < COPIED_BYTES
+        self._file.append(*((b"".join(parts),) if small else parts))
 
     def note(self, t: Instant, value: dict[str, Any], *, barrier: bool) -> int:
         """Append one META fact."""
@@ -186,19 +195,20 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: b
     Raises StoreDamage when the file has no header of ours (a log that was cut before it is read as empty).
     """
     path = f"{FOLDER}/{machine}/{name}"
-    data = memoryview(files.read_synced(path) if synced else files.read(path))
-    if len(data) < f.HEADER_BYTES:
+    source = _Source(files, path, files.read_synced(path) if synced else None)
+    if source.size < f.HEADER_BYTES:
         return
-    head = parse_header(bytes(data[: f.HEADER_BYTES]), f.KIND_LOG, ring.store, path)
+    head = parse_header(bytes(source.read(0, f.HEADER_BYTES)), f.KIND_LOG, ring.store, path)
     cipher, bind = ring.cipher(head.salt, f.KIND_LOG), f.bound(ring.store, f.KIND_LOG, path)
     at, ordinal, first = f.HEADER_BYTES, 0, name.first
-    while (parsed := _frame_at(data, at)) is not None:
-        fields, payload = parsed
+    while (found := _frame_at(source, at)) is not None:
+        frame, fields, payload = found
         if fields[1] != ordinal or fields[2] != first:
             return
-        plain = memoryview(_decrypted(cipher, ordinal, payload, bind + data[at : at + 60], path))
-        if len(plain) != fields[5] or len(plain) < fields[3] * f.FACT.itemsize:
+        opened = _opened(cipher, ordinal, frame, payload, bind, path)
+        if opened is None or len(opened) != fields[5] or len(opened) < fields[3] * f.FACT.itemsize:
             return
+        plain = memoryview(opened)
         facts = np.frombuffer(plain[: fields[3] * f.FACT.itemsize], f.FACT)
         barrier, each = bool(fields[6] & f.FLAG_BARRIER), bool(fields[6] & f.FLAG_EACH)
         yield Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), barrier, barrier and each)
@@ -207,53 +217,91 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: b
 
 def held_moments(files: Files, machine: str, name: Name) -> bool:
     """Whether a log whose header can't be read holds a whole barrier."""
-    data, at = memoryview(files.read(f"{FOLDER}/{machine}/{name}")), f.HEADER_BYTES
-    while (parsed := _frame_at(data, at)) is not None:
-        fields, payload = parsed
+    source, at = _Source(files, f"{FOLDER}/{machine}/{name}"), f.HEADER_BYTES
+    while (found := _frame_at(source, at)) is not None:
+        head, fields, payload = found
+        if not f.crc_matches(head[:60], head[60:], payload):
+            return False
         if fields[6] & f.FLAG_BARRIER:
             return True
         at += f.FRAME_BYTES + len(payload)
     return False
 
 
-def _frame_at(data: memoryview, at: int) -> tuple[tuple[Any, ...], memoryview] | None:
-    head = bytes(data[at : at + f.FRAME_BYTES])
+class _Source:
+    """The bytes of a log, a frame at a time: all of one may be more than fits into memory twice."""
+
+    def __init__(self, files: Files, path: str, data: bytes | None = None) -> None:
+        self._files, self._path, self._data = files, path, None if data is None else memoryview(data)
+        self.size = files.size(path) if data is None else len(data)
+
+    def read(self, at: int, length: int) -> bytes | memoryview:
+        """So many bytes, or fewer at the end of it."""
+        length = max(0, min(length, self.size - at))
+        return self._files.read_at(self._path, at, length) if self._data is None else self._data[at : at + length]
+
+
+def _frame_at(source: _Source, at: int) -> tuple[bytes, tuple[Any, ...], bytes | memoryview] | None:
+    """Header, its fields, and what follows; nobody vouches for any of it yet."""
+    head = bytes(source.read(at, f.FRAME_BYTES))
     if len(head) < f.FRAME_BYTES or head[:4] != f.FRAME_MAGIC:
         return None
     fields = f.FRAME.unpack(head[:60])
-    payload = data[at + f.FRAME_BYTES : at + f.FRAME_BYTES + fields[4]]
-    if len(payload) != fields[4] or not f.crc_matches(head[:60], head[60:], bytes(payload)):
-        return None
-    return fields, payload
+    payload = source.read(at + f.FRAME_BYTES, fields[4])
+    return (head, fields, payload) if len(payload) == fields[4] else None
 
 
-def _decrypted(cipher: Any, ordinal: int, payload: memoryview, bind: bytes, path: str) -> bytes | memoryview:
+def _opened(
+    cipher: Any, ordinal: int, head: bytes, payload: bytes | memoryview, bind: bytes, path: str
+) -> bytes | memoryview | None:
+    """The facts of a frame and their bytes; None when it is torn.  What a cipher vouches for needs no checksum."""
     from cryptography.exceptions import InvalidTag
 
-    if cipher is None:
-        return payload
-    try:
-        plain: bytes = cipher.decrypt(ordinal.to_bytes(12, "little"), payload, bind)
-    except InvalidTag as e:
-        raise StoreDamage(f"{path}: frame {ordinal} is not what was written there") from e
-    return plain
+    if cipher:
+        try:
+            plain: bytes = cipher.decrypt(ordinal.to_bytes(12, "little"), payload, bind + head[:60])
+        except InvalidTag as e:
+            if f.crc_matches(head[:60], head[60:], payload):
+                raise StoreDamage(f"{path}: frame {ordinal} is not what was written there") from e
+            return None
+        return plain
+    return payload if f.crc_matches(head[:60], head[60:], payload) else None
 
 
-def joined(frames: Sequence[Frame]) -> tuple[Facts, bytes]:
+def joined(frames: Iterable[Frame]) -> tuple[Facts, bytes]:
     """All facts of frames, with `pos` in the one stream of all their bytes, and that stream."""
-    return joined_facts(frames), b"".join(frame.data for frame in frames)
+    joining = Joining()
+    data = b"".join(joining.add(frame) for frame in frames)
+    return joining.facts, data
 
 
-def joined_facts(frames: Sequence[Frame]) -> Facts:
-    """All facts of frames, with `pos` in the one stream of all their bytes."""
-    parts, at = [np.zeros(0, f.FACT)], 0
-    for frame in frames:
+class Joining:
+    """The facts of frames that follow one another, with `pos` in the one stream of all their bytes."""
+
+    def __init__(self) -> None:
+        self._parts, self._at = [np.zeros(0, f.FACT)], 0
+
+    def add(self, frame: Frame) -> memoryview:
+        """One more frame; its bytes, which are not kept."""
         part = frame.facts.copy()
-        part["pos"] += at
+        part["pos"] += self._at
         part["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
-        parts.append(part)
-        at += len(frame.data)
-    return np.concatenate(parts)
+        self._parts.append(part)
+        self._at += len(frame.data)
+        return frame.data
+
+    @property
+    def facts(self) -> Facts:
+        """Of all frames so far."""
+        return np.concatenate(self._parts)
+
+
+def joined_facts(frames: Iterable[Frame]) -> Facts:
+    """All facts of frames, with `pos` in the one stream of all their bytes."""
+    joining = Joining()
+    for frame in frames:
+        joining.add(frame)
+    return joining.facts
 
 
 def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:
@@ -262,13 +310,11 @@ def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iter
         yield first + i, read(int(facts["pos"][i]), int(facts["length"][i]))
 
 
-def up_to_last_barrier(frames: Iterator[Frame]) -> list[Frame]:
+def up_to_last_barrier(frames: Iterable[Frame]) -> Iterator[Frame]:
     """The frames that make up moments; what comes after the last barrier is dropped."""
-    kept: list[Frame] = []
     open_set: list[Frame] = []
     for frame in frames:
         open_set.append(frame)
         if frame.barrier:
-            kept += open_set
+            yield from open_set
             open_set = []
-    return kept

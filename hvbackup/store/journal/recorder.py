@@ -46,11 +46,10 @@ def seal(store: Store, folder: str, name: Name) -> bool:
     """The segment of a log exists when this returns, if the log holds any moment.  Whether the log may go."""
     try:
         frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
+        write_segment(store.files, store.ring, folder, name, frames)
     except StoreDamage:
         # A power cut took its header: nothing in it was ever durable.  Where something was, it is kept for whoever can read it.
         return not journal.held_moments(store.files, folder, name)
-    if frames:
-        write_segment(store.files, store.ring, folder, name, frames)
     return True
 
 
@@ -150,7 +149,7 @@ class Recorder:
         """Nothing more comes from a ring."""
         self._position, self._carried = {}, {}
 
-    def stream(self, facts: Facts, data: bytes, *, each: bool) -> int:
+    def stream(self, facts: Facts, data: bytes | memoryview, *, each: bool) -> int:
         """Single writes in the order in which they arrived; `each`: every one is a moment once `sync` has returned.
 
         Else they are part of a set.  Returns the sequence number of the last one.

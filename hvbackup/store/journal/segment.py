@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import blake3
@@ -23,7 +24,7 @@ from hvbackup.store.backend import Backend
 from hvbackup.store.format import layout as f
 from hvbackup.store.format import pack as packs
 from hvbackup.store.format.keys import Keyring
-from hvbackup.store.journal.journal import FOLDER, SEGMENT, Facts, Frame, Name, joined, meta_of
+from hvbackup.store.journal.journal import FOLDER, SEGMENT, Facts, Frame, Joining, Name, meta_of
 
 PIECES_CACHED = 64  # decoded pieces, 16 MiB: bounds memory
 LEVEL = 1
@@ -34,25 +35,57 @@ def path_of(machine: str, name: Name) -> str:
     return f"{FOLDER}/{machine}/{Name(name.epoch, name.first, SEGMENT, name.last)}"
 
 
-def write_segment(backend: Backend, ring: Keyring, machine: str, name: Name, frames: Sequence[Frame]) -> None:
-    """The segment of a log exists, durably, when this returns.  The last of `frames` is a barrier."""
-    write_facts(backend, ring, machine, name, *joined(frames))
+def write_segment(backend: Backend, ring: Keyring, machine: str, name: Name, frames: Iterable[Frame]) -> None:
+    """The segment of a log exists, durably, when this returns, unless there are no frames.  The last of them is a barrier.
+
+    They are looked at one after the other: memory is bounded by the facts, whose bytes are on their way already.
+    """
+    following = iter(frames)
+    if (first := next(following, None)) is None:
+        return
+    joining = Joining()
+    data = (joining.add(frame) for frame in chain([first], following))
+    _write(backend, ring, path_of(machine, name), data, lambda: joining.facts)
 
 
 def write_facts(
     backend: Backend, ring: Keyring, machine: str, name: Name, facts: Facts, stream: bytes | bytearray
 ) -> None:
     """The segment of these facts exists, durably, when this returns; `pos` of each says where its bytes are in the stream."""
-    pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT, path_of(machine, name))
+    _write(backend, ring, path_of(machine, name), [memoryview(stream)], lambda: facts)
+
+
+def _write(
+    backend: Backend, ring: Keyring, path: str, stream: Iterable[memoryview], facts: Callable[[], Facts]
+) -> None:
+    """`facts` is asked when all of the stream has been taken."""
+    pack = packs.PackWriter(backend, ring, f.KIND_SEGMENT, path)
     try:
         zstd = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False)
-        for what, data in ((f.CHUNK_FACTS, stream), (f.CHUNK_FACT_INDEX, facts.tobytes())):
-            for at in range(0, len(data), f.SEGMENT_PIECE_BYTES):
-                _add(pack, ring, zstd, what, bytes(data[at : at + f.SEGMENT_PIECE_BYTES]))
+        for piece in _cut(stream):
+            _add(pack, ring, zstd, f.CHUNK_FACTS, piece)
+        for piece in _cut([memoryview(facts().tobytes())]):
+            _add(pack, ring, zstd, f.CHUNK_FACT_INDEX, piece)
         pack.seal()
     except BaseException:
         pack.abandon()
         raise
+
+
+def _cut(stream: Iterable[memoryview]) -> Iterator[bytes]:
+    """Pieces of SEGMENT_PIECE_BYTES, and a last one."""
+    waiting: list[memoryview] = []
+    room = f.SEGMENT_PIECE_BYTES
+    for part in stream:
+        rest = part
+        while len(rest) >= room:
+            yield b"".join([*waiting, rest[:room]])
+            waiting, rest, room = [], rest[room:], f.SEGMENT_PIECE_BYTES
+        if len(rest):
+            waiting.append(rest)
+            room -= len(rest)
+    if waiting:
+        yield b"".join(waiting)
 
 
 def _add(pack: packs.PackWriter, ring: Keyring, zstd: zstandard.ZstdCompressor, what: int, piece: bytes) -> None:
