@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,17 @@ class Worker:
 
     rhythm = ("--every", "500ms", "--fold", "3s")
 
-    def __init__(self, folder: Path, source: str | Sequence[str], *more: str, name: str = "m1") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: str | Sequence[str],
+        *more: str,
+        name: str = "m1",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         places = {"STORE": "store", "STATE": "state", "CONFIG": "config", "RUN": "run"}
-        self.environment = {**os.environ, **{f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}}
+        ours = {f"HVBACKUP_{n}": str(folder / p) for n, p in places.items()}
+        self.environment = {**os.environ, **ours, **(environment or {})}
         words = [
             "protect",
             *([source] if isinstance(source, str) else source),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -42,6 +42,13 @@ class Scribe:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join(30)
+
+    def wait(self, acked: int, seconds: float = 60) -> None:
+        """So many writes have been answered, however slow the machine."""
+        end = time.monotonic() + seconds
+        while self.acked < acked:
+            assert time.monotonic() < end, f"only {self.acked} of {acked} writes were answered"
+            time.sleep(0.002)
 
     def _run(self) -> None:
         clients: dict[str, NbdClient] = {}
@@ -81,7 +88,3 @@ class Scribe:
             wrong = np.flatnonzero((c != expected[:, None]).any(axis=1))
             assert not len(wrong), f"{disk}: {len(wrong)} blocks are not of the first {n} writes, such as {wrong[:3]}"
         return n
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]

@@ -153,6 +153,29 @@ def test_every_moment_of_a_guest_recovers_and_kills_lose_nothing(guest: Guest, f
     assert worker.end(signal.SIGINT) == 0
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_random_moments_of_a_guest_recover(guest: Guest, folder: Path, count: int) -> None:
+    """Anywhere in a stream, also where file systems wrote their journals: what was acknowledged is there, and nothing torn."""
+    init(folder / "store", None)
+    guest.start_writer(*FILES, mode="overwrite", options=WRITER)
+    worker = StreamWorker(folder, f"qemu:{guest.qmp_path}")
+    worker.wait_for("begun", seconds=90)
+    from_here = guest.acked()
+    guest.wait_acked(from_here + 10 * count, timeout_seconds=300)
+    guest.stop_writer()
+    acked = guest.acked()
+    assert worker.end(signal.SIGINT) == 0
+    with Store.open(folder / "store", folder / "state2", []) as store:
+        history = History(store, next(iter(store.points())).machine.id)
+        offered = moments(history)
+        assert len(offered) > 10 * count, "one moment for each write of the guest's disks"
+        check_moments(folder, history, offered[0].seq, offered[-1].seq, count, random.Random(count))
+        assert recovered(folder, history, offered[-1]) in (acked, acked + 1), (
+            "one may be on its way when the witness ends"
+        )
+
+
 @pytest.mark.timeout(300)
 def test_writes_that_go_past_the_mirror_are_noticed(guest: Guest, store: Store, folder: Path) -> None:
     protection = protection_of(store, guest, folder)

@@ -1,41 +1,46 @@
-"""Kills of either side of a stream: whatever the guest was told, and is older than a group fsync, is in the journal."""
+"""Kills of either side of a stream, and power cuts: what the guest was told, and is older than a group fsync, is in the journal.
+
+A power cut is a real one, as far as a file system can tell: ext4's own shutdown, which forgets all that was not synced.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import random
 import signal
+import struct
+import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hvbackup.config import places
 from hvbackup.errors import JournalGap
-from hvbackup.model import Instant
-from hvbackup.store.journal.history import History, Moment
+from hvbackup.model import Instant, MiB
+from hvbackup.store.journal.history import Gap, History, Moment
 from hvbackup.store.store import Store, init
+from hvbackup.target.ring import find
+from tests.endtoend.mounts import needs_mount, small_disk
 from tests.hypervisors.daemon import Daemon, make_image, node
 from tests.protecting import Worker
-from tests.scribe import Scribe
+from tests.scribe import BLOCK, Scribe
 from tests.test_stream_qemu import SIZES, every_moment, images, on_disk
 
 pytestmark = pytest.mark.real
 
-FSYNC_SECONDS = 0.1
-PROMPT_SECONDS = (
-    1.0  # a busy machine lets the worker wait for a processor; what a power cut takes is told by `lag_seconds`
-)
+FIGURES = Path(__file__).parents[1] / ".lab" / "figures"
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
+def two_disks(folder: Path, images: Path | None = None) -> Daemon:
     """Two raw disks: what a guest was told is written survives the death of the daemon."""
-    nodes = [node(name, make_image(tmp_path / f"{name}.raw", size, "raw"), "raw") for name, size in SIZES.items()]
-    made = Daemon(tmp_path, nodes).start()
-    yield made
-    made.kill()
+    where = images or folder
+    nodes = [node(name, make_image(where / f"{name}.raw", size, "raw"), "raw") for name, size in SIZES.items()]
+    return Daemon(folder, nodes)
 
 
 class StreamWorker(Worker):
@@ -51,10 +56,14 @@ class StreamWorker(Worker):
         return found
 
 
+def gap_of_the_last_life(history: History) -> Gap:
+    """The one at the head of the present life; a second one may lie behind the point with which it began."""
+    return [g for g in history.told.gaps if "not armed" not in g.why][-1]
+
+
 def last_recorded(history: History) -> Moment:
     """The newest moment of the life before the present one."""
-    gap = [g for g in history.told.gaps if "not armed" not in g.why][-1]  # that one lies behind the point of a new life
-    found = history.newest_at(gap.start)
+    found = history.newest_at(gap_of_the_last_life(history).start)
     assert found
     return found
 
@@ -62,12 +71,12 @@ def last_recorded(history: History) -> Moment:
 class Witness:
     """What every stranger who opens the store must find."""
 
-    def __init__(self, folder: Path, scribe: Scribe) -> None:
-        self._folder, self._scribe, self._rng = folder, scribe, random.Random(5)
+    def __init__(self, folder: Path, scribe: Scribe, rng: random.Random) -> None:
+        self._folder, self._scribe, self._rng = folder, scribe, rng
         self.seen: dict[int, int] = {}  # moment -> how many writes it holds
         self.gaps = 0
 
-    def look(self, at_least: int, moments: int = 6) -> int:
+    def look(self, at_least: int, moments: int = 3) -> int:
         """Moments are exact prefixes, and `at_least` so many writes were recorded before the last gap; how many are now."""
         with Store.open(self._folder / "store", self._folder / "state2", []) as store:
             [machine] = {p.machine.id for p in store.points()}
@@ -96,17 +105,17 @@ class Witness:
             return newest
 
 
-def kills(daemon: Daemon, folder: Path, count: int, *, machine_every: int) -> None:
+def kills(daemon: Daemon, folder: Path, count: int, rng: random.Random) -> None:
     """Kill the worker, its target or the machine, again and again, at random moments."""
     init(folder / "store", None)
-    rng, source = random.Random(count), f"qemu:{daemon.qmp_path}"
-    with Scribe(daemon, SIZES, 600) as scribe:
-        witness = Witness(folder, scribe)
+    source = f"qemu:{daemon.qmp_path}"
+    with Scribe(daemon, SIZES, 600, seed=rng.getrandbits(32)) as scribe:
+        witness = Witness(folder, scribe, rng)
         worker = StreamWorker(folder, source)
         worker.wait_for("begun")
         for turn in range(count):
             time.sleep(rng.random() * 0.4)
-            if turn % machine_every == machine_every - 1:
+            if turn % 5 == 4:
                 daemon.kill()
                 acked = scribe.acked
                 worker.wait_for("trouble", 1 + sum(e["event"] == "trouble" for e in worker.events))
@@ -115,7 +124,7 @@ def kills(daemon: Daemon, folder: Path, count: int, *, machine_every: int) -> No
                 worker.wait_for("begun", told + 1)
                 witness.look(acked)  # it was there when its answer was, and the worker still is
                 continue
-            if turn % 5 == 4:
+            if turn % 5 == 2:
                 os.kill(worker.target(), signal.SIGSTOP)
                 time.sleep(0.05)
             before = scribe.acked
@@ -139,12 +148,145 @@ def kills(daemon: Daemon, folder: Path, count: int, *, machine_every: int) -> No
     assert not daemon.leftovers()
 
 
-@pytest.mark.timeout(400)
-def test_kills_lose_nothing_that_was_answered(daemon: Daemon, tmp_path: Path) -> None:
-    kills(daemon, tmp_path, 25, machine_every=5)
+def lives(count: int, rng: random.Random) -> None:
+    """So many kills, of machines with stores of their own that are killed 25 times at most."""
+    while count > 0:
+        with tempfile.TemporaryDirectory(prefix="hvk-") as name:
+            machine = two_disks(Path(name)).start()
+            try:
+                kills(machine, Path(name), min(count, 25), rng)
+            finally:
+                machine.kill()
+        count -= 25
+
+
+@pytest.mark.timeout(600)
+def test_kills_lose_nothing_that_was_answered() -> None:
+    """With the five of a guest, in test_stream_guest.py, they are fifty."""
+    lives(45, random.Random(20261124))
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(7200)
-def test_many_kills_lose_nothing_that_was_answered(daemon: Daemon, tmp_path: Path) -> None:
-    kills(daemon, tmp_path, 500, machine_every=5)
+@pytest.mark.timeout(4 * 3600)
+def test_a_thousand_kills_lose_nothing_that_was_answered() -> None:
+    seed = random.SystemRandom().getrandbits(32)
+    began = time.monotonic()
+    lives(1000, random.Random(seed))
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    (FIGURES / "kills-stream.txt").write_text(f"1000 kills in {time.monotonic() - began:.0f} s, seed {seed}\n")
+
+
+# --- power cuts -------------------------------------------------------------------------------------------------------
+
+_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
+_NO_LOG_FLUSH = 2
+
+
+def cut_power(disk: Path) -> None:
+    """Nothing that was not synced reaches the disk any more."""
+    fd = os.open(disk, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, _SHUTDOWN, struct.pack("<I", _NO_LOG_FLUSH))
+    finally:
+        os.close(fd)
+
+
+class Durable:
+    """What the ring of a stream says of the newest write that is durable."""
+
+    def __init__(self, path: Path) -> None:
+        found = find(path)
+        assert found
+        self._ring = found
+
+    def number(self) -> int:
+        """The scribe's number of it, 0 when there is none."""
+        _, at = self._ring.tails
+        if at < BLOCK:
+            return 0
+        inside = (at - BLOCK) % self._ring.data_max
+        return int.from_bytes(self._ring._data[inside : inside + 8], "little")
+
+    def close(self) -> None:
+        self._ring.close()
+
+
+def ring_of(store: Path, machine: str) -> Path:
+    """Where the worker has its ring: in memory, as long as there is power."""
+    name = hashlib.sha256(bytes.fromhex(json.loads((store / "HVBACKUP").read_bytes())["id"]) + machine.encode())
+    return places().rings / f"{name.hexdigest()[:24]}.ring"
+
+
+def power_cut(folder: Path, rng: random.Random) -> int:
+    """One host that loses its power while a guest writes; how many of the answered writes are lost, which were not durable."""
+    with small_disk(folder, "disk", 1024 * MiB) as disk:
+        machine = two_disks(folder, disk.path).start()
+        init(disk.path / "store", None)
+        kept = {"HVBACKUP_STORE": str(disk.path / "store"), "HVBACKUP_STATE": str(disk.path / "state")}
+        source = f"qemu:{machine.qmp_path}"
+        try:
+            with Scribe(machine, SIZES, 600, seed=rng.getrandbits(32)) as scribe:
+                worker = StreamWorker(folder, source, environment=kept)
+                worker.wait_for("moment")
+                path = ring_of(disk.path / "store", source)
+                ring = Durable(path)
+                time.sleep(rng.random())
+                durable, told = ring.number(), [e for e in worker.events if e["event"] == "moment"][-1]
+                answered = scribe.acked
+                assert machine.process
+                machine.process.send_signal(signal.SIGSTOP)  # a guest without power sees no error
+                cut_power(disk.path)
+                ring.close()
+                machine.kill()
+                worker.end(signal.SIGKILL)
+                path.unlink()
+        finally:
+            machine.kill()
+        remount(folder, disk.path)
+        machine.start()
+        try:
+            again = StreamWorker(folder, source, environment=kept)
+            again.wait_for("begun")
+            assert again.end(signal.SIGTERM) == 0
+            with Store.open(disk.path / "store", folder / "state2", []) as store:
+                history = History(store, next(iter(store.points())).machine.id)
+                offered = every_moment(history)
+                assert told["seq"] in {m.seq for m in offered}
+                recorded = scribe.verify(images(history, last_recorded(history)))
+                assert durable <= recorded <= scribe.acked + 1, (durable, recorded, answered)
+                assert images(history, offered[-1]) == on_disk(disk.path), "whatever the disks have lost"
+                gap = gap_of_the_last_life(history)
+                with pytest.raises(JournalGap):
+                    history.at(Instant((gap.start + gap.end) // 2))
+        finally:
+            machine.kill()
+        return max(0, answered - recorded)
+
+
+def remount(folder: Path, path: Path) -> None:
+    """The same disk, when there is power again."""
+    subprocess.run(["umount", str(path)], check=True, timeout=30)
+    subprocess.run(["mount", "-o", "loop", str(folder / "disk.ext4"), str(path)], check=True, timeout=30)
+
+
+def power_cuts(count: int, rng: random.Random) -> list[int]:
+    lost = []
+    for _ in range(count):
+        with tempfile.TemporaryDirectory(prefix="hvp-") as name:
+            lost.append(power_cut(Path(name), rng))
+    return lost
+
+
+@needs_mount
+@pytest.mark.timeout(300)
+def test_power_cuts_take_only_what_was_not_durable() -> None:
+    power_cuts(3, random.Random(20261124))
+
+
+@needs_mount
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_many_power_cuts_take_only_what_was_not_durable() -> None:
+    lost = power_cuts(100, random.Random(random.SystemRandom().getrandbits(32)))
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    (FIGURES / "power-cuts-stream.txt").write_text(f"answered writes lost at each of {len(lost)} power cuts: {lost}\n")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hvbackup.capture import Options
@@ -14,6 +15,7 @@ from hvbackup.model import SECOND, DiskId, Instant, MiB
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
+from hvbackup.store.format import layout as f
 from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
@@ -72,14 +74,20 @@ def on_disk(folder: Path) -> dict[str, bytes]:
     return {disk: (folder / f"{disk}.raw").read_bytes() for disk in SIZES}
 
 
+def remarks(history: History) -> set[int]:
+    """Sequence numbers of facts that are no writes: a moment there holds what the one before holds."""
+    found = [run.name.first + np.flatnonzero(run.facts["kind"] == f.FACT_META) for run in history.runs]
+    return {int(seq) for seqs in found for seq in seqs}
+
+
 def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_path: Path) -> None:
     rng, known = random.Random(3), {}
-    with Scribe(daemon, SIZES, 800) as scribe:
+    with Scribe(daemon, SIZES, 2000) as scribe:
         protection = protection_of(store, daemon, rhythm(tmp_path))
         life = begun(protection)
         first = scribe.acked
         for turn in range(15):
-            time.sleep(rng.random() * 0.2)
+            scribe.wait(scribe.acked + rng.randrange(20, 60))
             before = scribe.acked
             life.step()
             known[life.newest.seq] = (before, scribe.acked)
@@ -89,15 +97,18 @@ def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_
         life.close()
         scribe.stop()
         history = History(store, protection.setting.machine.id)
-        offered = every_moment(history)
-        assert len(offered) >= last - first > 50
+        offered, told = every_moment(history), remarks(history)
+        assert len(offered) >= last - first >= 15 * 20
         for seq, (low, high) in known.items():
             assert low <= scribe.verify(images(history, history.by_seq(seq))) <= high + 1
-        for moment in rng.sample(offered, 40):
+        seqs = {m.seq for m in offered}
+        pairs = [m for m in offered if m.seq + 1 in seqs]
+        before_remarks = [m for m in pairs if m.seq + 1 in told]
+        assert before_remarks, "the fold has named its tokens"
+        for moment in [*rng.sample(pairs, 200), *before_remarks]:
             reached = scribe.verify(images(history, moment))
-            following = next((m for m in offered if m.seq > moment.seq), None)
-            if following and following.seq == moment.seq + 1:
-                assert scribe.verify(images(history, following)) == reached + 1, "each write is a moment of its own"
+            following = scribe.verify(images(history, history.by_seq(moment.seq + 1)))
+            assert following == reached + (moment.seq + 1 not in told), "each write is a moment of its own"
     assert not daemon.leftovers()
 
 

@@ -42,7 +42,9 @@ from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target.process import Export, Target
 
 SET_MAX_BYTES = 256 * MiB  # a larger closing set makes a point at once, so that the next one is smaller
-FRAME_BYTES = 384 * KiB  # taken out of the ring at a time: small enough to stay in the cache of the processor on its way
+FRAME_BYTES = (
+    384 * KiB
+)  # taken out of the ring at a time: small enough to stay in the cache of the processor on its way
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
 IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: it says that we are there
 LEFT_ALONE = "a stream leaves the guest alone"
