@@ -30,12 +30,21 @@ from pathlib import Path
 from types import TracebackType
 
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
-from hvbackup.hypervisors import Can, libvirt_cycles, libvirt_rest, libvirt_sidecar, libvirt_xml, qemunbd
+from hvbackup.hypervisors import (
+    Can,
+    libvirt_cycles,
+    libvirt_rest,
+    libvirt_sidecar,
+    libvirt_stream,
+    libvirt_xml,
+    qemunbd,
+)
 from hvbackup.hypervisors.libvirt_cycles import LibvirtCycles
 from hvbackup.hypervisors.libvirt_events import watching
 from hvbackup.hypervisors.libvirt_host import Domain, Host
 from hvbackup.hypervisors.libvirt_pull import LibvirtFrozen, Pull, Room
 from hvbackup.hypervisors.libvirt_seen import Seen, look
+from hvbackup.hypervisors.libvirt_stream import LibvirtStream
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, StoreNames
@@ -92,6 +101,7 @@ class LibvirtHypervisor:
             readers=2,
             events=True,
             cycles=where.local,  # QEMU's own, which takes sockets and files of this host
+            stream=where.local,
         )
 
     def machines(self) -> Sequence[Machine]:
@@ -127,12 +137,21 @@ class LibvirtHypervisor:
 
     def cycles(self, machine: Machine, lease: LeaseId) -> LibvirtCycles:
         """A series of snapshots, at little cost each.  Raises HostUnreachable, Busy, NotFound, UsageError."""
+        room, domain, seen = self._running(machine)
+        return libvirt_cycles.begin(room, domain, seen, lease, self.release)
+
+    def stream(self, machine: Machine, lease: LeaseId) -> LibvirtStream:
+        """Each write of the guest goes to us as well, from `arm` on.  Raises HostUnreachable, Busy, NotFound, UsageError."""
+        room, domain, seen = self._running(machine)
+        return libvirt_stream.begin(room, domain, seen, machine, lease, self.release)
+
+    def _running(self, machine: Machine) -> tuple[Room, Domain, Seen]:
         domain, room = self.domain(machine), self._room()
         seen = self.look(domain)
         if not seen.active:
             raise HostUnreachable(f"Machine {machine.name} is off: nothing of it can be protected until it runs")
         room.refuse_second(machine)
-        return libvirt_cycles.begin(room, domain, seen, lease, self.release)
+        return room, domain, seen
 
     def watching(
         self, report: Callable[[str, MachineId, str], None], lost: Callable[[], None] = lambda: None

@@ -35,6 +35,7 @@ from hvbackup.hypervisors import (
     qemu_fleece,
     qemu_server,
     qemu_stop,
+    qemu_stream,
 )
 from hvbackup.hypervisors.libvirt_host import Domain
 from hvbackup.hypervisors.libvirt_lineage import Lineage
@@ -158,6 +159,17 @@ class LibvirtCycles:
             self.monitor.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is made once for all that a lease does."""
+
+    setting: Setting
+    monitor: Monitor
+    drives: Sequence[Drive]
+    server: qemu_server.Server
+    lineages: Mapping[str, Lineage]
+
+
 def begin(
     room: Room,
     domain: Domain,
@@ -166,6 +178,20 @@ def begin(
     release: Callable[[Machine, LeaseId, Collection[Token]], None],
 ) -> LibvirtCycles:
     """A series of snapshots.  Raises HostUnreachable, Busy."""
+    p = prepare(room, domain, seen, lease, release)
+    made = LibvirtCycles(QemuCycles(p.setting, p.monitor.peer, p.drives, p.server), p.monitor, seen, lambda: None)
+    made.tell = lambda: tell(domain, seen, p.lineages, made.keeping)
+    return made
+
+
+def prepare(
+    room: Room,
+    domain: Domain,
+    seen: Seen,
+    lease: LeaseId,
+    release: Callable[[Machine, LeaseId, Collection[Token]], None],
+) -> Prepared:
+    """A monitor of our own, and a server of QEMU's in the folder of the lease.  Raises HostUnreachable, Busy, UsageError."""
     names = room.names.of(lease)
     folder, lineages = room.folder(seen.machine, names), seen.lineages()
     if raw := [d.target for d in seen.disks if not lineages[d.target].tracked]:
@@ -201,10 +227,7 @@ def begin(
         lambda: libvirt_freeze.plan(domain, seen, None, room.freezing),
         lambda disk: lineages[disk.id].life(disk.size),
     )  # fmt: skip
-    inner = QemuCycles(setting, monitor.peer, drives, server)
-    made = LibvirtCycles(inner, monitor, seen, lambda: None)
-    made.tell = lambda: tell(domain, seen, lineages, made.keeping)
-    return made
+    return Prepared(setting, monitor, drives, server, lineages)
 
 
 def drives_of(qmp: Qmp, seen: Seen) -> Sequence[Drive]:
@@ -242,6 +265,7 @@ def release(
     monitor = Monitor(domain, f"{room.names.prefix}{domain.uuid[:8]}-{os.getpid()}")
     try:
         with monitor.connect() as qmp:
+            qemu_stream.end_left(qmp, monitor.path, prefix, room.limits.settle_seconds)
             for folder in filter(qemu_stop.left_over, folders):
                 qemu_stop.go_on(qmp, folder)
             qemu_fleece.sweep(qmp, prefix, room.limits.settle_seconds)

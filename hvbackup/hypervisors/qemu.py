@@ -38,8 +38,8 @@ from hvbackup.hypervisors.qemu_graph import (
     why_skipped,
 )
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames, StoreNames
-from hvbackup.hypervisors.qemu_stream import QemuStream
-from hvbackup.hypervisors.qemu_watch import Watch, relieve
+from hvbackup.hypervisors.qemu_stream import QemuStream, end_left
+from hvbackup.hypervisors.qemu_watch import Watch
 from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.model import (
     Consistency,
@@ -274,11 +274,8 @@ class QemuHypervisor:
         qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, unwanted)
 
     def _end_mirrors(self, prefix: str) -> None:
-        """Mirrors of a dead stream are not cancelled like other jobs: see qemu_stream_guard.py."""
         with self._connect() as qmp:
-            left = [j for j in qmp.command("query-jobs") if j["type"] == "mirror" and str(j["id"]).startswith(prefix)]
-        for of_lease in {str(job["id"]).rpartition("m")[0] for job in left}:
-            relieve(self.path, of_lease, self._settings.settle_seconds)
+            end_left(qmp, self.path, prefix, self._settings.settle_seconds)
 
     def _thaw(self, qmp: Qmp, folders: Sequence[Path]) -> None:
         """No run of ours that is dead, and whose guard is dead too, holds the guest still."""

@@ -28,9 +28,9 @@ from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_cycles import GRAIN_BYTES, CycleDisk, Setting, seats_of
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive, device_id
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND
-from hvbackup.hypervisors.qemu_watch import StreamGuard
+from hvbackup.hypervisors.qemu_watch import StreamGuard, relieve
 from hvbackup.hypervisors.qemu_wire import Command, Wire, dashed, until
-from hvbackup.hypervisors.qmp import CommandRefused, Peer
+from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.model import DiskId, Token
 
 TARGET_SOCKET = "tgt.sock"  # no longer than the name of the server's, whose path was looked at
@@ -43,8 +43,16 @@ class QemuStream:
     """See the module.  Thread safety: one thread."""
 
     def __init__(
-        self, setting: Setting, peer: Peer, drives: Sequence[Drive], server: qemu_server.Server, line: CommandLine
+        self,
+        setting: Setting,
+        peer: Peer,
+        drives: Sequence[Drive],
+        server: qemu_server.Server,
+        line: CommandLine,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
+        """`aliases`: what QEMU calls the devices of disks whose names are others."""
+        self._aliases = aliases or {}
         self._set, self._peer, self._server = setting, peer, server
         self._drives = list(drives)
         self._second = [m for m in monitors(line) if m.resolve() != setting.path.resolve()]
@@ -222,7 +230,7 @@ class QemuStream:
                 raise
             wire.one("transaction", actions=self._actions(checkpoint, old, persistent=False))
         self._remove_unwanted(wire, checkpoint)
-        return {d.disk.id: Token(TOKEN_KIND, checkpoint, f"size={d.disk.size}") for d in self._drives}
+        return {d.disk.id: Token(TOKEN_KIND, checkpoint, self._set.life(d.disk)) for d in self._drives}
 
     def _actions(self, checkpoint: str, old: Mapping[DiskId, Bitmap], *, persistent: bool) -> list[dict[str, Any]]:
         actions, merged = [], self._set.names.merged
@@ -280,15 +288,19 @@ class QemuStream:
         """Bytes that the guest has written, as QEMU counts them; a storage daemon does not."""
         known = {d.id for d in self.disks}
         rows = wire.one("query-blockstats") if self._set.ask == "query-block" else []
-        found = {
-            DiskId(device_id(row)): int(row["stats"]["wr_bytes"])
-            for row in rows
-            if row.get("qdev") or row.get("device")
-        }
-        return {disk: count for disk, count in found.items() if disk in known}
+        names = [device_id(row) if row.get("qdev") or row.get("device") else "" for row in rows]
+        disks = [DiskId(self._aliases.get(name, name)) for name in names]
+        return {d: int(row["stats"]["wr_bytes"]) for d, row in zip(disks, rows, strict=True) if d in known}
 
     def _wire(self) -> Wire:
         return Wire(self._set.path, self._set.reply_seconds)
+
+
+def end_left(qmp: Qmp, path: Path, prefix: str, seconds: float) -> None:
+    """Mirrors of dead streams are gone, if that can be done in time.  They are not cancelled like other jobs."""
+    left = [j for j in qmp.command("query-jobs") if j["type"] == "mirror" and str(j["id"]).startswith(prefix)]
+    for of_lease in {str(job["id"]).rpartition("m")[0] for job in left}:
+        relieve(path, of_lease, seconds)
 
 
 class _OutOfBand:
