@@ -79,6 +79,21 @@ class Process:
             os.waitpid(self.pid, os.WNOHANG)
 
 
+def give_way() -> None:
+    """This thread, and those it begins from now on, never push another one from a processor by waking up.
+
+    They get their share all the same: who waits for the processor waits for a time slice, not for ever.
+    """
+    with contextlib.suppress(OSError):  # a container may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def be_prompt(pid: int) -> None:
+    """A process we have begun is scheduled as any other, whatever `give_way` made of us."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
+
+
 def start_detached(
     argv: Sequence[str], log: Path, errors: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Process:
