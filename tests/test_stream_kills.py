@@ -52,7 +52,8 @@ class StreamWorker(Worker):
         """The process of its target."""
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         children = {pid for task in tasks for pid in task.read_text().split()}
-        [found] = {int(p) for p in children if b"hvbackup-target" in Path(f"/proc/{p}/cmdline").read_bytes()}
+        programs = {int(p): Path(f"/proc/{p}/cmdline").read_bytes().partition(b"\0")[0] for p in children}
+        [found] = [pid for pid, program in programs.items() if program.endswith(b"hvbackup-target")]
         return found
 
 

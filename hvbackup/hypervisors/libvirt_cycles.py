@@ -264,8 +264,8 @@ def release(
     """What cycles left inside QEMU is gone, but for the bitmaps to keep.  Raises HostUnreachable."""
     monitor = Monitor(domain, f"{room.names.prefix}{domain.uuid[:8]}-{os.getpid()}")
     try:
+        qemu_stream.end_left(monitor.connect, monitor.path, prefix, room.limits.settle_seconds)
         with monitor.connect() as qmp:
-            qemu_stream.end_left(qmp, monitor.path, prefix, room.limits.settle_seconds)
             for folder in filter(qemu_stop.left_over, folders):
                 qemu_stop.go_on(qmp, folder)
             qemu_fleece.sweep(qmp, prefix, room.limits.settle_seconds)

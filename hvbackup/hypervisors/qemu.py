@@ -274,8 +274,7 @@ class QemuHypervisor:
         qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, unwanted)
 
     def _end_mirrors(self, prefix: str) -> None:
-        with self._connect() as qmp:
-            end_left(qmp, self.path, prefix, self._settings.settle_seconds)
+        end_left(self._connect, self.path, prefix, self._settings.settle_seconds)
 
     def _thaw(self, qmp: Qmp, folders: Sequence[Path]) -> None:
         """No run of ours that is dead, and whose guard is dead too, holds the guest still."""

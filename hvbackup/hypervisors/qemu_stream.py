@@ -18,7 +18,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +296,13 @@ class QemuStream:
         return Wire(self._set.path, self._set.reply_seconds)
 
 
-def end_left(qmp: Qmp, path: Path, prefix: str, seconds: float) -> None:
-    """Mirrors of dead streams are gone, if that can be done in time.  They are not cancelled like other jobs."""
-    left = [j for j in qmp.command("query-jobs") if j["type"] == "mirror" and str(j["id"]).startswith(prefix)]
+def end_left(connect: Callable[[], AbstractContextManager[Qmp]], path: Path, prefix: str, seconds: float) -> None:
+    """Mirrors of dead streams are gone, if that can be done in time.  They are not cancelled like other jobs.
+
+    The one who does it needs the monitor, which may serve one client at a time: nobody is connected meanwhile.
+    """
+    with connect() as qmp:
+        left = [j for j in qmp.command("query-jobs") if j["type"] == "mirror" and str(j["id"]).startswith(prefix)]
     for of_lease in {str(job["id"]).rpartition("m")[0] for job in left}:
         relieve(path, of_lease, seconds)
 
