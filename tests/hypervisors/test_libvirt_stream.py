@@ -17,7 +17,7 @@ from hvbackup.model import SECOND, DiskId, Instant, LeaseId
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
-from hvbackup.store.history import History, Moment
+from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import BLOCK
