@@ -16,6 +16,8 @@ retention    prune, forget, hold, holds, release, approve, settings, reclaim
 audit        audit
 serving      serve, config, jobs, watch
 people       user, token
+local        the service's socket
+through      what the service does for a command
 job, worker  processes of the service
 upkeep       parity, regroup
 papers       completion, man

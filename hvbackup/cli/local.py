@@ -27,11 +27,12 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(places: Places, method: str, path: str) -> Any:
+def ask(places: Places, method: str, path: str, body: Any = None) -> Any:
     """What the service answers, or None when none runs.  Raises what it refuses with, HostUnreachable."""
     line = _Connection(str(places.run / SOCKET))
     try:
-        line.request(method, path)
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        line.request(method, path, None if body is None else json.dumps(body), headers)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
     try:

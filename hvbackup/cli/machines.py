@@ -85,6 +85,10 @@ def _add_freezing(verb: argparse.ArgumentParser) -> None:
 
 def backup(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup backup SOURCE…`."""
+    from hvbackup.cli import through
+
+    if (code := through.backup(args, out)) is not None:
+        return code
     from hvbackup.service import backup as service
     from hvbackup.service import shapes, upkeep
 

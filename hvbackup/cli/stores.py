@@ -203,11 +203,13 @@ def key_paper(args: argparse.Namespace, out: Out) -> int:
 
 def status(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup status`."""
+    from hvbackup.cli import through
     from hvbackup.service import look, shapes
 
     moment = now()
-    found = look.status(session_of(args), moment)
-    out.answer(shapes.overview(found, moment), _overview_lines(found, moment))
+    found, served = look.status(session_of(args), moment), through.summary(args)
+    shown = {**shapes.overview(found, moment), "service": served}
+    out.answer(shown, [*_overview_lines(found, moment), *_service_lines(served)])
     out.warn_all(found.notes)
     return 0
 
@@ -236,6 +238,16 @@ def _overview_lines(found: Overview, moment: Instant) -> Iterator[str]:
     if found.leftovers:
         yield ""
         yield from table(("RUN", "MACHINE", "SOURCE", "STATE"), [_leftover_row(v) for v in found.leftovers])
+
+
+def _service_lines(served: dict[str, Any] | None) -> Iterator[str]:
+    if served is None:
+        return
+    states = ", ".join(f"{n} {state}" for state, n in served["machines"].items() if n)
+    yield ""
+    yield f"The service keeps this store: {states or 'no machine yet'}; {count(served['open_jobs'], 'open job')}"
+    for alarm in served["alarms"]:
+        yield f"  {alarm['severity'].upper()} {alarm['subject']}: {alarm['text']}"
 
 
 def _machine_row(h: History, moment: Instant) -> Sequence[str]:

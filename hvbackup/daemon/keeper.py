@@ -353,6 +353,7 @@ def _environment(places: Places) -> Mapping[str, str]:
     """What processes of ours are told: the same places as we have."""
     return {
         **{k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")},
+        "HVBACKUP_ALONE": "1",  # they do what they are told, and ask nobody to
         "HVBACKUP_STORE": str(places.store),
         "HVBACKUP_STATE": str(places.state),
         "HVBACKUP_CONFIG": str(places.configuration),

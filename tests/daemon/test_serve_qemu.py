@@ -148,6 +148,40 @@ def test_the_command_line_asks_the_service_and_works_without_it(world: World) ->
     assert "nobody to end a job" in world.refused(2, "jobs", "20260101-000000-00000000", "--cancel")
 
 
+def test_a_backup_is_made_by_the_service_where_one_runs(world: World, tmp_path: Path) -> None:
+    configure(
+        world,
+        '[source.b]\nuri = "qemu:{folder}/b/qmp.sock"\nname = "db1"\n[policy.p]\nmachines = ["*"]\nschedule = "*-02-29"\n',
+    )
+    source = f"qemu:{tmp_path / 'b/qmp.sock'}"
+    with machine(tmp_path / "b") as b:
+        alone = world.done("backup", source, "--name=db1", "--json").json
+        assert "jobs" not in alone
+        assert world.done("status", "--json").json["service"] is None
+        served = Served(world)
+        until(lambda: served.said("Ready"))
+        until(
+            lambda: (
+                (world.done("status", "--json").json["service"] or {"machines": {}})["machines"].get("protected") == 1
+            )
+        )
+        done = world.done("backup", source, "--json").json
+        [job] = done["jobs"]
+        assert done["runs"][0]["point"]["id"] != alone["runs"][0]["point"]["id"]
+        assert world.done("jobs", job, "--json").json["who"] == "local"
+        assert "by the service" in world.done("backup", source, "--only=db1").out
+        assert "jobs" not in world.done("backup", source, "--json", HVBACKUP_ALONE="1").json
+        assert "jobs" not in world.done("backup", source, "--tag=mine", "--json").json, (
+            "which the service can't be told"
+        )
+        assert "The service keeps this store: 1 protected" in world.done("status").out
+        b.kill()
+        ran = world.run("backup", source, "--json")
+        assert ran.code == 4
+        assert json.loads(ran.out.splitlines()[-1])["error"]["exit_code"] == 4
+        assert served.kill(signal.SIGTERM) == 0
+
+
 def test_systemd_is_told(world: World, tmp_path: Path) -> None:
     configure(world, "")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
