@@ -134,7 +134,8 @@ class Jobs:
         try:
             value = json.loads(self._files.read(f"{name}/job.json"))
             task = value.pop("task")
-            task = Task(**{**task, "words": tuple(map(str, task["words"]))})
+            task = Task(**_known(Task, {**task, "words": tuple(map(str, task["words"]))}))
+            value = _known(Job, value)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         process = Process(**p) if (p := value.pop("process")) else None
@@ -303,6 +304,11 @@ class Jobs:
             self.version += 1
             self.changed.notify_all()
         return job
+
+
+def _known(kind: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """What this version understands of what a later one may have written."""
+    return {name: value[name] for name in kind.__slots__ if name in value}
 
 
 def shape(job: Job, progress: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hvbackup.service.standing import Note
 
 BACKOFF_SECONDS = (0, 5, 15, 60, 300)  # before a worker that ended is started again
 CALM_SECONDS = 600.0  # a worker that lived so long begins without a pause
+REPLACE_SECONDS = 5.0  # between two workers of another version that are replaced
 LOG_MAX_BYTES = 1 << 20
 
 
@@ -51,6 +52,7 @@ class Workers:
     places: Places
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     _kept: dict[str, _Kept] = field(default_factory=dict)
+    _replaced: float = -1e9  # when a worker of another version was asked to end last
 
     @property
     def folder(self) -> Path:
@@ -65,7 +67,7 @@ class Workers:
             kept = self._kept.get(key) or self._adopt(key, want)
             self._kept[key] = kept
             if kept.process and kept.process.is_running():
-                if kept.words != want.words or self._is_of_another_version(key):
+                if kept.words != want.words or (self._is_of_another_version(key) and self._may_replace()):
                     self._end(kept)
                     kept.words = want.words
             elif time.monotonic() - kept.started >= self._pause(kept):
@@ -98,6 +100,13 @@ class Workers:
     def _is_of_another_version(self, key: str) -> bool:
         note = self.note(key)
         return note is not None and note.version != __version__
+
+    def _may_replace(self) -> bool:
+        """After an upgrade workers begin anew one after the other, not all machines at once."""
+        if time.monotonic() - self._replaced < REPLACE_SECONDS:
+            return False
+        self._replaced = time.monotonic()
+        return True
 
     def _pause(self, kept: _Kept) -> float:
         return float(BACKOFF_SECONDS[min(kept.failures, len(BACKOFF_SECONDS) - 1)])

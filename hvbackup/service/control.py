@@ -6,6 +6,9 @@ tag         label, consistency      when the next moment, which is made at once,
 point       label, consistency      when a point has been made of the next moment; consistency null: the best there is
 pause                               when nothing of ours is in the machine's way: a pause has begun
 resume                              when a moment has been recorded: a pause has ended
+
+Every request says of which `protocol` it is; one that a worker does not know yet is refused by name, and fields that it does not
+know are nothing to it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvbackup import __version__
 from hvbackup.config import Places
 from hvbackup.errors import HostUnreachable, HvbackupError, UsageError
 from hvbackup.model import Consistency, MachineId
@@ -32,6 +36,7 @@ if TYPE_CHECKING:  # asking a worker needs nothing of what protects a machine
     from hvbackup.protect.protection import Protection
     from hvbackup.store.store import Store
 
+PROTOCOL = 1  # a request says the first version that knows it: workers and who asks them may be of different releases
 TAG_SECONDS = 60.0  # for a moment to be made and to be durable
 POINT_SECONDS = 6 * 3600.0  # for a fold that has to wait for a reclaim, of a day's changes
 REPLY_SECONDS = 5.0
@@ -99,9 +104,13 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 def _answer(protection: Protection, asked: dict[str, Any]) -> dict[str, Any]:
+    if int(asked.get("protocol", 1)) > PROTOCOL:
+        return {
+            "error": f"This worker is of hvbackup {__version__} and does not know that yet; it is replaced by the service"
+        }
     match asked["do"]:
         case "ping":
-            return {"pid": os.getpid()}
+            return {"pid": os.getpid(), "version": __version__, "protocol": PROTOCOL}
         case "tag":
             return _tag(protection, str(asked["label"]), Consistency(asked.get("consistency", "crash")))
         case "point":
@@ -165,7 +174,7 @@ def ask(path: Path, value: dict[str, Any], seconds: float) -> dict[str, Any] | N
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         try:
-            line.sendall(json.dumps(value).encode() + b"\n")
+            line.sendall(json.dumps({"protocol": PROTOCOL, **value}).encode() + b"\n")
             with line.makefile("rb") as lines:
                 found: dict[str, Any] = json.loads(lines.readline(LINE_BYTES))
                 return found

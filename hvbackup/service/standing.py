@@ -86,7 +86,8 @@ def read(places: Places, key: str) -> Note | None:
     """The note of a living worker, or None."""
     try:
         value = json.loads(path_of(places, key).read_text())
-        note = Note(**{**value, "process": Process(**value["process"])})
+        known = {name: value[name] for name in Note.__slots__ if name in value}  # a later version may say more
+        note = Note(**{**known, "process": Process(**value["process"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return note if note.process.is_running() else None

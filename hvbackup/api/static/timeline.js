@@ -146,7 +146,12 @@
       if (action === "boot" && !form.elements.keep_identity.checked) words.push("--new-identity");
       if (action === "tag") words = ["hvbackup", "tag", setup.name, form.elements.tag.value || "NAME"];
       if (action === "hold") words = ["hvbackup", "hold", found && found.kind === "point" ? at : "POINT", ...(form.elements.why.value ? [`--why=${form.elements.why.value}`] : [])];
-      form.querySelector(".line").textContent = words.map(quote).join(" ");
+      const line = form.querySelector(".line");
+      line.replaceChildren(...words.flatMap((word, i) => {
+        const part = document.createElement("span");
+        part.textContent = quote(word);
+        return i ? [" ", part] : [part];
+      }));
     }
   }
   function range(a, b) {
