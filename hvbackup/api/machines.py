@@ -14,7 +14,7 @@ from hvbackup.auth import Permission
 from hvbackup.daemon.rows import Row, Standing
 from hvbackup.errors import NotFound, UsageError
 from hvbackup.jobs import Task
-from hvbackup.model import Instant, PointId
+from hvbackup.model import SECOND, Instant, PointId
 from hvbackup.moments import rfc3339
 from hvbackup.service import protection, retention, shapes
 from hvbackup.service.estate import Known
@@ -37,8 +37,9 @@ def known_of(row: Row) -> Known:
     return row.known
 
 
-def shape(row: Row) -> dict[str, Any]:
-    """A machine as JSON."""
+def shape(row: Row, now: Instant) -> dict[str, Any]:
+    """A machine as JSON; its age is of now, however long ago it was looked at."""
+    age = max(0, now - row.recoverable) / SECOND if row.recoverable else None
     newest = row.known.newest if row.known else None
     return {
         "key": row.key,
@@ -54,7 +55,7 @@ def shape(row: Row) -> dict[str, Any]:
         "why": row.why or None,
         "rpo_seconds": row.rpo_seconds,
         "recoverable": rfc3339(Instant(row.recoverable)) if row.recoverable else None,
-        "age_seconds": None if row.age_seconds is None else round(row.age_seconds, 3),
+        "age_seconds": None if age is None else round(age, 3),
         "points": row.points,
         "size_bytes": row.size_bytes,
         "newest": {"id": newest.id, "time": rfc3339(newest.t), "consistency": str(newest.consistency)}
@@ -89,7 +90,7 @@ def machines(
 ) -> dict[str, Any]:
     """Every machine: how it stands, its newest point, and when the next one is due."""
     found = seen(desk, caller, state or "", q)
-    return {"total": len(found), "machines": [shape(r) for r in found[first : first + count]]}
+    return {"total": len(found), "machines": [shape(r, desk.keeper.clock()) for r in found[first : first + count]]}
 
 
 @router.get("/machines/{key}")
@@ -97,7 +98,7 @@ def machine(desk: TheDesk, caller: Reader, key: Key) -> dict[str, Any]:
     """One machine, with its disks."""
     row = row_of(desk, caller, key)
     disks = [shapes.root(d) for d in row.known.newest.disks] if row.known else []
-    return {**shape(row), "disks": disks}
+    return {**shape(row, desk.keeper.clock()), "disks": disks}
 
 
 @router.get("/machines/{key}/points")

@@ -17,6 +17,9 @@ def configure(world: World, text: str) -> None:
     (world.configuration / "config.toml").write_text(text.format(folder=world.folder))
 
 
+DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL", "--"]  # a test run that is killed leaves no service behind
+
+
 class Served:
     """`hvbackup serve` as a process."""
 
@@ -25,7 +28,10 @@ class Served:
         self.log = (world.folder / "serve.log").open("ab")
         self.from_ = self.log.tell()
         self.process = subprocess.Popen(
-            world.command("serve"), env={**world.environment, **environment}, stdout=self.log, stderr=self.log
+            [*DIES_WITH_US, *world.command("serve")],
+            env={**world.environment, **environment},
+            stdout=self.log,
+            stderr=self.log,
         )
 
     def kill(self, number: int = signal.SIGKILL) -> int:
