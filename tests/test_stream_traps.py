@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -14,12 +15,13 @@ import pytest
 
 from hvbackup.errors import Busy, HostUnreachable, JournalGap, SpaceExhausted, StreamBroken, UsageError
 from hvbackup.hypervisors.qmp import CommandRefused
-from hvbackup.model import DiskId, Instant, MiB
+from hvbackup.model import SECOND, DiskId, Instant, MiB
 from hvbackup.nbd.client import NbdClient
-from hvbackup.protect.events import Begun, Event, Trouble
+from hvbackup.protect.events import Begun, Event, Folded, Trouble
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.journal.history import History
+from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store
 from hvbackup.target import process
 from tests.hypervisors.daemon import Daemon
@@ -233,6 +235,53 @@ def test_a_full_journal_disk_keeps_what_was_answered(daemon: Daemon, store: Stor
     again.close()
     history = History(store, protection.setting.machine.id)
     assert images(history, every_moment(history)[-1]) == on_disk(tmp_path)
+
+
+def test_a_journal_disk_that_stands_still_is_told_of_and_not_waited_for(
+    daemon: Daemon, store: Store, tmp_path: Path
+) -> None:
+    """An alarm while it stands, not when it goes on; the guest never waits, and the ring holds what it was told."""
+    sync, answers = store.files.kernel.fsync, threading.Event()
+
+    def standing(fd: int) -> None:
+        answers.wait(60)
+        sync(fd)
+
+    with Scribe(daemon, SIZES, 300) as scribe:
+        with running(store, daemon, tmp_path) as made:
+            scribe.wait(scribe.acked + 50)
+            store.files.kernel.fsync = standing  # type: ignore[method-assign]
+            made.wait(lambda: "has not answered" in troubles(made))
+            scribe.wait(scribe.acked + 200)
+            answers.set()
+            store.files.kernel.fsync = sync  # type: ignore[method-assign]
+            scribe.stop()
+            assert made.count(Begun) == 1, "the stream went on"
+        history = History(store, made.protection.setting.machine.id)
+        assert not history.told.gaps[1:], "only the one before it was armed"
+        verify(store, scribe, tmp_path, made)
+    assert not daemon.leftovers()
+
+
+def test_a_journal_stays_within_its_budget_and_its_window(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """Points are made early, and what they hold goes, oldest first; what is left is offered and right."""
+    limits, events = Limits(2 * SECOND, 4 * MiB), list[Event]()
+    wanted = dataclasses.replace(rhythm(tmp_path), limits=limits)
+    with Scribe(daemon, SIZES, 2000) as scribe:
+        with Running(protection_of(store, daemon, wanted, events), events) as made:
+            machine = made.protection.setting.machine.id
+            made.wait(lambda: sum(e.removed_bytes > 0 for e in events if isinstance(e, Folded)) >= 2, 90)
+            scribe.stop()
+        assert not troubles(made)
+        history = History(store, machine)
+        first, last = history.first, history.last
+        assert first
+        assert last
+        assert first.seq > 256, "the oldest moments went"
+        assert journal_bytes(store, machine) <= limits.budget_bytes
+        reached = [scribe.verify(images(history, m)) for m in (first, last)]
+        assert reached[0] < reached[1] == scribe.acked
+    assert not daemon.leftovers()
 
 
 def test_other_jobs_are_refused_and_refuse(daemon: Daemon, store: Store, tmp_path: Path) -> None:

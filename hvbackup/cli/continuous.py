@@ -80,13 +80,8 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--common-every", default="1m", metavar="TIME", help="between two common moments (default: 1m)")
     verb.add_argument("--name", default="", metavar="NAME", help="what people call the machine")
     verb.add_argument("--disk", action="append", default=[], metavar="DISK", help="only this disk; may be repeated")
-    verb.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="MACHINE",
-        help="only this machine of the source; may be repeated",
-    )
+    only = "only this machine of the source; may be repeated"
+    verb.add_argument("--only", action="append", default=[], metavar="MACHINE", help=only)
     verb.set_defaults(run=protect)
     verb = add_verb(verbs, "tag", "give the present moment of a protected machine a name")
     verb.add_argument("machine", metavar="MACHINE", help="its name or id")

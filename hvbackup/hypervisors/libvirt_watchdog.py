@@ -20,7 +20,6 @@ import sys
 import time
 
 LOOK_SECONDS = 0.1  # a guest that overwrites 2 GB/s uses 200 MB of the reserve meanwhile
-RETRY_SECONDS = 0.5
 REMOTE_LOOK_SECONDS = 2.0
 GIVE_UP_SECONDS = 3600.0  # a daemon that is away for longer has its machines restarted, or `release` will see to it
 
@@ -29,6 +28,13 @@ if TYPE_CHECKING:  # what is imported at all times is paid for by every snapshot
     from collections.abc import Sequence
 
     from hvbackup.hypervisors.libvirt_host import Domain
+    from hvbackup.hypervisors.qemu_watchdog import RETRY_SECONDS, free_bytes, say
+else:
+    _FOLDER = os.path.dirname(os.path.abspath(__file__))
+    sys.path.append(_FOLDER)
+    from qemu_watchdog import RETRY_SECONDS, free_bytes, say
+
+    sys.path.remove(_FOLDER)  # it has a `qemu` of its own, which is not the library's
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,23 +64,6 @@ def domain(path: str, uri: str, uuid: str) -> Domain:
     from hvbackup.hypervisors.libvirt_host import Domain, Host
 
     return Domain(Host(uri), uuid)
-
-
-def free_bytes(folder: str) -> int:
-    """Room left; plenty when the folder is gone, for then the snapshot was released by somebody else."""
-    try:
-        found = os.statvfs(folder)
-    except FileNotFoundError:
-        return sys.maxsize
-    return found.f_bavail * found.f_frsize
-
-
-def say(text: str) -> None:
-    """Tell the parent, if it lives."""
-    try:
-        os.write(1, text.encode())
-    except BrokenPipeError:
-        return
 
 
 def stands(machine: Domain) -> bool:

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from hvbackup.hypervisors.qemu_watchdog import REPLY_SECONDS, RETRY_SECONDS, Gone, command, receive, say
+    from hvbackup.hypervisors.qemu_watchdog import RETRY_SECONDS, Gone, command, say, speak
 else:
     _FOLDER = os.path.dirname(os.path.abspath(__file__))
     sys.path.append(_FOLDER)
-    from qemu_watchdog import REPLY_SECONDS, RETRY_SECONDS, Gone, command, receive, say
+    from qemu_watchdog import RETRY_SECONDS, Gone, command, say, speak
 
     sys.path.remove(_FOLDER)  # it has a `qemu` of its own, which is not the library's
 
@@ -122,29 +122,11 @@ def relieve(socket_path: str, prefix: str, program: str) -> None:
     """No mirror is left when this returns, or QEMU is gone.  A busy monitor is tried again and again."""
     while True:
         try:
-            with connected(socket_path) as lines:
-                return relieved(lines, prefix, program)
+            return speak(socket_path, lambda lines: relieved(lines, prefix, program))
         except Gone:
             return None
         except (OSError, ValueError, KeyError):
             time.sleep(RETRY_SECONDS)
-
-
-@contextlib.contextmanager
-def connected(socket_path: str) -> Iterator[io.BufferedRWPair]:
-    """A monitor that takes commands."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(REPLY_SECONDS)
-        try:
-            sock.connect(socket_path)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise Gone from error
-        with sock.makefile("rwb") as lines:
-            receive(lines)  # the greeting
-            command(lines, "qmp_capabilities")
-            yield lines
 
 
 def relieved(lines: io.BufferedRWPair, prefix: str, program: str) -> None:

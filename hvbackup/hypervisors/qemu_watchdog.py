@@ -28,7 +28,7 @@ STOPPED_SECONDS = 2.0  # a common moment of several machines takes a fraction of
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what is imported at all times is paid for by every snapshot
     import io
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 
@@ -90,6 +90,20 @@ def let_go(socket_path: str, prefix: str, stopped: bool) -> None:
 
 def cancel(socket_path: str, prefix: str, stopped: bool) -> None:
     """Cancel every job that begins with `prefix`, and let a machine go on that stopped for want of room, or for us."""
+
+    def cancelled(lines: io.BufferedRWPair) -> None:
+        for job in command(lines, "query-jobs").get("return", []):
+            if job["id"].startswith(prefix) and job["status"] not in ("concluded", "aborting", "pending"):
+                command(lines, "job-cancel", {"id": job["id"]})
+        status = command(lines, "query-status").get("return", {}).get("status")
+        if status in ("io-error", "paused" if stopped else ""):
+            command(lines, "cont")
+
+    speak(socket_path, cancelled)
+
+
+def speak(socket_path: str, work: Callable[[io.BufferedRWPair], None]) -> None:
+    """`work` is done with a monitor that takes commands.  Raises Gone, OSError."""
     import socket
 
     with socket.socket(socket.AF_UNIX) as sock:
@@ -101,14 +115,7 @@ def cancel(socket_path: str, prefix: str, stopped: bool) -> None:
         with sock.makefile("rwb") as lines:
             receive(lines)  # the greeting
             command(lines, "qmp_capabilities")
-            for job in command(lines, "query-jobs").get("return", []):
-                if job["id"].startswith(prefix) and job["status"] not in ("concluded", "aborting", "pending"):
-                    command(lines, "job-cancel", {"id": job["id"]})
-            if command(lines, "query-status").get("return", {}).get("status") in (
-                "io-error",
-                "paused" if stopped else "",
-            ):
-                command(lines, "cont")
+            work(lines)
 
 
 def command(lines: io.BufferedRWPair, name: str, arguments: dict[str, str] | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ did not see comes behind it.  When all is read, QEMU is drained, and what has ar
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, KiB, MiB, RecoveryPoint, Token
 from hvbackup.processes import be_prompt, give_way
 from hvbackup.protect import marks
-from hvbackup.protect.events import ContinuityLost, Streamed
+from hvbackup.protect.events import ContinuityLost, JournalStalled, Streamed, Trouble
+from hvbackup.protect.journaling import STALL_SECONDS
 from hvbackup.protect.looks import Look, Looks
 from hvbackup.protect.points import Points
 from hvbackup.protect.rings import ring_path
@@ -190,7 +192,7 @@ class StreamLife:
         with self.setting.marks.taken() as taken:
             writes, size, oldest = self._take(target, each=True)
             t = Instant(self.setting.options.clock())
-            self.recorder.sync(t)
+            self._sync(t)
             fitting = marks.fitting(taken, Consistency.CRASH, [LEFT_ALONE])
             if fitting:
                 self._name(t, **marks.told(fitting, Consistency.CRASH))
@@ -202,6 +204,23 @@ class StreamLife:
             if mark.point:
                 self.points.want(self.newest, mark)
         self._note(writes, size, time.monotonic() - began, lag, [m.label for m in fitting if m.label])
+
+    def _sync(self, t: Instant) -> None:
+        """What was appended is durable; somebody is told at once when that takes long, for a power cut would take it all."""
+        alarm = threading.Timer(STALL_SECONDS, self._stalled)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            self.recorder.sync(t)
+        finally:
+            alarm.cancel()
+
+    def _stalled(self) -> None:
+        why = (
+            f"The journal's disk of machine {self.setting.machine.name} has not answered for {STALL_SECONDS:g} s; "
+            "writes are kept in memory until the ring is full, and a power cut would take them"
+        )
+        self.setting.report(Trouble(JournalStalled(why), 0))
 
     def _take(self, target: Target, *, each: bool) -> tuple[int, int, int]:
         """Append what the ring holds; how many writes and bytes, and when the oldest came."""
