@@ -1,4 +1,4 @@
-"""What every test run shares: hypothesis profiles, and skips that fail where they would hide something."""
+"""What every test run shares: profiles, which tests run real programs, and skips that fail where they hide something."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ settings.register_profile("quick", max_examples=30, deadline=None, suppress_heal
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True, suppress_health_check=_SLOW)
 settings.register_profile("soak", max_examples=2_000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "quick"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run hvbackup as a process of its own, in a `world`, are tests of a real program."""
+    for item in items:
+        if "world" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
 
 
 def skips_are_failures() -> bool:

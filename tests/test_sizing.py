@@ -26,6 +26,8 @@ from hvbackup.store.store import Store, init
 from tests.store.conftest import MEMORY, ram
 from tests.world import BLOCK, MACHINE, CarelessKernel, World
 
+pytestmark = pytest.mark.walk
+
 __all__ = ["ram"]
 
 NOW = Instant(1_800_000_000 * SECOND)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -24,6 +25,8 @@ from hvbackup.store.shelves.settings import HOUR_NS, Settings
 from hvbackup.store.store import Store, init
 from tests.capture.test_lives import MEMORY, SIZES
 from tests.world import BLOCK, KEY, OTHER_KEY, CarelessKernel, Content, World, contents
+
+pytestmark = pytest.mark.walk
 
 RULES = Settings(trash_ns=HOUR_NS)
 

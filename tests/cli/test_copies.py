@@ -12,6 +12,8 @@ import pytest
 
 from tests.cli.rig import World, make_disk
 
+pytestmark = pytest.mark.real
+
 SIZE = 3_000_000
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.cli.rig import World, make_disk
 
+pytestmark = pytest.mark.real
+
 LOG = """#!/bin/sh
 echo "$(basename "$0") $1 $HVBACKUP_PHASE $HVBACKUP_MACHINE_NAME ${HVBACKUP_POINT:+point} ${HVBACKUP_ERROR:+error}" \
     "${HVBACKUP_LATE:+late}" | tr -s ' ' >>"$HOME/log"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.cli.rig import World, make_disk
+
+pytestmark = pytest.mark.real
 
 
 def test_what_machines_cost_and_what_a_policy_needs(tmp_path: Path) -> None:
