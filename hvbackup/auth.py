@@ -42,6 +42,7 @@ FREE_TRIES = 5  # before each further one waits twice as long
 WAIT_MAX_SECONDS = 900.0
 TURN_SECONDS = 1.0  # that a try waits for the one before it; a password takes a tenth of that
 PASSWORD_MIN = 10
+LONGEST_NS = 36_525 * 86_400 * SECOND
 
 
 class Role(enum.StrEnum):
@@ -224,6 +225,8 @@ class Accounts:
         """A token, and its text, which is kept nowhere.  Raises UsageError."""
         if not name.isprintable() or not 1 <= len(name) <= 64:
             raise UsageError("A token's name has 1 to 64 printable characters")
+        if lasts_ns > LONGEST_NS:
+            raise UsageError("A token lasts a hundred years at most")
         text, now = PREFIX + secrets.token_urlsafe(32), self._clock()
         expires = now + lasts_ns if lasts_ns else 0
         token = Token(secrets.token_hex(6), name, role, list(machines) or ["*"], _digest(text), now, expires)

@@ -11,22 +11,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from hvbackup import schedule
 from hvbackup.daemon.keeper import Keeper
 from hvbackup.daemon.rows import Row
 from hvbackup.daemon.tasks import backup as backup_task
 from hvbackup.errors import UsageError
 from hvbackup.jobs import Task
+from hvbackup.model import SECOND
 
 RESTORES = "restores"  # beside the state directory, unless the configuration says otherwise
+LONGEST_NS = 36_525 * 86_400 * SECOND
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
 At = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=100)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Disk = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=200)]
-Stretch = Annotated[str, StringConstraints(pattern=r"^(\d{1,6}[smhdw]){1,5}$")]
+
+
+def _within_reason(text: str) -> str:
+    """A time in a hundred years can still be written down."""
+    if schedule.stretch(text) > LONGEST_NS:
+        raise ValueError("it is longer than a hundred years")
+    return text
+
+
+Stretch = Annotated[str, StringConstraints(pattern=r"^(\d{1,6}[smhdw]){1,5}$"), AfterValidator(_within_reason)]
 
 
 class Order(BaseModel):

@@ -219,3 +219,11 @@ def test_a_stream_of_events_ends_with_who_listens(site: Site) -> None:
         return [text async for text in _events(request, site.desk, Caller(Principal("bob", Role.VIEWER), "a"))]
 
     assert asyncio.run(heard()) == []
+
+
+def test_no_time_is_beyond_what_can_be_written(site: Site) -> None:
+    admin = site.client("admin")
+    answer = admin.post("/api/v1/tokens", json={"name": "old", "role": "viewer", "lasts": "420000w"})
+    assert answer.status_code == 422
+    assert "hundred years" in answer.text
+    assert admin.get("/api/v1/tokens").status_code == 200
