@@ -32,7 +32,6 @@ from typing import Any
 
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.files import TMP, Files
-from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import DiskRoot, Instant, RecoveryPoint
 from hvbackup.processes import Process, listener, start_detached, started_with
 from hvbackup.recover import kvm, qemu_argv
@@ -359,6 +358,8 @@ def _make_overlay(disk: str, socket: Path, path: Path) -> None:
 
 def _wait_for_machine(boot: Boot, qemu: Process) -> None:
     """The guest executes when this returns."""
+    from hvbackup.hypervisors.qmp import Qmp  # it brings asyncio, which who only lists machines should not pay for
+
     end = time.monotonic() + START_SECONDS
     reason = "its monitor does not answer"
     while time.monotonic() < end:

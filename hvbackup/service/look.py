@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvbackup.leases import Lease, Leases
 from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
-from hvbackup.recover.boot import Boot, Boots
 from hvbackup.service.inventory import History, Inventory, history_of, inventory
 from hvbackup.service.session import Session
 from hvbackup.store.catalog.catalog import Catalog
@@ -20,6 +18,8 @@ from hvbackup.store.check.ledger import sizes as lengths
 from hvbackup.store.store import Store
 
 if TYPE_CHECKING:  # only `status` pays for what protects machines
+    from hvbackup.leases import Lease
+    from hvbackup.recover.boot import Boot
     from hvbackup.service.timeline import Protected
 
 
@@ -78,6 +78,8 @@ def points(session: Session, machine: str = "") -> Inventory:
 
 def status(session: Session, now: Instant) -> Overview:
     """Machines, their newest points and moments, the store's figures, and what runs left on hypervisors."""
+    from hvbackup.leases import Leases
+    from hvbackup.recover.boot import Boots
     from hvbackup.service.timeline import standing
 
     with session.open() as store:
