@@ -96,6 +96,9 @@ class CycleLife:
         default_factory=time.monotonic_ns
     )  # when the guest took part in a moment last, by the monotonic clock
 
+    def __post_init__(self) -> None:
+        self.cycles.keep(self._kept())  # also where the first moment fails, and nothing else would ever be said
+
     def step(self) -> float:
         """One more moment; it is reported, and a point is made when one is due."""
         self._mark_frozen()
@@ -129,7 +132,6 @@ class CycleLife:
 
     def let_go(self) -> None:
         """Nothing of the life is left on the host but what barrier and point name; else its lease stays."""
-        self.cycles.keep(self._kept())  # also where the first moment failed, and nothing was said to be kept yet
         self.cycles.close()
         self.setting.leases.remove(self.lease.id)
 
