@@ -28,6 +28,7 @@ Modules here import nothing heavy: `--help` answers at once, and a verb pays onl
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -53,5 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupt.done()
         return code
     except KeyboardInterrupt:
-        print("hvbackup: error: Interrupted; nothing that was committed is lost", file=sys.stderr)
+        message = "Interrupted; nothing that was committed is lost"
+        print(f"hvbackup: error: {message}", file=sys.stderr)
+        if "--json" in words:
+            print(json.dumps({"error": {"kind": "Interrupted", "message": message, "exit_code": INTERRUPTED}}))
         return INTERRUPTED

@@ -53,6 +53,7 @@ def build() -> Parser:
     return parser
 
 
+@interrupt.answering
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     words = list(argv)

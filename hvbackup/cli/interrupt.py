@@ -2,8 +2,8 @@
 
 Normally they raise KeyboardInterrupt at once, so that snapshots end and locks are given back.  But not everywhere:
 
-    while a module is imported       the process ends: importing turns exceptions into others (numpy, dataclasses), and what
-                                     an import interrupts has not begun, or is undone by the next run as after any crash
+    while a module is imported       it is put off, for importing turns exceptions into others (numpy, dataclasses); before a
+                                     command runs, when nothing has begun and nobody would answer, the process ends
     inside Python's own locks,       it is put off by a moment, again and again: between taking a lock and saying so, an
     contexts and finalizers          exception leaves the lock taken for ever, and what a finalizer raises nobody hears
     in what must be put in order     the same, until that is done (`endings`): files get their names, hosts are let go
@@ -23,7 +23,9 @@ import os
 import signal
 import sys
 import time
-from types import FrameType
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import ParamSpec, TypeVar
 
 from hvbackup.endings import finishing
 
@@ -47,11 +49,22 @@ _FRAGILE = (
 )
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 class _Asked:
     """What this process was asked by signals."""
 
     first: float | None = None  # when
     as_json = False
+    answering: CodeType | None = None  # the function that answers KeyboardInterrupt
+
+
+def answering(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, known as the one that turns KeyboardInterrupt into an answer."""
+    _Asked.answering = function.__code__
+    return function
 
 
 def install(*, as_json: bool) -> None:
@@ -88,10 +101,10 @@ def _handle(_number: int, frame: FrameType | None) -> None:
 
 def _interrupt(frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt here, or a moment later where that is better."""
-    if importing(frame):
+    if importing(frame) and not _answered(frame) and not finishing(frame):
         _end(MESSAGE)
     waited = time.monotonic() - (_Asked.first or 0.0)
-    if fragile(frame) or finishing(frame) or (waited < PATIENCE_SECONDS and not ours(frame)):
+    if importing(frame) or fragile(frame) or finishing(frame) or (waited < PATIENCE_SECONDS and not ours(frame)):
         signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
         return
     raise KeyboardInterrupt
@@ -110,6 +123,15 @@ def importing(frame: FrameType | None) -> bool:
     """Whether an import is under way somewhere below this frame."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _answered(frame: FrameType | None) -> bool:
+    """Whether a command is running below this frame, which would say how it ended."""
+    while frame is not None:
+        if frame.f_code is _Asked.answering:
             return True
         frame = frame.f_back
     return False

@@ -77,7 +77,7 @@ def test_a_signal_at_random_steps(stored: World) -> None:
 
 
 SCRIPT = """
-import signal, sys, threading, time
+import pathlib, signal, sys, tempfile, threading, time
 from hvbackup.cli import interrupt
 from hvbackup.endings import let_finish
 interrupt.install(as_json=False)
@@ -109,6 +109,22 @@ def in_what_must_be_finished():
     time.sleep(1.5)
     done.append("finished")
 
+def import_what_signals():
+    folder = tempfile.mkdtemp()
+    pathlib.Path(folder, "signalling.py").write_text("import __main__\\n__main__.signalled()\\n")
+    sys.path.insert(0, folder)
+    import signalling
+
+@let_finish
+def in_an_import_of_what_must_be_finished():
+    import_what_signals()
+    done.append("finished")
+
+@interrupt.answering
+def in_an_import_of_a_command():
+    import_what_signals()
+    done.append("imported")
+
 try:
     globals()[sys.argv[1]]()
     time.sleep(10)
@@ -124,6 +140,8 @@ except KeyboardInterrupt:
         ("in_a_lock", "heard free"),
         ("in_a_finalizer", "heard free"),
         ("in_what_must_be_finished", "heard free finished"),
+        ("in_an_import_of_what_must_be_finished", "heard free finished"),
+        ("in_an_import_of_a_command", "heard free imported"),
     ],
 )
 def test_a_signal_waits_where_an_exception_would_be_lost(where: str, expected: str) -> None:
