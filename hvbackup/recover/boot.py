@@ -148,6 +148,7 @@ class Boots:
             process.stop(STOP_SECONDS)
         shutil.rmtree(boot.run, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
+        Files(self._root).sweep()  # a record that was being written when its boot was killed
         return True
 
     def get(self, name: str) -> Boot:

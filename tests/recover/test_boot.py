@@ -73,6 +73,7 @@ def boots(tmp_path: Path) -> Iterator[Boots]:
 
 def assert_nothing_left(tmp_path: Path, boot: Boot | None = None) -> None:
     assert [path for path in tmp_path.glob("state/boots/*") if path.name != "tmp"] == []
+    assert list(tmp_path.glob("state/boots/tmp/*")) == []
     assert list(tmp_path.glob("run/boots/*")) == []
     for process in boot.processes.values() if boot else ():
         assert not process.is_running()
@@ -169,6 +170,14 @@ def test_discard_cleans_up_after_a_crash_at_every_step(boots: Boots, exports: Ex
         if done.returncode == 0:
             break
     assert steps >= 10
+
+
+def test_discard_removes_the_record_that_a_killed_boot_was_writing(boots: Boots, tmp_path: Path) -> None:
+    (tmp_path / "state/boots/it").mkdir(parents=True)
+    (tmp_path / "state/boots/tmp").mkdir()
+    (tmp_path / "state/boots/tmp/0123").write_bytes(b"half a rec")
+    assert boots.discard("it")
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.real
