@@ -261,8 +261,8 @@ def test_a_damaged_source_chunk_is_named_and_other_points_are_copied(ram: Path, 
         # A block that only the second point has.
         needed = [set(map(bytes, source.view(p.disks[0]).map.ids(0, 4))) for p in points]
         own = next(iter(needed[1] - needed[0] - needed[2] - {bytes(32)}))
-        [(name, row)] = source.index.everywhere(own)
-        path, offset = both.world.store_path / "packs" / name[:2] / f"{name}.pack", int(row["offset"][0])
+        [(name, offset, *_)] = source.index.everywhere(own)
+        path = both.world.store_path / "packs" / name[:2] / f"{name}.pack"
     data = bytearray(path.read_bytes())
     data[offset + 70] ^= 1
     path.write_bytes(data)

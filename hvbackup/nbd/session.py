@@ -114,8 +114,9 @@ class Session:
             for other in list(self._outboxes):
                 other.flush()
             self._outboxes[out] = None
+            used = time.thread_time()
             while (request := self._next(out)) is not None:
-                self._serve(request, out)
+                used = self._serve(request, out, used)
             finished = True
         except ConnectionError:
             return  # the client has gone, or we are closing
@@ -127,20 +128,25 @@ class Session:
             if not finished:
                 self._drop()
 
-    def _serve(self, request: Request, out: Outbox) -> None:
+    def _serve(self, request: Request, out: Outbox, before: float) -> float:
+        """Carry out one command; `before` is what this thread had used of the processor after the last one.
+
+        Returns the same of this one.
+        """
         self._begun = begun = time.monotonic()
-        used = time.thread_time()
         try:
             self._executor.carry_out(request, out)
         finally:
             self._forget(request)
         # Busy threads take turns at the interpreter, so each of them may wait for as long as the others compute.
-        fair = (time.thread_time() - used) * max(1, self._busy)
+        used = time.thread_time()
+        fair = (used - before) * max(1, self._busy)
         self._pace += (max(0.0, time.monotonic() - begun - fair) - self._pace) * _PACE_SHARE
         # A reply waits for the next one only where that is a matter of microseconds, and where, if we were wrong about
         # that, another thread can come and send it.
         if out.full or not self._pending or self._pace > _QUICK_SECONDS or self._workers == 1:
             out.flush()
+        return used
 
     def _forget(self, request: Request) -> None:
         if request.payload is not None:

@@ -150,7 +150,7 @@ def test_only_what_a_machine_or_point_needs_is_read(tmp_path: Path) -> None:
 
 def _needed(store: Store, point: object) -> set[str]:
     ids = [c.tobytes() for d in point.disks for _, ids in store.view(d).leaves() for c in ids if c.any()]  # type: ignore[attr-defined]
-    return {pack for chunk in ids for pack, _ in store.index.everywhere(chunk)}
+    return {place.pack for chunk in ids for place in store.index.everywhere(chunk)}
 
 
 def test_the_rate_is_kept() -> None:

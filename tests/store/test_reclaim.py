@@ -97,10 +97,10 @@ def test_pages_and_copies_of_points_stay_in_two_packs(tmp_path: Path) -> None:
         for folder in store.machine_folders():
             for path in store.point_paths(folder):
                 copy = writer.point_copy(path, store.files.read(path))
-                assert len({p for p, _ in store.index.everywhere(blake3.blake3(copy).digest())}) == 2
+                assert len({p.pack for p in store.index.everywhere(blake3.blake3(copy).digest())}) == 2
         [point] = store.points()
         for root in point.disks:
-            assert len({p for p, _ in store.index.everywhere(root.root)}) == 2
+            assert len({p.pack for p in store.index.everywhere(root.root)}) == 2
         for pack in list_packs(store.files):  # any one pack of pages may be lost
             if store.files.read_at(path_of(pack), 5, 1) == b"\2":
                 store.files.remove(path_of(pack))
@@ -344,9 +344,9 @@ def lose_point(store: Store) -> None:
 
 def lose_pages(store: Store) -> None:
     root = next(store.points()).disks[0].root
-    for pack, row in store.index.everywhere(root):
+    for pack, offset, *_ in store.index.everywhere(root):
         data = bytearray(store.files.read(path_of(pack)))
-        at = int(row["offset"][0]) + 70
+        at = offset + 70
         data[at : at + 4] = bytes(b ^ 255 for b in data[at : at + 4])
         store.files.replace(path_of(pack), data)
 
@@ -385,9 +385,9 @@ def test_a_damaged_chunk_keeps_its_pack(tmp_path: Path) -> None:
         sparse = [p for p, s in marks.shares().items() if s.live and s.garbage]
         pack = next(p for p in sparse if store.files.read_at(path_of(p), 5, 1) == b"\1")
         chunk = sorted(marks.homes_in([pack])[pack])[0]
-        [row] = [r for p, r in store.index.everywhere(chunk) if p == pack]
+        [place] = [p for p in store.index.everywhere(chunk) if p.pack == pack]
         data = bytearray(store.files.read(path_of(pack)))
-        at = int(row["offset"][0]) + int(row["stored"][0]) - 20
+        at = place.offset + place.stored - 20
         data[at] ^= 1
         store.files.replace(path_of(pack), data)
         done = run(world, store)

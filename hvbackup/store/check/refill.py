@@ -52,7 +52,7 @@ def _lonely(store: Store) -> Iterator[bytes]:
     damaged = store.index.damaged
     for _, rows in store.index.rows():
         for chunk in np.unique(rows["id"][rows["kind"] == f.CHUNK_PAGE]).tolist():
-            places = {(p, int(r["offset"][0])) for p, r in store.index.everywhere(bytes(chunk))} - damaged
+            places = {place[:2] for place in store.index.everywhere(bytes(chunk))} - damaged
             if len({p for p, _ in places}) < META_COPIES:
                 yield bytes(chunk)
 

@@ -129,10 +129,11 @@ class ChunkReader:
         return found
 
     def _anywhere(self, chunk: bytes, key: bytes, problems: list[str]) -> bytes | None:
-        for pack, row in self.index.everywhere(chunk):
-            _, _, stored, offset, at, size, _ = row.tolist()[0]
+        for pack, offset, stored, at, size in self.index.everywhere(chunk):
             try:
-                plain = self._frame(pack, offset, stored, size)[at : at + size]
+                plain = self._frame(pack, offset, stored, size)
+                if len(plain) != size:
+                    plain = plain[at : at + size]
                 self._verify(chunk, plain, key)
                 return plain
             except StoreDamage as e:

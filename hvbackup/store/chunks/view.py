@@ -43,7 +43,7 @@ class DiskView:
         while done < length:
             number, inside = divmod(offset + done, self.block)
             n = min(self.block - inside, length - done)
-            chunk = self.map.ids(number, 1).tobytes()
+            chunk = self.map.id(number)
             data = bytes(n) if chunk == ZERO_CHUNK else self._chunks.block(chunk)[inside : inside + n]
             buffer[done : done + n] = data
             done += n

@@ -135,8 +135,8 @@ class ChunkWriter:
     def _claim_page(self, chunk: ChunkId) -> bool:
         """Whether fewer than two packs hold a page, as after a run that died between the two, and nobody has claimed it."""
         self.lease.renew()
-        everywhere = [(p, row) for p, row in self._index.everywhere(chunk) if self.lease.fits(p)]
-        places = {(pack, int(row["offset"][0])) for pack, row in everywhere} - self._index.damaged
+        everywhere = {(p.pack, p.offset) for p in self._index.everywhere(chunk) if self.lease.fits(p.pack)}
+        places = everywhere - self._index.damaged
         with self._lock:
             if len({pack for pack, _ in places}) >= 2 or chunk in self._claimed:
                 return False

@@ -55,6 +55,11 @@ class BlockMap:
                 out[lo - first : hi - first] = page[lo - leaf * PAGE_IDS : hi - leaf * PAGE_IDS]
         return out
 
+    def id(self, block: int) -> bytes:
+        """The id of one block.  Raises ChunkDamaged."""
+        page = self._leaf(block // PAGE_IDS)
+        return ZERO_CHUNK if page is None else page[block % PAGE_IDS].tobytes()
+
     def cached_id(self, block: int) -> bytes | None:
         """The id of a block whose leaf is in memory, else None."""
         leaf, leaves = block // PAGE_IDS, self._leaves

@@ -17,9 +17,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import blake3
 import numpy as np
@@ -43,6 +42,7 @@ READAHEAD_BYTES = 128 * KiB  # the kernel reads no more for one call, however mu
 SAMPLE_PAGES = 32  # looked at before a batch: if they are all in memory, so are the others
 
 ROW = np.dtype([("id", "V32"), ("place", "<u8"), ("stored", "<u4"), ("shape", "<u8")])
+_BEHIND_ID = struct.Struct("<QIQ")  # of a row
 OFFSET_BITS = 40  # of a place; the rest is the number of the pack in its generation
 STRANGER = (1 << 24) - 1  # the number of a pack that a damaged file made up
 AT_BITS, PLAIN_BITS = 28, 28  # of a shape; the rest is the kind
@@ -96,21 +96,14 @@ def locations(rows: Rows) -> Rows:
     return out
 
 
-class Keyed(Sequence[int]):
-    """The keys of sorted rows, for `bisect`: numpy would copy them all to search in them."""
+class Place(NamedTuple):
+    """One copy of a chunk: the pack, the record in it, and where in the plain content of that record."""
 
-    def __init__(self, rows: memoryview) -> None:
-        self._ids = rows
-
-    def __len__(self) -> int:
-        return len(self._ids) // ROW.itemsize
-
-    @overload
-    def __getitem__(self, i: int) -> int: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[int]: ...
-    def __getitem__(self, i: Any) -> Any:
-        return int.from_bytes(self._ids[i * ROW.itemsize : i * ROW.itemsize + 8], "big")
+    pack: str
+    offset: int
+    stored: int
+    at: int
+    plain: int
 
 
 class Generation:
@@ -126,9 +119,9 @@ class Generation:
         self.rows: Rows = np.frombuffer(area, ROW, count, self._at.rows)
         self._row_keys = np.ndarray((count,), ">u8", area, self._at.rows, (ROW.itemsize,))
         self._fan = np.frombuffer(area, np.uint64, fan + 1, self._at.fan)
+        self._bucket_starts = memoryview(area)[self._at.fan : self._at.filter].cast("Q")  # the same, for one at a time
         self._shift = 64 - (fan.bit_length() - 1)
         self._filter = np.frombuffer(area, np.uint64, words, self._at.filter)
-        self.keyed = Keyed(memoryview(area)[self._at.rows : self._at.rows + count * ROW.itemsize])
         self.gone: frozenset[str] = frozenset()  # packs that are not in the store any more; their rows are passed over
         self.ordinals = np.full(
             len(self.packs) + 1, NOWHERE, np.uint32
@@ -172,6 +165,11 @@ class Generation:
         """Whether it is a file."""
         return self._fd >= 0
 
+    @property
+    def row_bytes(self) -> memoryview:
+        """All rows, one after the other."""
+        return memoryview(self._area)[self._at.rows : self._at.rows + len(self.rows) * ROW.itemsize]
+
     # -- looking up ----------------------------------------------------------------------------------------------------
 
     def find(self, ids: NDArray[np.void], keys: Keys, damaged: set[tuple[str, int]]) -> NDArray[np.int64]:
@@ -189,7 +187,7 @@ class Generation:
             todo, at, end = todo[near], at[near], end[near]
             hit = (self.rows["id"][at] == ids[todo]) & (self.numbers(self.rows["place"][at]) != NOWHERE)
             if damaged:
-                hit &= np.array([self.place(int(i)) not in damaged for i in at], bool)
+                hit &= np.array([self.place(int(i))[:2] not in damaged for i in at], bool)
             out[todo[hit]] = at[hit]
             todo, at, end = todo[~hit], at[~hit] + 1, end[~hit]
         return out
@@ -252,20 +250,20 @@ class Generation:
             return False
         return True
 
-    def places(self, chunk: bytes) -> list[int]:
-        """Every row of one chunk; quicker for one than `find`, and does not let go of the interpreter lock."""
-        key = int.from_bytes(chunk[:8], "big")
-        low, high = self._bucket_of(key)
-        first = bisect_left(self.keyed, key, low, high)
-        return [
-            i
-            for i in range(first, bisect_right(self.keyed, key, first, high))
-            if self.rows["id"][i].tobytes() == chunk and self.numbers(self.rows["place"][i : i + 1])[0] != NOWHERE
-        ]
+    def places(self, chunk: bytes) -> dict[int, Place]:
+        """Every place of one chunk, by row; quicker for one than `find`, and does not let go of the interpreter lock."""
+        begin, end = (self._at.rows + row * ROW.itemsize for row in self._bucket_of(int.from_bytes(chunk[:8], "big")))
+        places = {}
+        while (found := self._area.find(chunk, begin, end)) >= 0:
+            row, inside = divmod(found - self._at.rows, ROW.itemsize)
+            if inside == 0 and (place := self.place(row)).pack not in self.gone and place.pack:
+                places[row] = place
+            begin = found + 1
+        return places
 
     def _bucket_of(self, key: int) -> tuple[int, int]:
         bucket, count = key >> self._shift, len(self.rows)
-        return min(int(self._fan[bucket]), count), min(int(self._fan[bucket + 1]), count)
+        return min(self._bucket_starts[bucket], count), min(self._bucket_starts[bucket + 1], count)
 
     def numbers(self, places: Keys) -> NDArray[np.uint32]:
         """The numbers of packs among all of the index; NOWHERE for one that is gone, or that a damaged file made up."""
@@ -282,11 +280,16 @@ class Generation:
         """The packs of it that are in the store."""
         return self.packs if not self.gone else [p for p in self.packs if p not in self.gone]
 
-    def place(self, row: int) -> tuple[str, int]:
-        """(pack, offset of the record) of a row."""
-        place = int(self.rows["place"][row])
-        pack = place >> OFFSET_BITS
-        return self.packs[pack] if pack < len(self.packs) else "", place & ((1 << OFFSET_BITS) - 1)
+    def place(self, row: int) -> Place:
+        """All that a row says; a pack without a name where a damaged file made one up."""
+        place, stored, shape = _BEHIND_ID.unpack_from(self._area, self._at.rows + row * ROW.itemsize + f.ID_BYTES)
+        pack, at, plain = (
+            place >> OFFSET_BITS,
+            shape & ((1 << AT_BITS) - 1),
+            (shape >> AT_BITS) & ((1 << PLAIN_BITS) - 1),
+        )
+        name = self.packs[pack] if pack < len(self.packs) else ""
+        return Place(name, place & ((1 << OFFSET_BITS) - 1), stored, at, plain)
 
     def pieces(self) -> Iterator[Rows]:
         """All rows whose packs are in the store, as LOCATION, some at a time."""

@@ -6,7 +6,7 @@ import json
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import blake3
 import numpy as np
@@ -21,10 +21,10 @@ from hvbackup.store.index.generation import (
     MAGIC,
     OFFSET_BITS,
     PIECE_ROWS,
+    ROW,
     STRANGER,
     SUM_BYTES,
     Generation,
-    Keyed,
     Keys,
     Layout,
     Rows,
@@ -192,7 +192,7 @@ def merged(several: Sequence[Generation]) -> tuple[Footers, int, Iterator[Rows]]
         numbers.append(np.array([place[p] if p in alive else -1 for p in generation.packs], np.int64))
     changes = [_renumber(number) for number in numbers]
     count = sum(_count(g, n) for g, n in zip(several, numbers, strict=True))
-    return footers, count, _merge([g.keyed for g in several], [g.rows for g in several], changes)
+    return footers, count, _merge([Keyed(g) for g in several], [g.rows for g in several], changes)
 
 
 def _count(generation: Generation, number: NDArray[np.int64]) -> int:
@@ -214,6 +214,23 @@ def _renumber(number: NDArray[np.int64]) -> Callable[[Rows], Rows]:
         return kept
 
     return change
+
+
+class Keyed(Sequence[int]):
+    """The keys of sorted rows, for `bisect`: numpy would copy them all to search in them."""
+
+    def __init__(self, of: Generation) -> None:
+        self._ids = of.row_bytes
+
+    def __len__(self) -> int:
+        return len(self._ids) // ROW.itemsize
+
+    @overload
+    def __getitem__(self, i: int) -> int: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[int]: ...
+    def __getitem__(self, i: Any) -> Any:
+        return int.from_bytes(self._ids[i * ROW.itemsize : i * ROW.itemsize + 8], "big")
 
 
 def _merge(keys: Sequence[Keyed], sources: Sequence[Rows], changes: Sequence[Callable[[Rows], Rows]]) -> Iterator[Rows]:

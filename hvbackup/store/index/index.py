@@ -32,7 +32,7 @@ from hvbackup.store.format import pack as packs
 from hvbackup.store.format.layout import parse_json
 from hvbackup.store.index import generation as g
 from hvbackup.store.index import generations as make
-from hvbackup.store.index.generation import LOCATION, NOWHERE, Generation, Rows
+from hvbackup.store.index.generation import LOCATION, NOWHERE, Generation, Place, Rows
 
 __all__ = ["LOCATION", "NOWHERE", "Index"]
 
@@ -306,13 +306,9 @@ class Index:
             out["pack"][at] = generation.numbers(found["place"])
         return out
 
-    def everywhere(self, chunk: bytes) -> list[tuple[str, NDArray[np.void]]]:
-        """Every (pack, location) that claims to hold a chunk, damaged ones too: where a reader looks for another copy."""
-        return [
-            (generation.place(i)[0], g.locations(generation.rows[i : i + 1]))
-            for generation in self._generations
-            for i in generation.places(chunk)
-        ]
+    def everywhere(self, chunk: bytes) -> list[Place]:
+        """Every place that claims to hold a chunk, damaged ones too: where a reader looks for another copy."""
+        return [place for generation in self._generations for place in generation.places(chunk).values()]
 
     @property
     def damaged(self) -> set[tuple[str, int]]:

@@ -198,7 +198,7 @@ class _Dead:
     _count: int = 0
 
     def page(self, chunk: ChunkId) -> None:
-        for pack in {name for name, _ in self.store.index.everywhere(chunk)}:
+        for pack in {place.pack for place in self.store.index.everywhere(chunk)}:
             self._bytes[pack] = self._bytes.get(pack, 0) + PAGE_BYTES * self.weight
 
     def blocks(self, ids: Ids) -> None:

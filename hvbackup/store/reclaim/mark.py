@@ -122,7 +122,7 @@ class Marks:
         there = sorted((self._rank(n, row), n, row) for n, g in enumerate(self._generations) for row in g.places(chunk))
         packs: set[str] = set()
         for _, n, row in there:
-            pack = self._generations[n].place(row)[0]
+            pack = self._generations[n].place(row).pack
             if len(packs) < copies and pack not in packs and pack not in self._gone:
                 packs.add(pack)
                 self._marked[n][row] = True
@@ -131,7 +131,7 @@ class Marks:
     def _rank(self, n: int, row: int) -> int:
         """Good places first, then condemned ones, and damaged ones last: their pack stays, for somebody to look at."""
         place = self._generations[n].place(row)
-        return 2 if place in self._damaged else int(place[0] in self._unfit)
+        return 2 if place[:2] in self._damaged else int(place.pack in self._unfit)
 
     def page(self, chunk: bytes) -> bool:
         """The page is needed; whether this is the first time that somebody says so.  Raises ChunkDamaged when it is nowhere."""

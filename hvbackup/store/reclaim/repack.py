@@ -76,9 +76,9 @@ def replaced(store: Store, pack: str, rows: NDArray[np.void], without: Collectio
     damaged = store.index.damaged
     for row in rows:
         places = {
-            name
-            for name, at in store.index.everywhere(row["id"].tobytes())
-            if name not in unfit and (name, int(at["offset"][0])) not in damaged
+            place.pack
+            for place in store.index.everywhere(row["id"].tobytes())
+            if place.pack not in unfit and place[:2] not in damaged
         }
         if len(places) < (1 if row["kind"] == f.CHUNK_BLOCK else META_COPIES):
             return False
