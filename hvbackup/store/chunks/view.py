@@ -13,6 +13,8 @@ from hvbackup.store.chunks.reader import ChunkReader
 from hvbackup.store.format.blockmap import BlockMap, Ids
 from hvbackup.store.format.layout import PAGE_IDS
 
+MANY_BLOCKS = 16  # from here on reading neighbours together saves more than looking up all of them at once costs
+
 
 class DiskView:
     """One disk of a recovery point.
@@ -36,7 +38,7 @@ class DiskView:
             raise UsageError(f"Disk {self.disk.id} ends at {self.size}; {length} bytes at {offset} are not in it")
         first = offset // self.block
         last = (offset + length - 1) // self.block
-        if last > first + 1:
+        if last - first >= MANY_BLOCKS:
             self._read_many(offset, buffer, first, last)
             return
         done = 0
