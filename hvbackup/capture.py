@@ -417,7 +417,7 @@ class _Run:
         blocks = [buffer[i * self._block : (i + 1) * self._block] for i in range(count)]
         ids = np.zeros((count, ID_BYTES), np.uint8)
         some = np.flatnonzero(nonzero)
-        digests = b"".join(blake3.blake3(blocks[i], key=self._key).digest() for i in some.tolist())
+        digests = b"".join([blake3.blake3(blocks[i], key=self._key).digest() for i in some.tolist()])
         ids[some] = np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES)
         changed: NDArray[np.bool_] = (ids != self._parent_ids(base, batch, count)).any(axis=1)
         return blocks, ids, nonzero, changed

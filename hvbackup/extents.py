@@ -70,7 +70,8 @@ def intersect(a: Spans, b: Spans) -> Spans:
     if len(a) == 0 or len(b) == 0:
         return EMPTY
     # Between two neighbouring bounds nothing begins or ends, so membership is decided once for each piece.
-    bounds = np.unique(np.concatenate([a[:, 0], a.sum(axis=1), b[:, 0], b.sum(axis=1)]))
+    bounds = np.sort(np.concatenate([a[:, 0], a.sum(axis=1), b[:, 0], b.sum(axis=1)]))
+    bounds = bounds[np.r_[True, bounds[1:] != bounds[:-1]]]  # np.unique, which would load numpy.ma
     inside = _covers(a, bounds[:-1]) & _covers(b, bounds[:-1])
     rows = np.column_stack([bounds[:-1], np.diff(bounds)])[inside]
     return spans(rows)

@@ -126,6 +126,10 @@ class RecoveryPoint:
         """The disk with this id, or None."""
         return next((d for d in self.disks if d.disk.id == disk_id), None)
 
+    def age_seconds(self, now: Instant) -> float:
+        """How long ago its moment was; 0 for one that is yet to come, by our clock."""
+        return max(0.0, (now - self.t) / SECOND)
+
 
 @dataclass(slots=True)
 class Figures:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 import time
 from typing import Any
 
@@ -15,21 +13,14 @@ SOCKET = "api.sock"
 ANSWER_SECONDS = 30.0
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=ANSWER_SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        """Over the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 def ask(places: Places, method: str, path: str, body: Any = None) -> Any:
     """What the service answers, or None when none runs.  Raises what it refuses with, HostUnreachable."""
-    line = _Connection(str(places.run / SOCKET))
+    address = places.run / SOCKET
+    if not address.exists():
+        return None
+    from hvbackup.cli.line import Failed, Line
+
+    line = Line(str(address), ANSWER_SECONDS)
     try:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         line.request(method, path, None if body is None else json.dumps(body), headers)
@@ -38,8 +29,8 @@ def ask(places: Places, method: str, path: str, body: Any = None) -> Any:
     try:
         answer = line.getresponse()
         text = answer.read()
-    except (OSError, http.client.HTTPException) as e:
-        raise HostUnreachable(f"The service at {places.run / SOCKET} does not answer: {e}") from e
+    except (OSError, Failed) as e:
+        raise HostUnreachable(f"The service at {address} does not answer: {e}") from e
     finally:
         line.close()
     found = json.loads(text) if answer.headers.get_content_type() == "application/json" else text.decode()

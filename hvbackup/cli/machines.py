@@ -90,7 +90,7 @@ def backup(args: argparse.Namespace, out: Out) -> int:
     if (code := through.backup(args, out)) is not None:
         return code
     from hvbackup.service import backup as service
-    from hvbackup.service import shapes, upkeep
+    from hvbackup.service import parity, shapes
 
     progress = Progress(out)
     request = service.Request(
@@ -118,7 +118,7 @@ def backup(args: argparse.Namespace, out: Out) -> int:
         return 0
     with progress:
         runs = service.backup(session_of(args), request)
-    uncovered = upkeep.keep_covered(session_of(args))
+    uncovered = parity.keep_covered(session_of(args))
     verdict = service.verdict(runs)
     shown = shapes.runs(runs) | ({"error": shapes.error(verdict)} if verdict else {})
     out.answer(shown, (line for r in runs for line in _run_lines(r)))

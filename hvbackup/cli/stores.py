@@ -252,10 +252,9 @@ def _service_lines(served: dict[str, Any] | None) -> Iterator[str]:
 
 def _machine_row(h: History, moment: Instant) -> Sequence[str]:
     from hvbackup.moments import local
-    from hvbackup.service.look import age_seconds
 
     newest = h.points[-1]
-    age = duration(round(age_seconds(newest, moment)))
+    age = duration(round(newest.age_seconds(moment)))
     total = size(sum(d.disk.size for d in newest.disks))
     return (h.machine.name, newest.id, local(newest.t), age, str(newest.consistency), str(len(h.points)),
             str(len(newest.disks)), total)  # fmt: skip

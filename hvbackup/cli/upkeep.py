@@ -43,14 +43,14 @@ def add(verbs: Verbs) -> None:
 
 def parity(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup parity`."""
-    from hvbackup.service import upkeep
+    from hvbackup.service import parity as service
 
     if args.off:
-        removed = upkeep.uncover(session_of(args))
+        removed = service.uncover(session_of(args))
         out.answer({"removed": removed}, [f"Removed the parity of {count(removed, 'pack')}; later ones get none"])
         return 0
     with Progress(out) as progress:
-        done = upkeep.cover(session_of(args), lambda n, total: progress("parity", n, total))
+        done = service.cover(session_of(args), lambda n, total: progress("parity", n, total))
     line = f"{count(done.made, 'pack')} of {size(done.pack_bytes)} got {size(done.parity_bytes)} of parity; later ones get theirs"
     out.answer(asdict(done), [line])
     out.warn_all([f"Pack {name} is damaged already and got none; run `hvbackup check --deep`" for name in done.damaged])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
+from hvbackup.model import Instant, MachineId
 from hvbackup.service.inventory import History, Inventory, history_of, inventory
 from hvbackup.service.session import Session
 from hvbackup.store.catalog.catalog import Catalog
@@ -130,8 +130,3 @@ def _sizes(folder: Path) -> Iterator[int]:
                 yield os.stat(os.path.join(at, name)).st_blocks * 512
             except FileNotFoundError:
                 continue  # a writer finished it meanwhile
-
-
-def age_seconds(point: RecoveryPoint, now: Instant) -> float:
-    """How old a point is."""
-    return max(0.0, (now - point.t) / SECOND)

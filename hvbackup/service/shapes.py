@@ -13,11 +13,11 @@ from hvbackup.errors import HvbackupError
 from hvbackup.model import Disk, DiskRoot, Instant, Machine, Outcome, RecoveryPoint
 from hvbackup.moments import rfc3339
 from hvbackup.service.inventory import History
-from hvbackup.service.look import Leftover, Overview, StoreFigures, age_seconds
 
 if TYPE_CHECKING:  # each verb pays for its own modules only
     from hvbackup.recover.boot import Boot
     from hvbackup.service.backup import Planned, Run
+    from hvbackup.service.look import Leftover, Overview, StoreFigures
     from hvbackup.service.recovery import Mapped, RestoredPoint
     from hvbackup.service.redefine import Defined
     from hvbackup.service.timeline import Protected
@@ -133,7 +133,7 @@ def protected(h: History, now: Instant, journal: Protected | None = None) -> Jso
         "points": len(h.points),
         "oldest": rfc3339(h.points[0].t),
         "newest": point(h.points[-1]),
-        "age_seconds": round(age_seconds(h.points[-1], now), 3),
+        "age_seconds": round(h.points[-1].age_seconds(now), 3),
         "protection": journal
         and {
             "newest": {"seq": journal.newest.seq, "time": rfc3339(journal.newest.t)},

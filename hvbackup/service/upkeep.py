@@ -1,4 +1,4 @@
-"""check, parity, regroup: is everything we promised still there, what can be put back, and can it take less room?"""
+"""check and regroup: is everything we promised still there, what can be put back, and can it take less room?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hvbackup.errors import Busy, NotFound, UsageError
-from hvbackup.files import Files
 from hvbackup.model import Instant, MachineId, PointId
 from hvbackup.service.reclaim import NICENESS, Throttle
 from hvbackup.service.session import Session
@@ -19,9 +18,7 @@ from hvbackup.store.check import repair as store_repair
 from hvbackup.store.check.check import Wanted
 from hvbackup.store.check.ledger import Level
 from hvbackup.store.check.refill import refill
-from hvbackup.store.format import parity
 from hvbackup.store.reclaim import cold
-from hvbackup.store.shelves import immutable
 from hvbackup.store.store import Store
 
 __all__ = [
@@ -29,12 +26,9 @@ __all__ = [
     "Checked",
     "Level",
     "check",
-    "cover",
-    "keep_covered",
     "regroup",
     "sentence",
     "shape",
-    "uncover",
 ]
 
 Progress = Callable[[int, int], None]
@@ -159,34 +153,6 @@ def regroup(
             figures = {name: getattr(done, name) for name in ("packs", "made_packs", "old_bytes", "new_bytes")}
             store.tell("regroup", now, **figures)
         return done
-
-
-def cover(session: Session, progress: Progress) -> parity.Covered:
-    """Every pack has parity, and whatever is added gets it from now on.  Raises UsageError where the package is missing."""
-    with session.open() as store:
-        immutable.arm(store)
-        parity.want(store.files)
-        return parity.cover(store.files, progress)
-
-
-def keep_covered(session: Session) -> list[str]:
-    """Packs that were added have parity if this store's packs are to have it; why not, for people."""
-    if not parity.is_wanted(Files(session.places.store)):
-        return []
-    try:
-        with session.open() as store:
-            immutable.arm(store)
-            damaged = parity.cover(store.files).damaged
-    except UsageError as e:
-        return [f"New packs have no parity yet: {e}"]
-    return [f"Pack {name} is damaged and got no parity; run `hvbackup check --deep`" for name in damaged]
-
-
-def uncover(session: Session) -> int:
-    """No pack has parity any more; how many had."""
-    with session.open() as store:
-        immutable.arm(store)
-        return parity.drop(store.files)
 
 
 def sentence(found: Checked) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hvbackup.config import Places
 from hvbackup.errors import HvbackupError, UsageError
 from hvbackup.files import Files
-from hvbackup.service import upkeep
+from hvbackup.service import parity, upkeep
 from hvbackup.service.session import Session
 from hvbackup.store.check.check import check
 from hvbackup.store.format import pack as packs
@@ -100,11 +100,11 @@ def test_immutable_packs_and_points_are_repaired_and_immutable_again(ext4: Path)
     session = Session(Places(world.store_path, world.state_path, ext4 / "configuration", ext4 / "run"))
     with world.opened() as store:
         sealed(world, store)
-    upkeep.cover(session, lambda *_: None)
+    parity.cover(session, lambda *_: None)
     with world.opened() as store:
         world.scribble()
         world.capture(store)
-    assert upkeep.keep_covered(session) == []
+    assert parity.keep_covered(session) == []
     with world.opened() as store:
         assert immutable.missing(store) == []
         assert {name for name in immutable.names(store) if name.endswith(".parity")}

@@ -313,13 +313,14 @@ def test_a_generation_is_the_same_in_however_many_pieces_it_was_written(seed: in
     generations.write(out, {"p" * 64: bytes(8)}, count, pieces, None)
     made = generation_of(rows)
     assert bytes(out) == made.content
-    found = made.find(rows["id"], g.keys_of(rows["id"]), set())
+    found = made.find(g.Asked.of(rows["id"]), set())
     assert (made.rows["id"][found] == rows["id"]).all()
     assert all(
-        list(made.places(chunk)) == [row] for chunk, row in zip(map(bytes, rows["id"].tolist()), found.tolist(), strict=True)
+        list(made.places(chunk)) == [row]
+        for chunk, row in zip(map(bytes, rows["id"].tolist()), found.tolist(), strict=True)
     )
     strangers = np.frombuffer(rng.randbytes(32 * 100), "V32")
-    assert (made.find(strangers, g.keys_of(strangers), set()) == -1).all()
+    assert (made.find(g.Asked.of(strangers), set()) == -1).all()
 
 
 @given(st.binary(max_size=400))

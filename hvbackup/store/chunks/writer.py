@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import blake3
 import numpy as np
@@ -48,8 +48,7 @@ def compressor(length: int) -> zstandard.ZstdCompressor:
     return zstandard.ZstdCompressor(compression_params=parameters)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """New chunks, compressed together: one record of a pack."""
 
     codec: int

@@ -221,7 +221,7 @@ def _front_of(sidecar: bytes, name: str) -> tuple[_Front, NDArray[np.void]]:
             continue
         front = _Front(data, parity, block, size, whose)
         body = sidecar[start : start + front.size]
-        if blake3.blake3(body[:-32]).digest() != body[-32:]:
+        if len(body) != front.size or blake3.blake3(body[:-32]).digest() != body[-32:]:
             continue
         if whose.hex() != name:
             raise StoreDamage(f"The parity beside pack {name} is that of pack {whose.hex()}")

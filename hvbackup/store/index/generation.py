@@ -106,6 +106,23 @@ class Place(NamedTuple):
     plain: int
 
 
+class Asked(NamedTuple):
+    """Ids that are looked up together, with what every generation needs of them."""
+
+    ids: NDArray[np.void]
+    keys: Keys
+    bits: Keys  # in the filter
+
+    @classmethod
+    def of(cls, ids: NDArray[np.void]) -> Asked:
+        """Made once, however many generations are asked."""
+        return cls(ids, keys_of(ids), filter_bits(ids))
+
+    def only(self, which: NDArray[np.int64]) -> Asked:
+        """Some of them."""
+        return Asked(self.ids[which], self.keys[which], self.bits[which])
+
+
 class Generation:
     """One immutable set of packs and the places of their chunks.  Thread safety: immutable."""
 
@@ -172,10 +189,11 @@ class Generation:
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 
-    def find(self, ids: NDArray[np.void], keys: Keys, damaged: set[tuple[str, int]]) -> NDArray[np.int64]:
+    def find(self, asked: Asked, damaged: set[tuple[str, int]]) -> NDArray[np.int64]:
         """The row of each id, or -1; rows whose place is known to be damaged are passed over."""
+        ids, keys, _ = asked
         out = np.full(len(ids), -1, np.int64)
-        todo = self._pass_filter(ids, keys)
+        todo = self._pass_filter(asked)
         if len(todo) == 0:
             return out
         at, end = self._buckets(keys[todo])
@@ -192,13 +210,14 @@ class Generation:
             todo, at, end = todo[~hit], at[~hit] + 1, end[~hit]
         return out
 
-    def _pass_filter(self, ids: NDArray[np.void], keys: Keys) -> NDArray[np.int64]:
+    def _pass_filter(self, asked: Asked) -> NDArray[np.int64]:
         """Those that may be here, in the order of their keys where that matters."""
-        word, mask = filter_places(ids, keys, len(self._filter))
+        _, keys, bits = asked
+        word = filter_words(keys, len(self._filter))
         if self._large:
             order = np.argsort(keys)
             self._ask_for(self._at.filter + word[order].astype(np.int64) * 8, 8, self._at.filter, self._at.sums)
-        passed: NDArray[np.int64] = np.flatnonzero(self._filter[word] & mask == mask)
+        passed: NDArray[np.int64] = np.flatnonzero(self._filter[word] & bits == bits)
         return passed[np.argsort(keys[passed])] if self._large else passed
 
     def _buckets(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -304,8 +323,7 @@ class Generation:
         if chunk is None:
             return all(self._sum_holds(n) for n in range(-(-self._at.sums // SUM_BYTES)))
         key = int.from_bytes(chunk[:8], "big")
-        ids = np.frombuffer(chunk, "V32")
-        word = int(filter_places(ids, keys_of(ids), len(self._filter))[0][0])
+        word = int(filter_words(keys_of(np.frombuffer(chunk, "V32")), len(self._filter))[0])
         fan = self._at.fan + (key >> self._shift) * 8
         if not self._range_holds(fan, 16) or not self._range_holds(self._at.filter + word * 8, 8):
             return False
@@ -371,9 +389,13 @@ def sum_of(data: bytes | memoryview) -> bytes:
     return blake3.blake3(data).digest(8)
 
 
-def filter_places(ids: NDArray[np.void], keys: Keys, words: int) -> tuple[Keys, Keys]:
-    """(word, bits of it) for each id; words ascend with the keys."""
-    word = (keys >> np.uint64(32)) * np.uint64(words) >> np.uint64(32)
+def filter_words(keys: Keys, words: int) -> Keys:
+    """Which of the words of a filter is for each key; they ascend with the keys."""
+    return (keys >> np.uint64(32)) * np.uint64(words) >> np.uint64(32)
+
+
+def filter_bits(ids: NDArray[np.void]) -> Keys:
+    """The bits in that word for each id."""
     more = np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 1]
-    bits = np.uint64(1) << ((more[:, None] >> FILTER_SHIFTS) & np.uint64(63))
-    return word, np.bitwise_or.reduce(bits, axis=1)
+    bits: Keys = np.bitwise_or.reduce(np.uint64(1) << ((more[:, None] >> FILTER_SHIFTS) & np.uint64(63)), axis=1)
+    return bits

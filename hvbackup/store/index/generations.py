@@ -28,7 +28,8 @@ from hvbackup.store.index.generation import (
     Keys,
     Layout,
     Rows,
-    filter_places,
+    filter_bits,
+    filter_words,
     keys_of,
     sum_of,
 )
@@ -152,7 +153,7 @@ class _FilterWriter:
 
     def add(self, ids: NDArray[np.void], keys: Keys) -> None:
         """Ids that follow those before."""
-        word, mask = filter_places(ids, keys, self._words)
+        word, mask = filter_words(keys, self._words), filter_bits(ids)
         first = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
         several, values = word[first].astype(np.int64), np.bitwise_or.reduceat(mask, first)
         last = int(several[-1])

@@ -294,16 +294,19 @@ class Index:
         """A LOCATION for each id; its pack is NOWHERE when the store does not have the chunk."""
         out = np.zeros(len(ids), LOCATION)
         out["pack"] = NOWHERE
-        keys = g.keys_of(ids)
+        todo, asked = np.arange(len(ids)), g.Asked.of(ids)
         for generation in self._generations:
-            todo = np.flatnonzero(out["pack"] == NOWHERE)
             if len(todo) == 0:
                 break
-            rows = generation.find(ids[todo], keys[todo], self._damaged)
+            rows = generation.find(asked, self._damaged)
             hit = rows >= 0
+            if not hit.any():
+                continue
             found, at = generation.rows[rows[hit]], todo[hit]
             out[at] = g.locations(found)
             out["pack"][at] = generation.numbers(found["place"])
+            left = np.flatnonzero(~hit)
+            todo, asked = todo[left], asked.only(left)
         return out
 
     def everywhere(self, chunk: bytes) -> list[Place]:

@@ -30,7 +30,7 @@ from hvbackup.store.chunks.writer import META_COPIES, point_copy
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.blockmap import Ids, depth_of
 from hvbackup.store.format.root import Disks, Root, disks_of, roots_of
-from hvbackup.store.index.generation import OFFSET_BITS, PIECE_ROWS, Generation, keys_of, locations
+from hvbackup.store.index.generation import OFFSET_BITS, PIECE_ROWS, Asked, Generation, locations
 from hvbackup.store.keep import forget
 from hvbackup.store.shelves import pins
 from hvbackup.store.store import Store
@@ -98,14 +98,14 @@ class Marks:
             return
         ids = np.ascontiguousarray(np.concatenate(self._waiting)).view("V32").ravel()
         self._waiting, self._waiting_count = [], 0
-        keys = keys_of(ids)
-        todo = np.arange(len(ids))
+        todo, asked = np.arange(len(ids)), Asked.of(ids)
         for g, marked, unfit in zip(self._generations, self._marked, self._unfit_in, strict=True):
-            rows = g.find(ids[todo], keys[todo], self._damaged)
+            rows = g.find(asked, self._damaged)
             hit = rows >= 0
             hit[hit] = ~unfit[self._numbers(g, rows[hit])]
             marked[rows[hit]] = True
-            todo = todo[~hit]
+            left = np.flatnonzero(~hit)
+            todo, asked = todo[left], asked.only(left)
             if len(todo) == 0:
                 return
         for i in todo.tolist():

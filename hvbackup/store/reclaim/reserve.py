@@ -12,7 +12,7 @@ from hvbackup.files import Files
 from hvbackup.model import MiB
 
 NAME = "reserve"
-RESERVE_BYTES = 8 * MiB  # for tombstones, records, condemned lists, and a pack of what lives in sparse ones
+RESERVE_BYTES = 4 * MiB  # for tombstones, records, condemned lists, and a pack of what lives in sparse ones
 LOW_BYTES = MiB  # less than this is a full disk
 FREE_SHARE = 8  # it is made where there is so many times as much room: never the last of it
 
