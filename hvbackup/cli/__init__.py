@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         code = command.run(words)
         if argv is None:
+            gc.freeze()  # else the interpreter looks for cycles among all there is before it ends: a tenth of a short command
             interrupt.done()
         return code
     except KeyboardInterrupt:

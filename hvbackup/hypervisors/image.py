@@ -28,7 +28,6 @@ from hvbackup.errors import Busy, NotFound, UsageError
 from hvbackup.hypervisors import LEFT_ALONE, Can, Standstill, imagedisk, qemuimg, qemunbd
 from hvbackup.hypervisors.imagedisk import Image, ImageSpec, RawDisk, ServedDisk
 from hvbackup.hypervisors.imageformat import RAW
-from hvbackup.hypervisors.nbddisk import NbdDisk
 from hvbackup.hypervisors.qemu_names import StoreNames
 from hvbackup.hypervisors.rawfile import RawFile
 from hvbackup.model import Consistency, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, MachineId, Token
@@ -107,6 +106,8 @@ class ImageSource:
     def _serve(
         self, index: int, image: Image, machine: Machine, lease: LeaseId, since: Token | None, stack: ExitStack
     ) -> ServedDisk:
+        from hvbackup.hypervisors.nbddisk import NbdDisk  # a raw disk needs no NBD
+
         names = self._names.of(lease)
         folder = qemunbd.private_folder(self._runtime, names.folder(machine.id))
         info = qemuimg.info(image.path, image.format)

@@ -7,15 +7,18 @@ import stat
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvbackup.errors import ReadFailed
 from hvbackup.hypervisors import Changes, Reader, changedlist, imageformat, qemuimg
 from hvbackup.hypervisors.changedlist import MARK
 from hvbackup.hypervisors.imageformat import QCOW2
-from hvbackup.hypervisors.nbddisk import NbdDisk
 from hvbackup.hypervisors.qemuimg import ImageInfo
 from hvbackup.hypervisors.rawfile import RawFile, kind_of
 from hvbackup.model import Disk, DiskId, LeaseId, Token
+
+if TYPE_CHECKING:  # a raw disk needs no NBD
+    from hvbackup.hypervisors.nbddisk import NbdDisk
 
 TOKEN_KIND = "image-bitmap"
 

@@ -21,12 +21,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvbackup.errors import HostUnreachable, UsageError
 from hvbackup.hypervisors.qemuimg import is_locked, missing_program, refused
 from hvbackup.hypervisors.rawfile import in_use
-from hvbackup.nbd.client import NbdClient
 from hvbackup.nbd.uri import NbdUri
+
+if TYPE_CHECKING:  # a raw disk needs no NBD
+    from hvbackup.nbd.client import NbdClient
 
 CONNECTIONS_MAX = 16
 
@@ -134,6 +137,8 @@ def _start(command: list[str], words: Path) -> subprocess.Popen[bytes]:
 
 def _connect(path: Path, process: subprocess.Popen[bytes], uri: NbdUri, contexts: list[str], words: Path) -> NbdClient:
     """The connection that keeps the server alive, as soon as it listens."""
+    from hvbackup.nbd.client import NbdClient
+
     deadline = time.monotonic() + _START_SECONDS
     while True:
         if Path(uri.socket).exists():

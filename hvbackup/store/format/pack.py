@@ -81,8 +81,9 @@ class PackWriter:
         self._bind = f.bound(ring.store, kind, path)
         self._hash = None if path else blake3.blake3()
         self._out: Upload = backend.new()
-        self._waiting: list[bytes] = []  # not yet handed to the file: many records make one write
-        self._size = self._written = 0
+        self._waiting = bytearray(WRITE_BYTES)  # many records make one write
+        self._used = 0  # bytes of it that are not yet handed to the file
+        self._size = 0
         self._rows: list[tuple[bytes, int, int, int, int, int]] = []
         self._ordinal = 0
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
@@ -97,18 +98,25 @@ class PackWriter:
         """Bytes written so far."""
         return self._size
 
-    def _write(self, *parts: bytes) -> None:
-        self._waiting += parts
-        self._size += sum(map(len, parts))
-        if self._size - self._written >= WRITE_BYTES:
+    def _write(self, data: bytes) -> None:
+        self._room(len(data))[:] = data
+
+    def _room(self, length: int) -> memoryview:
+        """Where the next bytes of the pack belong."""
+        if self._used + length > len(self._waiting):
             self._flush()
+            if length > len(self._waiting):
+                self._waiting = bytearray(length)
+        start, self._used = self._used, self._used + length
+        self._size += length
+        return memoryview(self._waiting)[start : self._used]
 
     def _flush(self) -> None:
-        together = b"".join(self._waiting)
-        self._out.write(together)
-        if self._hash:
-            self._hash.update(together)
-        self._waiting, self._written = [], self._size
+        with memoryview(self._waiting)[: self._used] as full:
+            self._out.write(full)
+            if self._hash:
+                self._hash.update(full)
+        self._used = 0
 
     def add(self, what: int, codec: int, frame: bytes | memoryview, ids: Sequence[bytes], plain: Sequence[int]) -> None:
         """Append one record: `frame` holds the chunks `ids`, of `plain` bytes each, one after the other."""
@@ -116,14 +124,17 @@ class PackWriter:
         stored = len(frame) + (TAG_BYTES if self._cipher else 0)
         head = f.RECORD.pack(f.RECORD_MAGIC, self._ordinal, codec, what, len(ids), stored, sum(plain))
         head = f.with_crc(head, entries) + entries
-        # A copy in either case: what the caller has may change before it is written.
-        sealed = self._cipher.encrypt(nonce(self._ordinal), frame, self._bind + head) if self._cipher else bytes(frame)
         offset, stored, at = self._size, len(head) + stored, 0
         for chunk, length in zip(ids, plain, strict=True):
             self._rows.append((chunk, offset, stored, at, length, what))
             at += length
+        self._write(head)
+        body = self._room(stored - len(head))
+        if self._cipher:
+            self._cipher.encrypt_into(nonce(self._ordinal), frame, self._bind + head, body)
+        else:
+            body[:] = frame
         self._ordinal += 1
-        self._write(head, sealed)
 
     def seal(self) -> tuple[str, NDArray[np.void]]:
         """The pack exists, durably, when this returns its name and its rows sorted by id."""
