@@ -371,6 +371,11 @@ class Files:
         except OSError as e:
             raise HvbackupError(f"Cannot read {self.path(name)}: {e.strerror}") from e
 
+    def will_read(self, name: str, offset: int, length: int) -> None:
+        """The disk may begin to fetch this range; nothing happens where it can't, or where the kernel has it."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._handle(name).fd, offset, length, os.POSIX_FADV_WILLNEED)
+
     def _handle(self, name: str) -> _Handle:
         with self._lock:
             handle = self._handles.pop(name, None) or _Handle(self.path(name))

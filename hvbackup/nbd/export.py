@@ -41,6 +41,9 @@ class Export(ABC):
         """
         return None
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - right where nothing waits for a disk
+        """These (offset, length) are asked for and will be read; called where reads have to wait, and must not wait itself."""
+
     def extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """(length, flags) of base:allocation one behind the other from `offset`; may go on past the range.
 

@@ -38,6 +38,8 @@ _OUTPUT_BYTES = 256 * 1024  # of such answers in one system call
 _BATCH = 64  # commands looked at before the first of them is carried out
 _PENDING_BYTES = 1 << 20  # and payload of writes taken along with them
 _QUICK_SECONDS = 0.002  # an export that lets its commands wait less than this on average is quick
+_WAITING_SECONDS = 0.0001  # an export that lets them wait longer than this reads a disk: it is told what comes next
+_EXPECTED_BYTES = 1 << 20  # of reads up to this length; a longer one keeps the disk busy by itself
 _PACE_SHARE = 1 / 16  # of the newest command in that average
 _STUCK_SECONDS = 0.025  # all threads are busy and no command was begun for so long: another thread helps
 
@@ -68,6 +70,7 @@ class Session:
         self._pool = Pool(shelf, limits.connection_bytes)
         self._executor = Executor(chosen, self._pool, limits.fragment_bytes, on_error)
         export = chosen.export
+        self._export = export
         self._cached = None if type(export).try_read_cached is Export.try_read_cached else export.try_read_cached
         self._size, self._grain = export.size, export.min_block - 1
         self._workers = limits.workers if export.parallel else 1
@@ -248,6 +251,7 @@ class Session:
     def _parse(self) -> int:
         """Take the commands that are in the input, a batch at most; how many."""
         answers: list[Buffer] = []
+        reads: list[tuple[int, int]] = []
         count = size = payload = 0
         unpack, step = protocol.REQUEST.unpack_from, protocol.REQUEST.size
         while count < _BATCH and self._end - self._start >= step and payload < _PENDING_BYTES:
@@ -269,8 +273,12 @@ class Session:
                 request = Request(flags, kind, cookie, offset, length)
                 payload += self._take_payload(request)
                 self._pending.append(request)
+                if kind == protocol.READ and 0 < length <= _EXPECTED_BYTES and offset + length <= self._size:
+                    reads.append((offset, length))
         if answers:
             self._send(answers)
+        if len(reads) > 1 and self._pace > _WAITING_SECONDS:
+            self._export.expect(reads)
         return count
 
     def _at_hand(self, flags: int, offset: int, length: int) -> Buffer | None:

@@ -29,6 +29,10 @@ class ViewExport(Export):
         """The bytes of a read inside one block, when the block is in memory."""
         return self._view.cached(offset, length)
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Blocks that are read soon are fetched at once."""
+        self._view.expect(ranges)
+
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Runs of data, and of holes that read as zeroes."""
         return ((n, 0 if data else STATE_HOLE | STATE_ZERO) for n, data in self._view.runs(offset, length))

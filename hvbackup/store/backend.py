@@ -53,6 +53,9 @@ class Backend(Protocol):
     def read_at(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`.  Raises FileNotFoundError."""
 
+    def will_read(self, name: str, offset: int, length: int) -> None:
+        """Whoever can may fetch this range ahead; never waits, never raises."""
+
     def names(self, directory: str) -> list[str]:
         """What is directly in a directory, sorted; [] when there is none."""
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,8 +64,13 @@ class Load:
 
 @contextmanager
 def daemon(folder: Path) -> Iterator[Path]:
-    """A storage daemon with one exported disk; its monitor's socket."""
-    image, monitor, guest = folder / "disk.raw", folder / "qmp.sock", folder / "guest.sock"
+    """A storage daemon with one exported disk; its monitor's socket.
+
+    The disk is in memory where that is possible, as a machine's disk is seldom on the disk of the store: on one, each fsync of
+    the journal waits for hundreds of megabytes that the machine has written.
+    """
+    image, monitor, guest = in_memory(folder) / "disk.raw", folder / "qmp.sock", folder / "guest.sock"
+    image.parent.mkdir(exist_ok=True)
     with image.open("wb") as file:
         file.truncate(DISK_BYTES)
     node = {"driver": "raw", "node-name": "vda", "file": {"driver": "file", "filename": str(image)}}
@@ -85,6 +91,14 @@ def daemon(folder: Path) -> Iterator[Path]:
     finally:
         process.terminate()
         process.wait(20)
+        if image.parent != folder:
+            shutil.rmtree(image.parent)
+
+
+def in_memory(folder: Path) -> Path:
+    """A folder of this name in memory, if the system has such a place."""
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of a name nobody else has
+    return memory / f"{folder.name}-disk" if os.access(memory, os.W_OK) else folder
 
 
 def stretch(client: NbdClient, rate: int, seconds: float) -> dict[str, Any]:

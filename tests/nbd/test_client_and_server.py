@@ -9,6 +9,7 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,26 @@ def test_a_serial_export_sees_one_request_after_the_other_in_order(serve: Serve)
         _read(client, 0, 1 << 20)
     assert seen == list(range(0, 1 << 20, 4096))
     assert export.most_inside == 1
+
+
+def test_an_export_that_waits_for_a_disk_is_told_what_comes_next(serve: Serve) -> None:
+    class Telling(TrickExport):
+        def __init__(self, seconds: float) -> None:
+            super().__init__(1 << 20, lambda offset, length: time.sleep(seconds))
+            self.told: list[tuple[int, int]] = []
+
+        def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+            self.told += ranges
+
+    slow, quick = Telling(0.001), Telling(0)
+    for export in (slow, quick):
+        with NbdClient.open(serve(export), settings=Settings(request_bytes=4096, in_flight=16)) as client:
+            assert _read(client, 0, export.size) == export.data
+    asked = {(at, 4096) for at in range(0, slow.size, 4096)}
+    assert len(slow.told) > len(asked) // 2
+    assert set(slow.told) <= asked
+    assert len(set(slow.told)) == len(slow.told), "each is told once"
+    assert len(quick.told) < len(asked) // 2
 
 
 def test_replies_of_several_threads_do_not_mix(serve: Serve) -> None:

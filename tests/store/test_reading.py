@@ -9,6 +9,7 @@ import pytest
 import zstandard
 
 from hvbackup.errors import ChunkDamaged, PointDamaged, StoreDamage, StoreMissing
+from hvbackup.files import Files
 from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.store.chunks import reader, writer
 from hvbackup.store.format import blockmap, keys, pack, sealed
@@ -70,6 +71,26 @@ def test_what_is_in_memory_is_known_to_be(ram: Path) -> None:
         assert view.cached(5, 10) == b"x" * 10
         assert view.cached(2 * BLOCK, 10) == bytes(10)
         assert view.cached(BLOCK - 5, 10) is None, "a range over two blocks is not answered from here"
+
+
+def test_what_will_be_read_is_asked_of_the_disk_beforehand(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(ram, KEY, disks={"vda": FakeDisk(600 * BLOCK)}).init()
+    for block in (0, 1, 2, 300):
+        world.disks["vda"].write(block * BLOCK, world.rng.randbytes(3000))
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Files, "will_read", lambda self, *place: told.append(place))
+    with world.opened() as store:
+        point = world.capture(store).point
+        assert point is not None
+    with world.opened() as store:
+        view = store.view(point.disks[0])
+        view.expect([(0, 10), (5 * BLOCK, 10)])
+        assert told == [], "the map page is not in memory, and is not fetched"
+        view.read_into(0, memoryview(bytearray(10)))
+        view.expect([(0, 10), (BLOCK - 1, 2), (2 * BLOCK, 1), (4 * BLOCK, 2 * BLOCK), (view.size - 1, 1)])
+        ids = [view.map.id(block) for block in (1, 2)]  # 0 is in memory, 4 and 5 are zero, the last leaf is not known
+        places = [place for chunk in ids for place in store.index.everywhere(chunk)]
+        assert sorted(told) == sorted((pack.path_of(p.pack), p.offset, p.stored) for p in places)
 
 
 def test_map_pages_fill_packs_of_their_own_size(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:

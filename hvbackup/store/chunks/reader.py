@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import blake3
@@ -86,6 +86,17 @@ class ChunkReader:
         order = _by_place(where)
         for run in _runs(where[order]):
             yield from self._read_run(ids, order[run], where)
+
+    def expect(self, chunks: Sequence[bytes]) -> None:
+        """These are read soon: disks with many heads or none find them at once, where one read after the other would wait."""
+        wanted = [c for c in chunks if c not in self._cache and c not in self._pages]
+        if not wanted:
+            return
+        where = self.index.lookup(np.frombuffer(b"".join(wanted), "V32"))
+        for place in where[_by_place(where)].tolist():
+            _, number, stored, offset, _, _, _ = place
+            if number != NOWHERE and stored <= READ_MAX and offset <= OFFSET_MAX:
+                self._backend.will_read(packs.path_of(self.index.packs[number]), offset, stored)
 
     def reading_order(self, ids: Ids) -> NDArray[np.int64]:
         """The ids, which must not be zero, as the packs have them one after the other; those found nowhere at the end."""

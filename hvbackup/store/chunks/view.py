@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,12 @@ class DiskView:
             return memoryview(self._zeroes)[:length]
         data = self._chunks.cached(chunk)
         return None if data is None else memoryview(data)[inside : inside + length]
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These (offset, length) are read soon.  Never raises; only what the map pages in memory tell of is fetched."""
+        blocks = {b for o, n in ranges for b in range(o // self.block, min(o + n, self.size - 1) // self.block + 1)}
+        found = [self.map.cached_id(b) for b in blocks]
+        self._chunks.expect([chunk for chunk in found if chunk is not None and chunk != ZERO_CHUNK])
 
     def _read_many(self, offset: int, buffer: memoryview, first: int, last: int) -> None:
         ids = self.map.ids(first, last - first + 1)

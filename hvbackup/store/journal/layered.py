@@ -84,6 +84,12 @@ class LayeredView:
             return None
         return self._base.cached(offset, length)
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These (offset, length) are read soon; what layers have is near at hand, and fetched in vain."""
+        if self._base is not None:
+            size = self._base.size
+            self._base.expect([(o, min(n, size - o)) for o, n in ranges if o < size])
+
     def touched(self) -> Spans:
         """Every range that any layer has."""
         return self._touched(0, self.size)
