@@ -298,8 +298,8 @@ def test_an_export_that_waits_for_a_disk_is_told_what_comes_next(serve: Serve) -
             self.told += ranges
 
     slow, quick = Telling(0.001), Telling(0)
-    for export in (slow, quick):
-        with NbdClient.open(serve(export), settings=Settings(request_bytes=4096, in_flight=16)) as client:
+    for name, export in (("slow", slow), ("quick", quick)):
+        with NbdClient.open(serve(export, name=name), settings=Settings(request_bytes=4096, in_flight=16)) as client:
             assert _read(client, 0, export.size) == export.data
     asked = {(at, 4096) for at in range(0, slow.size, 4096)}
     assert len(slow.told) > len(asked) // 2
