@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import blake3
 import pytest
 
 from hvbackup.errors import Busy
@@ -12,9 +14,12 @@ from hvbackup.model import Instant, PointId
 from hvbackup.store.chunks import condemned, writers
 from hvbackup.store.chunks.condemned import CONDEMNED
 from hvbackup.store.chunks.writers import LEASE_SECONDS, RENEW_SECONDS, Wait, leases
+from hvbackup.store.format import layout as f
 from hvbackup.store.format.pack import list_packs, path_of
 from hvbackup.store.store import Store
 from tests.world import CarelessKernel, World
+
+BLOCK_BYTES = 64 * 1024
 
 
 class Hours:
@@ -177,3 +182,26 @@ def test_reclaim_waits_no_longer_than_a_lease_lasts_and_not_for_its_own_dead(tmp
         assert wait.rest(0.0) == sorted([lost.lease.id, "0123456789abcdef"])
         assert wait.rest(LEASE_SECONDS + RENEW_SECONDS + 1) == []
         assert store.files.names(writers.FOLDER) == []
+
+
+def test_what_does_not_shrink_is_not_tried_for_long_and_what_does_is_found_again(tmp_path: Path) -> None:
+    """Random blocks, then blocks of which one in three shrinks, then text: each comes back, and takes the room it needs."""
+    rng = random.Random(9)
+    text = b"".join(b"line %d of a log\n" % n for n in range(5000))[:BLOCK_BYTES]
+    kinds = [False] * 20 + [n % 3 == 0 for n in range(30)] + [True] * 10
+    plains = [
+        n.to_bytes(4, "big") + (text if shrinks else rng.randbytes(BLOCK_BYTES))[4:] for n, shrinks in enumerate(kinds)
+    ]
+    with World(tmp_path).init().opened() as store:
+        writer = store.writer()
+        ids = [blake3.blake3(plain, key=store.ring.block_key).digest() for plain in plains]
+        codecs = []
+        for at in range(0, len(plains), 10):
+            groups = [([memoryview(p)], [i]) for p, i in zip(plains[at : at + 10], ids[at : at + 10], strict=True)]
+            for frame in writer.compress(groups):
+                codecs.append(frame.codec)
+                writer.put_blocks(frame)
+        writer.seal()
+        assert [codec == f.CODEC_ZSTD for codec in codecs] == kinds
+        assert [store.chunks.block(i) for i in ids] == plains
+        writer.abandon()
