@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,35 @@ def taken(target: Target) -> tuple[np.ndarray, bytes]:
 def test_a_row_is_a_fact_of_the_journal() -> None:
     assert rings.ROW == f.FACT
     assert (rings.DATA, rings.ZERO) == (f.FACT_DATA, f.FACT_ZERO)
+
+
+COUNTERPART = """
+import sys
+from pathlib import Path
+from hvbackup.target import ring as rings
+ring, head, seen = rings.find(Path(sys.argv[1])), 0, (0, 0)
+while head < 255 * 300_000:
+    head += 255
+    ring._words[rings._HEADS] = head
+    now = ring.tails
+    assert now >= seen, (seen, now)
+    seen = now
+"""
+
+
+def test_no_number_is_torn_between_the_two_that_look_at_it(tmp_path: Path) -> None:
+    """A head only grows, and so does a tail, whoever reads it at whatever moment."""
+    ring = rings.make(tmp_path / "ring", MiB)
+    other = subprocess.Popen([sys.executable, "-c", COUNTERPART, tmp_path / "ring"], stderr=subprocess.PIPE, text=True)
+    seen = 0
+    while other.poll() is None:
+        now = ring.heads.rows
+        assert seen <= now <= ring._words[rings._HEADS], "what has not come yet is not taken"
+        ring.free(now, now)
+        seen = now
+    assert other.returncode == 0, other.stderr and other.stderr.read()
+    assert seen > 255 * 200_000
+    ring.close()
 
 
 def test_what_was_answered_is_in_the_ring_in_its_order_round_and_round(target: Target) -> None:

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         code = command.run(words)
         if argv is None:
-            gc.freeze()  # else the interpreter looks for cycles among all there is before it ends: a tenth of a short command
+            if "duckdb" not in sys.modules:  # which complains on standard error of what nobody has collected
+                gc.freeze()  # else the interpreter looks for cycles among all there is: a tenth of a short command
             interrupt.done()
         return code
     except KeyboardInterrupt:

@@ -9,6 +9,9 @@ nothing of the guest is ever on one in plain text; a power cut takes it, and tha
     ..     data_max bytes: those of data rows one after the other, round and round
 
 A row counts when `rows_head` has passed it.  The target never waits: a full ring breaks the stream, see target.c.
+
+What both look at is read and written as whole words, which the processor never tears.  (`struct` goes byte by byte: a tail that
+grew from 511 to 512 was 256 for a moment, and a target that looked just then took the ring for full.)
 """
 
 from __future__ import annotations
@@ -56,10 +59,9 @@ _MAGIC = 0x31676E5262766800
 _HEADER_BYTES = 4096
 _ROW_PER_BYTES = 1024  # room for as many rows as there would be writes of this size
 _MADE = struct.Struct("<QQQ16sQ")  # magic, rows_max, data_max, id, pid
-_HEADS = struct.Struct("<8Q")  # rows_head, data_head, alive_ns, state, why, broke_at, lost, flushes
-_TAILS = struct.Struct("<2Q")
-_COUNTERS = struct.Struct("<4Q")
-_HEADS_AT, _STATE_AT, _WHY_AT, _TAILS_AT, _DISKS_AT = 64, 88, 96, 128, 192
+_SMALL_BYTES = 1024  # a batch holds so many rows at most as if each had this much: what waits is looked at once
+# Which words of 8 bytes of the header are what: 8 of heads and state, two tails, four counters of each disk.
+_PID, _HEADS, _STATE, _WHY_BROKEN, _TAILS, _DISKS = 5, 8, 11, 12, 16, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,29 +107,29 @@ class Ring:
         if magic != _MAGIC or size < _HEADER_BYTES + self.rows_max * ROW.itemsize + self.data_max:
             raise UsageError("What should be the ring of a stream is none")
         self.id: str = ident.hex()
+        self._words = memoryview(self._map)[:_HEADER_BYTES].cast("Q")
         self._rows: Rows = np.frombuffer(self._map, ROW, self.rows_max, _HEADER_BYTES)
         self._data = memoryview(self._map)[_HEADER_BYTES + self._rows.nbytes :][: self.data_max]
 
     @property
     def pid(self) -> int:
         """The target's."""
-        return int(_MADE.unpack_from(self._map)[4])
+        return self._words[_PID]
 
     @property
     def heads(self) -> Heads:
         """What the target has done so far."""
-        return Heads(*_HEADS.unpack_from(self._map, _HEADS_AT))
+        return Heads(*(self._words[_HEADS + i] for i in range(8)))
 
     @property
     def tails(self) -> tuple[int, int]:
         """Everything before these is durable elsewhere: rows, bytes."""
-        rows, data = _TAILS.unpack_from(self._map, _TAILS_AT)
-        return rows, data
+        return self._words[_TAILS], self._words[_TAILS + 1]
 
     def written(self, disk: int) -> tuple[int, int]:
         """Writes and bytes of one disk that are, or were, in the ring."""
-        writes, nbytes, _, _ = _COUNTERS.unpack_from(self._map, _DISKS_AT + disk * _COUNTERS.size)
-        return writes, nbytes
+        first = _DISKS + 4 * disk
+        return self._words[first], self._words[first + 1]
 
     def batches(self, after: int, after_data: int, max_bytes: int, until: int | None = None) -> Iterator[Batch]:
         """What came after these rows and bytes, until now or a row, in pieces of about `max_bytes`.  The tail stays."""
@@ -138,14 +140,19 @@ class Ring:
             after, after_data = batch.row_end, batch.data_end
 
     def _batch(self, first: int, at: int, until: int, max_bytes: int) -> Batch:
-        numbers = np.arange(first, min(until, first + self.rows_max)) % self.rows_max
-        rows = self._rows[numbers]
+        rows = self._some_rows(first, min(until - first, self.rows_max, max(1, max_bytes // _SMALL_BYTES)))
         sizes = np.where(rows["kind"] == DATA, rows["length"], 0).astype(np.int64)
         ends = np.cumsum(sizes)
         count = max(1, int(ends.searchsorted(max_bytes, side="right")))
         rows, total = rows[:count], int(ends[count - 1])
         rows["pos"] = ends[:count] - sizes[:count]
         return Batch(rows, self._bytes(at, total), first + count, at + total)
+
+    def _some_rows(self, first: int, count: int) -> Rows:
+        """A copy of so many rows, which begin again at the front of the ring when they come to its end."""
+        inside = first % self.rows_max
+        rows = self._rows[inside : inside + count]
+        return rows.copy() if len(rows) == count else np.concatenate([rows, self._rows[: count - len(rows)]])
 
     def _bytes(self, at: int, length: int) -> bytes | memoryview:
         inside = at % self.data_max
@@ -154,17 +161,18 @@ class Ring:
 
     def free(self, rows: int, data: int) -> None:
         """Everything before these is durable: the target may use the room."""
-        _TAILS.pack_into(self._map, _TAILS_AT, rows, data)
+        self._words[_TAILS], self._words[_TAILS + 1] = rows, data
 
     def end(self) -> None:
         """Nothing is kept any more: the mirrors of several disks do not end at the same moment."""
         if self.heads.state == RECORDING:
-            struct.pack_into("<Q", self._map, _WHY_AT, ENDED)
-            struct.pack_into("<Q", self._map, _STATE_AT, BROKEN)
+            self._words[_WHY_BROKEN] = ENDED
+            self._words[_STATE] = BROKEN
 
     def close(self) -> None:
         """Let go of it; the file stays."""
         self._data.release()
+        self._words.release()
         del self._rows
         with contextlib.suppress(BufferError):  # somebody still looks at a batch: it goes with the last one
             self._map.close()

@@ -62,7 +62,8 @@ def put_in(ring: Ring, rows: list[tuple[int, int, int, bytes]]) -> None:
         ring._map[start : start + ROW.itemsize] = row.tobytes()
         for i, byte_at in enumerate(range(heads.data, heads.data + len(kept))):
             ring._data[byte_at % ring.data_max] = kept[i]
-        rings._HEADS.pack_into(ring._map, rings._HEADS_AT, heads.rows + 1, heads.data + len(kept), *[0] * 6)
+        for i, value in enumerate([heads.rows + 1, heads.data + len(kept), *[0] * 6]):
+            ring._words[rings._HEADS + i] = value
 
 
 def same_ring(path: Path, of: Ring, rows: list[tuple[int, int, int, bytes]], tail: int) -> Ring:

@@ -24,20 +24,24 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup.errors import StoreDamage
 from hvbackup.files import Files, LogFile
-from hvbackup.model import Instant, KiB
+from hvbackup.model import Instant, KiB, MiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.keys import Keyring
 from hvbackup.store.format.sealed import parse_header
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 FOLDER = "journals"
 LOG, SEGMENT = ".log", ".seg"
+KEPT_BYTES = MiB  # what of a log's memory is kept from frame to frame
 COPIED_BYTES = 64 * KiB  # smaller frames are put together before they are written
 
 Facts = NDArray[np.void]  # of format.FACT
@@ -134,6 +138,7 @@ class LogWriter:
         path = f"{FOLDER}/{machine}/{self.name}"
         self._bind = f.bound(ring.store, f.KIND_LOG, path)
         self._ordinal = 0
+        self._buffer = bytearray()
         self._file: LogFile = files.log(path)
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
         self._file.append(
@@ -159,14 +164,25 @@ class LogWriter:
             f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, plain, flags, t, time.monotonic_ns()
         )
         payload: tuple[bytes | bytearray | memoryview, ...] = facts.tobytes(), data
-        if self._cipher or plain < COPIED_BYTES:
-            payload = (b"".join(payload),)
         if self._cipher:
-            payload = (self._cipher.encrypt(self._ordinal.to_bytes(12, "little"), payload[0], self._bind + head),)
+            payload = (self._sealed(self._cipher, b"".join(payload), head, stored),)
+        elif plain < COPIED_BYTES:
+            payload = (b"".join(payload),)
         self._append(f.with_crc(head, *payload), *payload)
         self._ordinal += 1
         self.next += len(facts)
         return self.next - 1
+
+    def _sealed(self, cipher: AESGCM, plain: bytes, head: bytes, stored: int) -> bytes | memoryview:
+        """Encrypted; small frames into memory that is used again: mapping some anew costs as much as the cipher."""
+        nonce, bound = self._ordinal.to_bytes(12, "little"), self._bind + head
+        if stored > KEPT_BYTES:
+            return cipher.encrypt(nonce, plain, bound)
+        if len(self._buffer) < stored:
+            self._buffer = bytearray(stored)
+        out = memoryview(self._buffer)[:stored]
+        cipher.encrypt_into(nonce, plain, bound, out)
+        return out
 
     def _append(self, *parts: bytes | bytearray | memoryview) -> None:
         """One write where that costs little; a large frame is never copied for it."""
