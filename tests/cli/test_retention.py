@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hvbackup.store.reclaim.reserve import RESERVE_BYTES
 from tests.cli.rig import World, make_disk
 
 
@@ -149,7 +150,7 @@ def test_two_operators_have_to_agree(three: tuple[World, list[str]], tmp_path: P
 
 def test_reclaim_frees_what_nobody_needs(three: tuple[World, list[str]]) -> None:
     world, ids = three
-    assert (world.store / "reserve").stat().st_size == 8 << 20
+    assert (world.store / "reserve").stat().st_size == RESERVE_BYTES
     empty = world.done("reclaim", "--dry-run", "--json").json
     assert (empty["live"], empty["dead_packs"]) == (empty["total"], 0)
     world.done("prune", "--keep-last", "1")
