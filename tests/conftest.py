@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -14,6 +15,16 @@ settings.register_profile("quick", max_examples=30, deadline=None, suppress_heal
 settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True, suppress_health_check=_SLOW)
 settings.register_profile("soak", max_examples=2_000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "quick"))
+
+
+def listen_to_signals() -> None:
+    """Under nohup, or behind a shell's `&`, signals are ignored, and so they would be in every program that a test starts."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+listen_to_signals()
 
 
 @pytest.hookimpl(tryfirst=True)
