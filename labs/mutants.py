@@ -165,6 +165,13 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
+        "the tail of a stream's ring is written byte by byte",
+        "hvbackup/target/ring.py",
+        "self._words[_TAILS], self._words[_TAILS + 1] = rows, data",
+        'struct.pack_into("<2Q", self._map, 8 * _TAILS, rows, data)',
+        ("tests/test_stream_target.py::test_no_number_is_torn_between_the_two_that_look_at_it",),
+    ),
+    Mutant(
         "a lost end of a disk is not looked for",
         "hvbackup/sampling.py",
         "for first, ids in base.leaves_backwards() if len(unchanged) else []:",
