@@ -25,13 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import tzinfo
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvbackup.errors import Busy, UsageError
 from hvbackup.files import Files, exclusive
 from hvbackup.model import SECOND, Instant
 from hvbackup.pipeline import Pace, at_once
-from hvbackup.schedule import Window
-from hvbackup.zone import local_zone
+
+if TYPE_CHECKING:  # where nothing is limited, nothing of this is loaded
+    from hvbackup.schedule import Window
 
 FOLDER, RULES = "bandwidth", "rules.json"  # in the run directory
 SOURCES, STORES = "sources", "stores"
@@ -54,6 +56,8 @@ class Rule:
     @classmethod
     def parse(cls, text: str) -> Rule:
         """`50M`, `50M Mon..Fri 08:00-18:00`, `unlimited 22:00-06:00`.  Raises UsageError."""
+        from hvbackup.schedule import Window
+
         rate, _, when = text.strip().partition(" ")
         return cls(_rate(rate, text), Window.parse(when) if when.strip() else None)
 
@@ -107,7 +111,7 @@ class Book:
     clock: Callable[[], int] = time.monotonic_ns  # the same for all processes of a host
     wall: Callable[[], int] = time.time_ns
     sleep: Callable[[float], None] = time.sleep
-    zone: tzinfo = field(default_factory=local_zone)
+    zone: tzinfo | None = None  # None: this host's
     _looked: int | None = None
     _stamp: tuple[int, int] = (0, 0)
     _rules: Mapping[tuple[str, str], Sequence[Rule]] = field(default_factory=dict)
@@ -118,7 +122,15 @@ class Book:
         if self._looked is None or now - self._looked >= LOOK_NS:
             self._looked = now
             self._look()
-        return rate_now(self._rules.get((kind, key), ()), Instant(self.wall()), self.zone)
+        rules = self._rules.get((kind, key))
+        return rate_now(rules, Instant(self.wall()), self._zone()) if rules else 0
+
+    def _zone(self) -> tzinfo:
+        if self.zone is None:
+            from hvbackup.zone import local_zone
+
+            self.zone = local_zone()
+        return self.zone
 
     def _look(self) -> None:
         path = self.run / FOLDER / RULES

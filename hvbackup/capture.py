@@ -19,7 +19,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 
@@ -417,10 +417,21 @@ class _Run:
         blocks = [buffer[i * self._block : (i + 1) * self._block] for i in range(count)]
         ids = np.zeros((count, ID_BYTES), np.uint8)
         some = np.flatnonzero(nonzero)
-        digests = b"".join([blake3.blake3(blocks[i], key=self._key).digest() for i in some.tolist()])
-        ids[some] = np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES)
+        ids[some] = np.frombuffer(self._digests(blocks[i] for i in some.tolist()), np.uint8).reshape(-1, ID_BYTES)
         changed: NDArray[np.bool_] = (ids != self._parent_ids(base, batch, count)).any(axis=1)
         return blocks, ids, nonzero, changed
+
+    def _digests(self, blocks: Iterable[memoryview]) -> bytes:
+        """The ids of blocks with data, one after the other; each thread's hasher is used again and again."""
+        hasher: blake3.blake3 | None = getattr(self._local, "hasher", None)
+        if hasher is None:
+            hasher = self._local.hasher = blake3.blake3(key=self._key)
+        found = []
+        for block in blocks:
+            hasher.update(block)
+            found.append(hasher.digest())
+            hasher.reset()
+        return b"".join(found)
 
     def _read(self, readers: _Readers, batch: Batch) -> tuple[bytearray, int]:
         """The bytes of a batch, each run padded with zeroes to whole blocks; valid until the thread's next batch."""

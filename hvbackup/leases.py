@@ -21,7 +21,6 @@ from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import SECOND, Instant, LeaseId, Machine, MachineId, Token
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.sealed import seal, unseal
-from hvbackup.store.journal.history import newest_tokens
 from hvbackup.store.store import Store
 
 LEASE_NS = 15 * 60 * SECOND
@@ -110,6 +109,8 @@ class Leases:
 
 def committed_tokens(store: Store, machine: MachineId) -> list[Token]:
     """The tokens that the newest point and the newest barrier of a machine name: what no clean-up may remove."""
+    from hvbackup.store.journal.history import newest_tokens  # only after a run that did not end
+
     barrier = [Token(**token) for token in newest_tokens(store, machine).values()]
     return [*point_tokens(store, machine), *barrier]
 

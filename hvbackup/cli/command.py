@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from hvbackup.cli import (
-    audit,
-    continuous,
-    copies,
-    doctor,
-    insight,
-    interrupt,
-    machines,
-    papers,
-    people,
-    recovery,
-    retention,
-    serving,
-    stores,
-    upkeep,
-)
+from hvbackup.cli import interrupt
 from hvbackup.cli.interrupt import MESSAGE
 from hvbackup.cli.output import Out
-from hvbackup.cli.parser import Parser, new_parser, split_off_moment
+from hvbackup.cli.parser import Parser, new_parser, split_off_moment, verb_in
 from hvbackup.errors import HvbackupError, Interrupted
 
-GROUPS = (
-    stores,
-    machines,
-    continuous,
-    recovery,
-    copies,
-    retention,
-    audit,
-    insight,
-    upkeep,
-    doctor,
-    serving,
-    people,
-    papers,
-)
+VERBS: Mapping[
+    str, Sequence[str]
+] = {  # of each module, in the order of `--help`; only the one that is needed is loaded
+    "stores": ("init", "status", "key", "check", "sql", "benchmark"),
+    "machines": ("backup", "points"),
+    "continuous": ("protect", "tag", "timeline"),
+    "recovery": ("restore", "boot", "drill", "discard", "map"),
+    "copies": ("copy",),
+    "retention": ("prune", "forget", "hold", "holds", "release", "approve", "settings", "reclaim"),
+    "audit": ("audit",),
+    "insight": ("stats", "size"),
+    "upkeep": ("regroup", "parity"),
+    "doctor": ("doctor",),
+    "serving": ("serve", "config", "jobs", "watch"),
+    "people": ("user", "token"),
+    "papers": ("completion", "man"),
+}
 
 
-def build() -> Parser:
-    """The parser of every verb."""
+def build(verb: str = "") -> Parser:
+    """The parser of a verb and its neighbours, or of every verb where there is none of that name."""
     parser, verbs = new_parser()
-    for group in GROUPS:
-        group.add(verbs)
+    modules = [module for module, names in VERBS.items() if verb in names] or list(VERBS)
+    for module in modules:
+        importlib.import_module(f"hvbackup.cli.{module}").add(verbs)
     parser.set_defaults(build=build)  # for the verbs that write of all verbs
     return parser
 
@@ -60,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     out = Out(json="--json" in words)  # until the words are understood
     _print_anything()
     try:
-        args = build().parse_args(split_off_moment(words))
+        args = build(verb_in(words)).parse_args(split_off_moment(words))
         out = Out.of(args)
         code: int = args.run(args, out)
         return out.finish(code)

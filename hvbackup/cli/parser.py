@@ -6,7 +6,6 @@ Errors of the parser are UsageErrors like any other: one line, exit code 2, with
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -32,6 +31,8 @@ environment:
   HVBACKUP_STORE, HVBACKUP_STATE, HVBACKUP_CONFIG, HVBACKUP_RUN    where things are
   HVBACKUP_KEY_FILE, HVBACKUP_PASSPHRASE_FILE                      what opens the store
 """
+
+VALUED = ("--store", "--key-file", "--passphrase-file")  # options before a verb that take the next word
 
 Verbs = Any  # argparse's own class for this is private
 
@@ -70,6 +71,8 @@ class Parser(argparse.ArgumentParser):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at what was probably meant, or nothing."""
+    import difflib  # only a slip of the fingers needs it
+
     near = difflib.get_close_matches(word, sorted(set(known)), 1, 0.6)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -103,6 +106,16 @@ def add_verb(verbs: Verbs, name: str, help_: str, description: str = "", epilog:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=help_, description=text, epilog=epilog)
     add_shared(verb)
     return verb
+
+
+def verb_in(words: Sequence[str]) -> str:
+    """The verb among the words of a command, or nothing: the first that is neither an option nor what belongs to one."""
+    before = ""
+    for word in words:
+        if not word.startswith("-") and before not in VALUED:
+            return word
+        before = word
+    return ""
 
 
 def split_off_moment(words: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -37,6 +38,20 @@ def test_help_lists_every_exit_code() -> None:
     codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.HvbackupError)}
     listed = {int(line.split()[0]) for line in EPILOG.splitlines() if line.strip()[:1].isdigit()}
     assert listed == codes | {0}
+
+
+def test_each_verb_is_found_in_its_module() -> None:
+    from hvbackup.cli import command
+    from hvbackup.cli.parser import new_parser
+
+    for module, names in command.VERBS.items():
+        _, verbs = new_parser()
+        importlib.import_module(f"hvbackup.cli.{module}").add(verbs)
+        assert list(verbs.choices) == list(names)
+    with_verbs = {
+        p.stem for p in Path(command.__file__).parent.glob("*.py") if "\ndef add(verbs: Verbs)" in p.read_text()
+    }
+    assert with_verbs == set(command.VERBS)
 
 
 def test_docs_list_every_exit_code_verb_and_option() -> None:
