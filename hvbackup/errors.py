@@ -12,6 +12,7 @@
     ├── Busy                      5   somebody else holds the store, the machine or the disk
     ├── SpaceExhausted            1   no room left; what was committed is untouched
     ├── HookFailed                1   a program of the administrator's said no, or did not end
+    ├── FileSystemUnreadable      1   a file system inside a disk is broken, encrypted or unknown; the disk itself is as it was
     ├── KeyRefused                2   no key, a wrong key, or a damaged key file
     └── StoreDamage              20   stored bytes are missing or wrong
         ├── ChunkDamaged              one chunk; `check` names what needs it
@@ -81,6 +82,10 @@ class SpaceExhausted(HvbackupError):
 
 class HookFailed(HvbackupError):
     """A hook ended with an error or not in time; before a freeze this means that there is no point."""
+
+
+class FileSystemUnreadable(HvbackupError):
+    """A file system inside a disk is broken, encrypted or unknown; the disk is as it was, and can be restored or booted."""
 
 
 class PartlyFailed(HvbackupError):

@@ -38,7 +38,7 @@ COMPLETIONS = {
     "zsh": "usr/share/zsh/vendor-completions/_hvbackup",
     "fish": "usr/share/fish/vendor_completions.d/hvbackup.fish",
 }
-EXTRAS = ("service",)  # that the package brings, where the project has them
+EXTRAS = ("service", "files")  # that the package brings, where the project has them
 
 
 def build(to: Path) -> Path:

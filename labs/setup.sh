@@ -10,6 +10,7 @@ PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra    # machines, disks, qemu
           nbdkit libnbd-bin                              # the NBD programs the tests compare ours with
           libvirt-daemon libvirt-daemon-driver-qemu swtpm swtpm-tools ovmf    # a libvirtd of the tests' own
           e2fsprogs sqlite3 gcc libc6-dev                # the lab guest's file systems and its one C program
+          dosfstools mtools ntfs-3g xfsprogs btrfs-progs gdisk fdisk    # file systems inside disks
           chromium fonts-dejavu-core                     # the console is tested in a real browser
           debootstrap                                    # a bare system, for the test of the package
           ca-certificates tzdata)                        # tzdata: calendars of retention
@@ -98,7 +99,7 @@ step_venv() {
     apt_install "${LIBVIRT_PACKAGES[@]}" $(python_headers)
     say "Installing hvbackup and its tools into .venv (the versions in constraints.txt)"
     PIP_CONSTRAINT=$PWD/constraints.txt .venv/bin/python -m pip install -qq --disable-pip-version-check \
-        --no-input -e '.[dev,libvirt,parity]'
+        --no-input -e '.[dev,libvirt,parity,files]'
     want=$(venv_fingerprint)
     printf '%s\n' "$want" >"$stamp"
 }
@@ -111,7 +112,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 
 venv_fingerprint() {    # what the environment was made from; it is made anew when one of these lines changes
     echo "home $PWD"
-    echo "extras dev,libvirt"
+    echo "extras dev,libvirt,parity,files"
     { sed '/^# --- /,$d' pyproject.toml; cat constraints.txt packaging/build_target.py hvbackup/target/target.c; } | sha256sum    # not the tools' settings
 }
 
