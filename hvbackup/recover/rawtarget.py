@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from hvbackup.errors import HvbackupError, UsageError
 from hvbackup.files import PARTIAL, Kernel, locked, named_errors
+from hvbackup.model import MiB
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
+WRITE_BACK_BYTES = 32 * MiB  # the disk begins on them while the next ones are decoded
 _ZEROES = bytes(1024 * 1024)
 PUNCH_HOLE, KEEP_SIZE = 2, 1  # of fallocate(2)
 NO_HOLES = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)  # then zeroes are written
@@ -42,6 +44,7 @@ class RawTarget:
         flags = os.O_EXCL if self._device else os.O_CREAT  # O_EXCL: nobody mounts it meanwhile
         with named_errors("open", self._written):
             self._fd = os.open(self._written, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+        self._waiting = 0  # bytes; threads may lose some of it to each other
         try:
             self.blank = self._prepared(keep=keep)
         except BaseException:
@@ -72,10 +75,14 @@ class RawTarget:
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`."""
         view = memoryview(data).cast("B")
+        self._waiting += len(view)
         with named_errors("write", self._written):
             while view:
                 n = os.pwrite(self._fd, view, offset)
                 view, offset = view[n:], offset + n
+        if self._waiting >= WRITE_BACK_BYTES:
+            self._waiting = 0
+            self._kernel.begin_write_back(self._fd)
 
     def zero(self, offset: int, length: int) -> None:
         """The range reads as zeroes: a hole where the file system or device can have one."""

@@ -15,7 +15,7 @@ from hvbackup.errors import Busy, ChunkDamaged, UsageError
 from hvbackup.files import PARTIAL, Kernel
 from hvbackup.hypervisors.fake import FakeDisk
 from hvbackup.recover import restore as module
-from hvbackup.recover.rawtarget import RawTarget
+from hvbackup.recover.rawtarget import WRITE_BACK_BYTES, RawTarget
 from hvbackup.recover.restore import Mode, Restored, check_target, to_file
 from hvbackup.store.chunks import writer
 from hvbackup.store.chunks.view import DiskView
@@ -132,6 +132,24 @@ class DyingKernel(Kernel):
 
     def sync_dir(self, path: str) -> None:
         self.step("sync_dir")
+
+
+def test_the_disk_begins_to_write_long_before_the_end(tmp_path: Path) -> None:
+    class Watching(Kernel):
+        begun = 0
+
+        def begin_write_back(self, fd: int) -> None:
+            self.begun += 1
+            super().begin_write_back(fd)
+
+    kernel, piece = Watching(), bytes(WRITE_BACK_BYTES // 2)
+    target = RawTarget(tmp_path / "disk.raw", 4 * len(piece), keep=False, in_place=False, kernel=kernel)
+    for i in range(4):
+        target.write(i * len(piece), piece)
+        assert kernel.begun == (i + 1) // 2
+    target.finish()
+    target.close()
+    assert (tmp_path / "disk.raw").stat().st_size == 4 * len(piece)
 
 
 class DyingTarget(RawTarget):
