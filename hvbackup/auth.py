@@ -34,6 +34,7 @@ from hvbackup.model import SECOND, Instant
 
 FILE = "accounts.json"
 USED = "codes.json"  # beside it
+SIGNED_ON = "single sign-on"  # in the place of a password: no password fits it, and a provider says who it is
 RESERVED = ("local", "nobody", "schedule")  # who else the audit names
 PREFIX = "hvb_"  # of a token, so that scanners of leaked secrets know it
 TOTP_STEP_SECONDS = 30
@@ -102,9 +103,14 @@ class User:
     name: str
     role: Role
     machines: Sequence[str]
-    password: str  # argon2id
+    password: str  # argon2id, or SIGNED_ON
     totp: str = ""  # base32
     made: int = 0
+
+    @property
+    def signs_on(self) -> bool:
+        """Whether a provider says who they are."""
+        return self.password == SIGNED_ON
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,15 @@ class Accounts:
             self.guard.succeeded(keys)
         return Principal(user.name, user.role, tuple(user.machines))
 
+    def signed_on(self, name: str) -> Principal:
+        """The person whom a provider named.  Raises Refused unless they were made to come in that way."""
+        user = self._now().users.get(name)
+        if user is None or not user.signs_on:
+            raise Refused(
+                f"The provider knows {name}, and here is no such user; an admin adds it with --single-sign-on"
+            )
+        return Principal(user.name, user.role, tuple(user.machines))
+
     def still(self, principal: Principal) -> Principal:
         """The person as they are now: a session ends with its user, and changes with their role.  Raises Refused."""
         user = self._now().users.get(principal.name)
@@ -202,16 +217,22 @@ class Accounts:
         """Every token."""
         return list(self._now().tokens.values())
 
-    def add_user(self, name: str, role: Role, machines: Sequence[str], password: str, *, totp: bool) -> User:
-        """The user is known when this returns; one of that name is replaced.  Raises UsageError."""
+    def add_user(self, name: str, role: Role, machines: Sequence[str], password: str | None, *, totp: bool) -> User:
+        """The user is known when this returns; one of that name is replaced.  None: they come in by single sign-on.
+
+        Raises UsageError.
+        """
         if not name.isprintable() or not 1 <= len(name) <= 64:
             raise UsageError("A user's name has 1 to 64 printable characters")
         if name in RESERVED or name.startswith("token "):
             raise UsageError(f"A user can't be called {name}: the audit would take them for somebody else")
-        if len(password) < PASSWORD_MIN:
+        if password is None and totp:
+            raise UsageError("Whoever comes in by single sign-on has the provider's second factor, and none here")
+        if password is not None and len(password) < PASSWORD_MIN:
             raise UsageError(f"A password has at least {PASSWORD_MIN} characters")
         secret = base64.b32encode(secrets.token_bytes(20)).decode() if totp else ""
-        user = User(name, role, list(machines) or ["*"], _hashed(password), secret, self._clock())
+        hashed = SIGNED_ON if password is None else _hashed(password)
+        user = User(name, role, list(machines) or ["*"], hashed, secret, self._clock())
         self._change(lambda book: replace(book, users={**book.users, name: user}))
         return user
 

@@ -132,6 +132,19 @@ class ServiceSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ProviderSettings:
+    """`[provider]`: who says who somebody is, by OpenID Connect."""
+
+    issuer: str = setting(text, "", "its address; empty: nobody, people have passwords here")
+    client: str = setting(text, "", "what it calls us")
+    secret_file: str = setting(whole_path, "", "what we prove that with")
+    console: str = setting(text, "", "https://HOST:PORT, as browsers reach the console")
+    claim: str = setting(text, "preferred_username", "what in its answer is the name of a user")
+    label: str = setting(text, "single sign-on", "what it is called on the login page")
+    ca: str = setting(whole_path, "", "PEM file of who vouches for its certificate; empty: this system's")
+
+
+@dataclass(frozen=True, slots=True)
 class StoreSettings:
     """`[store.NAME]`."""
 
@@ -214,6 +227,7 @@ class Configuration:
     """The whole configuration."""
 
     service: ServiceSettings = field(default_factory=ServiceSettings)
+    provider: ProviderSettings = field(default_factory=ProviderSettings)
     stores: Mapping[str, StoreSettings] = field(default_factory=dict)
     sources: Mapping[str, SourceSettings] = field(default_factory=dict)
     policies: Mapping[str, PolicySettings] = field(default_factory=dict)
@@ -225,7 +239,7 @@ class Configuration:
         return policy.store or next(iter(self.stores))
 
 
-SINGLE = {"service": ServiceSettings}
+SINGLE: Mapping[str, type[Any]] = {"service": ServiceSettings, "provider": ProviderSettings}
 NAMED: Mapping[str, type[Any]] = {
     "store": StoreSettings,
     "source": SourceSettings,
@@ -320,6 +334,19 @@ def _nearest(word: str, known: Any) -> str:
 
 def _cross_checks(s: Configuration) -> list[str]:
     found = [f"[source.{n}] has no uri" for n, source in s.sources.items() if not source.uri]
+    if s.provider != ProviderSettings():
+        found += [
+            f"[provider] has no {what}"
+            for what in ("issuer", "client", "secret_file", "console")
+            if not getattr(s.provider, what)
+        ]
+        for what in ("issuer", "console"):
+            if (value := getattr(s.provider, what)) and not value.startswith(
+                ("https://", "http://localhost", "http://127.0.0.1")
+            ):
+                found.append(f"[provider] {what} is an address that begins with https://")
+        if s.provider.console.endswith("/"):
+            found.append("[provider] console ends without a slash")
     for name, policy in s.policies.items():
         where = f"[policy.{name}]"
         if not policy.machines:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from hvbackup.api.oidc import Logins, Provider
 from hvbackup.auth import Accounts, Permission, Principal, Refused, Role
 from hvbackup.configuration import PolicySettings
 from hvbackup.daemon.keeper import Keeper
@@ -98,6 +99,8 @@ class Desk:
     keeper: Keeper
     accounts: Accounts
     sessions: Sessions = field(default_factory=Sessions)
+    provider: Provider | None = None  # of single sign-on, while the configuration names one
+    logins: Logins = field(default_factory=Logins)
     port: int = 0  # of the network, once we listen
     audited: list[dict[str, Any]] = field(default_factory=list)
     _audit_lock: threading.Lock = field(default_factory=threading.Lock)

@@ -18,10 +18,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import ValidationError
 
 from hvbackup import __version__, configuration, jobs
-from hvbackup.api import machines, orders, people, scrape, show, stores, work
+from hvbackup.api import machines, oidc, orders, people, scrape, show, stores, work
 from hvbackup.api.gate import Caller, Desk, Forbidden, TheDesk, admit, caller_of, check_origin, row_of
 from hvbackup.api.timeline import band
-from hvbackup.auth import Permission, Refused
+from hvbackup.auth import Permission, Refused, TooMany
 from hvbackup.daemon import rows
 from hvbackup.daemon.rows import Row, Standing
 from hvbackup.errors import HvbackupError, NotFound, UsageError
@@ -158,9 +158,16 @@ Form = Annotated[dict[str, str], Depends(form)]
 @router.get("/login")
 def login_page(request: Request, to: Annotated[str, Query(max_length=200)] = "/") -> HTMLResponse:
     """Name and password."""
+    return _login_page(request, 200, _within(to), "")
+
+
+def _login_page(request: Request, code: int, to: str, said: str) -> HTMLResponse:
+    desk: Desk = request.app.state.desk
+    provider = desk.keeper.settings.provider
     return _page(
-        request, "login.html", None, to=_within(to), said="", nobody=not request.app.state.desk.accounts.users()
-    )
+        request, "login.html", None, code, to=to, said=said, nobody=not said and not desk.accounts.users(),
+        provider=provider.label if provider.issuer else "",
+    )  # fmt: skip
 
 
 @router.post("/login")
@@ -176,10 +183,58 @@ def login(request: Request, desk: TheDesk, fields: Form) -> Response:
             desk, fields.get("name", ""), fields.get("password", ""), fields.get("code", ""), address
         )
     except Refused as e:
-        return _page(request, "login.html", None, 401, to=to, said=str(e), nobody=False)
+        return _login_page(request, 401, to, str(e))
     answer = RedirectResponse(to, 303)
     people.set_cookie(answer, cookie)
     return answer
+
+
+@router.get("/login/provider")
+def to_provider(desk: TheDesk, to: Annotated[str, Query(max_length=200)] = "/") -> Response:
+    """Off to who says who somebody is."""
+    state, login = desk.logins.begin(_within(to))
+    answer = RedirectResponse(_provider(desk).address(state, login), 303)
+    # It comes back from another site, which a strict cookie would not.
+    answer.set_cookie(oidc.COOKIE, state, secure=True, httponly=True, samesite="lax", path="/", max_age=600)
+    return answer
+
+
+@router.get(oidc.BACK)
+def from_provider(
+    request: Request, desk: TheDesk, state: Annotated[str, Query(max_length=100)] = "",
+    code: Annotated[str, Query(max_length=4000)] = "", error: Annotated[str, Query(max_length=200)] = "",
+) -> Response:  # fmt: skip
+    """A session for whom the provider named, or the login page again."""
+    address = request.client.host if request.client else "local"
+    keys, to = (f"provider from {address}",), "/"
+    try:
+        desk.accounts.guard.admit(keys)
+        login = desk.logins.end(state, request.cookies.get(oidc.COOKIE, ""))
+        to = login.to
+        if error or not code:
+            raise Refused(f"The provider refused: {error or 'it gave no code'}")
+        name = _provider(desk).name(code, login)
+        cookie, _, _ = people.admitted(desk, name, address, lambda: desk.accounts.signed_on(name))
+    except HvbackupError as e:
+        if not isinstance(e, TooMany):
+            desk.accounts.guard.failed(keys)
+        return _login_page(request, 429 if isinstance(e, TooMany) else 401, to, str(e))
+    desk.accounts.guard.succeeded(keys)
+    # A page of ours goes on: the browser would not send a strict cookie where another site sent it.
+    answer = _page(request, "entered.html", None, to=to)
+    people.set_cookie(answer, cookie)
+    answer.delete_cookie(oidc.COOKIE, secure=True, httponly=True, samesite="lax", path="/")
+    return answer
+
+
+def _provider(desk: Desk) -> oidc.Provider:
+    """As it is configured now.  Raises NotFound."""
+    settings = desk.keeper.settings.provider
+    if not settings.issuer:
+        raise NotFound("There is no [provider] in the configuration")
+    if desk.provider is None or desk.provider.settings != settings:
+        desk.provider = oidc.Provider(settings)
+    return desk.provider
 
 
 def _within(to: str) -> str:

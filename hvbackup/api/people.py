@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -9,7 +10,8 @@ from pydantic import Field
 
 from hvbackup.api.gate import COOKIE, Caller, TheDesk, audited, needs
 from hvbackup.api.orders import Line, Order, Stretch
-from hvbackup.auth import Permission, Refused, Role, Token, User
+from hvbackup.auth import Permission, Principal, Role, Token, User
+from hvbackup.errors import HvbackupError, UsageError
 from hvbackup.model import Instant
 from hvbackup.moments import rfc3339
 from hvbackup.schedule import stretch
@@ -32,10 +34,11 @@ class NewUser(Order):
     """A person."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
-    password: Annotated[str, Field(min_length=10, max_length=1000)]
+    password: Annotated[str, Field(max_length=1000)] = ""
     role: Role
     machines: Words = Field(default_factory=lambda: ["*"])
     totp: bool = False
+    single_sign_on: bool = False  # instead of a password
 
 
 class NewToken(Order):
@@ -58,11 +61,14 @@ def login(request: Request, response: Response, desk: TheDesk, order: Login) -> 
 
 def enter(desk: TheDesk, name: str, password: str, code: str, address: str) -> tuple[str, str, str]:
     """A new session's cookie, its word, and whose it is.  Raises Refused; either way it is in the audit."""
-    from hvbackup.auth import Principal
+    return admitted(desk, name, address, lambda: desk.accounts.by_password(name, password, code, address))
 
+
+def admitted(desk: TheDesk, name: str, address: str, known: Callable[[], Principal]) -> tuple[str, str, str]:
+    """A new session's cookie, its word, and whose it is, if `known` knows them.  Either way it is in the audit."""
     try:
-        principal = desk.accounts.by_password(name, password, code, address)
-    except Refused as e:
+        principal = known()
+    except HvbackupError as e:
         desk.audit(Caller(Principal(name[:64] or "nobody", Role.VIEWER), address), "login", f"refused: {e}")
         raise
     cookie = desk.sessions.begin(principal)
@@ -101,7 +107,10 @@ def users(desk: TheDesk, caller: Admin) -> dict[str, Any]:
 def add_user(desk: TheDesk, caller: Admin, order: NewUser) -> dict[str, Any]:
     """A new user; the secret of their authenticator is shown once."""
     with audited(desk, caller, "user add", user=order.name, role=str(order.role)):
-        user = desk.accounts.add_user(order.name, order.role, order.machines, order.password, totp=order.totp)
+        if order.single_sign_on and order.password:
+            raise UsageError("Whoever comes in by single sign-on has no password here")
+        password = None if order.single_sign_on else order.password
+        user = desk.accounts.add_user(order.name, order.role, order.machines, password, totp=order.totp)
     return {**user_shape(user), "totp": user.totp or None}
 
 
@@ -137,7 +146,13 @@ def remove_token(desk: TheDesk, caller: Admin, token: Annotated[str, Path(patter
 
 def user_shape(u: User) -> dict[str, Any]:
     """A user as JSON."""
-    return {"name": u.name, "role": str(u.role), "machines": list(u.machines), "second_factor": bool(u.totp)}
+    return {
+        "name": u.name,
+        "role": str(u.role),
+        "machines": list(u.machines),
+        "second_factor": bool(u.totp),
+        "single_sign_on": u.signs_on,
+    }
 
 
 def token_shape(t: Token) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hvbackup.cli.parser import Verbs, add_shared, add_verb, interactive
 from hvbackup.errors import UsageError
 
 if TYPE_CHECKING:
-    from hvbackup.auth import Accounts
+    from hvbackup.auth import Accounts, User
 
 ROLES = ("viewer", "operator", "restorer", "admin")
 TEXT = """\
@@ -53,6 +53,11 @@ def _add_more(action: argparse.ArgumentParser, what: str) -> None:
     if what == "user":
         action.add_argument("--totp", action="store_true", help="with an authenticator's code as a second factor")
         action.add_argument(
+            "--single-sign-on",
+            action="store_true",
+            help="no password: the [provider] of the configuration says who it is",
+        )
+        action.add_argument(
             "--password-file", metavar="FILE", help="the password; - for standard input (default: it is asked for)"
         )
     else:
@@ -79,7 +84,11 @@ def user_add(args: argparse.Namespace, out: Out) -> int:
     return 0
 
 
-def _password(args: argparse.Namespace) -> str:
+def _password(args: argparse.Namespace) -> str | None:
+    if args.single_sign_on:
+        if args.password_file:
+            raise UsageError("Whoever comes in by single sign-on has no password here; leave out --password-file")
+        return None
     if args.password_file == "-":
         return sys.stdin.readline().rstrip("\n")
     if args.password_file:
@@ -99,10 +108,23 @@ def _password(args: argparse.Namespace) -> str:
 def user_list(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup user list`."""
     found = _accounts(args).users()
-    shown = [{"name": u.name, "role": u.role, "machines": u.machines, "second_factor": bool(u.totp)} for u in found]
-    rows = [(u.name, u.role, ", ".join(u.machines), "yes" if u.totp else "no") for u in found]
+    shown = [
+        {
+            "name": u.name,
+            "role": u.role,
+            "machines": u.machines,
+            "second_factor": bool(u.totp),
+            "single_sign_on": u.signs_on,
+        }
+        for u in found
+    ]
+    rows = [(u.name, u.role, ", ".join(u.machines), _factor(u)) for u in found]
     out.answer({"users": shown}, table(("NAME", "ROLE", "MACHINES", "SECOND FACTOR"), rows))
     return 0
+
+
+def _factor(user: User) -> str:
+    return "the provider's" if user.signs_on else "yes" if user.totp else "no"
 
 
 def user_remove(args: argparse.Namespace, out: Out) -> int:

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from hvbackup import config
 from hvbackup.api.server import answering
-from hvbackup.auth import Role
+from hvbackup.auth import Accounts, Role
 from hvbackup.capture import Options, capture
 from hvbackup.config import KeyOptions
+from hvbackup.configuration import ProviderSettings
 from hvbackup.daemon.keeper import Keeper
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Instant, MiB
 from hvbackup.service.session import Session
+from tests.api.provider import CLIENT, SECRET, Provider
+from tests.api.provider import answering as provider_answering
 from tests.cli.rig import World, make_disk
 from tests.hypervisors.daemon import Daemon, make_image, node
 
@@ -278,6 +281,30 @@ def test_who_may_less_sees_less(page: Page, console: Console) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text("Not there")
     page.goto("/audit")
     expect(page.get_by_role("heading", level=1)).to_have_text("Not allowed")
+
+
+def test_a_person_comes_in_by_single_sign_on(page: Page, console: Console) -> None:
+    """The browser comes back from another site: what keeps others out must let it in."""
+    secret = console.world.folder / "client-secret"
+    secret.write_text(SECRET)
+    secret.chmod(0o600)
+    Accounts(console.keeper.places.configuration, console.keeper.clock).add_user(
+        "sam", Role.VIEWER, [], None, totp=False
+    )
+    before = console.keeper.settings
+    with provider_answering(Provider(console.address)) as provider:
+        settings = ProviderSettings(
+            issuer=provider.address, client=CLIENT, secret_file=str(secret), console=console.address, label="the house"
+        )
+        console.keeper.settings = replace(before, provider=settings)
+        try:
+            page.goto("/jobs")
+            shot(page, "login-provider")
+            page.get_by_role("link", name="Log in with the house").click()
+            expect(page.get_by_role("heading", level=1)).to_have_text("Jobs")
+            expect(page.get_by_text("sam")).to_be_visible()
+        finally:
+            console.keeper.settings = before
 
 
 def test_another_site_can_not_order_anything(page: Page, console: Console) -> None:

@@ -1,0 +1,149 @@
+"""Single sign-on: a provider says who somebody is, and is believed only where everything fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from hvbackup.api.gate import COOKIE
+from hvbackup.auth import Role
+from hvbackup.configuration import ProviderSettings
+from hvbackup.errors import UsageError
+from tests.api.conftest import Site
+from tests.api.provider import CLIENT, SECRET, Provider, answering
+
+PASSWORD = "correct horse battery"
+
+
+@pytest.fixture
+def provider(site: Site) -> Iterator[Provider]:
+    before, secret = site.keeper.settings, site.world.folder / "client-secret"
+    secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
+    site.desk.accounts.guard._failures.clear()
+    site.desk.accounts.add_user("sam", Role.OPERATOR, ["tag:web"], None, totp=False)
+    with answering(Provider("https://testserver")) as found:
+        settings = ProviderSettings(
+            issuer=found.address,
+            client=CLIENT,
+            secret_file=str(secret),
+            console=found.console,
+            label="the <b>house</b>",
+        )
+        site.keeper.settings = replace(before, provider=settings)
+        yield found
+        site.keeper.settings, site.desk.provider = before, None
+
+
+def sent(client: httpx.Client, to: str = "/jobs") -> str:
+    """Where the provider sends the browser back to."""
+    there = client.get("/login/provider", params={"to": to}, follow_redirects=False)
+    assert there.status_code == 303, there.text
+    return httpx.get(there.headers["location"]).headers["location"]
+
+
+def test_a_person_comes_in_and_may_what_their_role_may(site: Site, provider: Provider) -> None:
+    client = site.client()
+    assert "Log in with the &lt;b&gt;house&lt;/b&gt;" in client.get("/login").text
+    entered = client.get(sent(client))
+    assert entered.status_code == 200
+    assert 'content="0; url=/jobs"' in entered.text
+    cookie = next(c for c in entered.headers.get_list("set-cookie") if c.startswith(COOKIE + "="))
+    assert "SameSite=strict" in cookie
+    assert "HttpOnly" in cookie
+    assert "Secure" in cookie
+    assert client.get("/api/v1/me").json() == {"name": "sam", "role": "operator", "machines": ["tag:web"]}
+    last = site.desk.audited[-1]
+    assert (last["what"], last["who"], last["status"]) == ("login", "sam", "done")
+    site.desk.accounts.remove_user("sam")
+    assert client.get("/api/v1/me").status_code == 401, "a session ends with its user"
+
+
+FLAWS = (
+    "nonce", "audience", "expired", "issuer", "another program", "nameless", "without an end", "unsigned",
+    "signed with the public key", "another key", "an unknown key", "says no", "sends our secret on", "token over http",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_an_answer_that_does_not_fit_is_not_believed(site: Site, provider: Provider, flaw: str) -> None:
+    client = site.client()
+    provider.flaw = flaw
+    answer = client.get(sent(client))
+    assert answer.status_code == 401
+    assert 'role="alert"' in answer.text
+    assert client.get("/api/v1/me").status_code == 401
+
+
+def test_a_provider_under_another_name_is_refused(site: Site, provider: Provider) -> None:
+    provider.flaw = "calls itself otherwise"
+    assert "correct [provider] issuer" in site.client().get("/login/provider").text
+
+
+@pytest.mark.parametrize("person", ["nobody-here", "ann", "local"])
+def test_who_was_not_made_to_come_in_that_way_does_not(site: Site, provider: Provider, person: str) -> None:
+    site.desk.accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=False)
+    provider.person, client = person, site.client()
+    answer = client.get(sent(client))
+    assert answer.status_code == 401
+    assert "--single-sign-on" in answer.text
+    assert client.get("/api/v1/me").status_code == 401
+    assert site.desk.audited[-1]["who"] == person
+
+
+def test_a_login_is_its_browsers_own_and_counts_once(site: Site, provider: Provider) -> None:
+    victim, attacker = site.client(), site.client()
+    back = sent(attacker)
+    assert victim.get(back).status_code == 401, "somebody else's code makes nobody somebody else"
+    assert attacker.get(back).status_code == 401, "and is used up"
+    back = sent(victim)
+    assert victim.get(back).status_code == 200
+    assert victim.get(back).status_code == 401
+
+
+def test_no_other_site_is_gone_to(site: Site, provider: Provider) -> None:
+    client = site.client()
+    assert 'content="0; url=/"' in client.get(sent(client, "//example.org")).text
+
+
+def test_the_provider_may_be_away(site: Site, provider: Provider) -> None:
+    settings = site.keeper.settings.provider
+    site.keeper.settings = replace(site.keeper.settings, provider=replace(settings, issuer="http://127.0.0.1:1"))
+    answer = site.client().get("/login/provider")
+    assert answer.status_code == 502
+    assert "does not answer as a provider" in answer.text
+    site.keeper.settings = replace(site.keeper.settings, provider=ProviderSettings())
+    assert site.client().get("/login/provider").status_code == 404
+
+
+def test_no_password_fits_who_has_none(site: Site) -> None:
+    accounts = site.desk.accounts
+    accounts.add_user("sam", Role.OPERATOR, [], None, totp=False)
+    for word in ("", "single sign-on", "None"):
+        accounts.guard._failures.clear()
+        assert site.client().post("/api/v1/login", json={"name": "sam", "password": word}).status_code == 401
+    with pytest.raises(UsageError, match="second factor"):
+        accounts.add_user("sam", Role.OPERATOR, [], None, totp=True)
+
+
+def test_an_administrator_adds_them(site: Site) -> None:
+    admin = site.client("admin")
+
+    def add(**order: Any) -> httpx.Response:
+        return admin.post("/api/v1/users", json={"role": "viewer", **order})
+
+    made = add(name="kim", single_sign_on=True)
+    assert made.status_code == 201
+    assert made.json()["single_sign_on"] is True
+    assert add(name="lee", single_sign_on=True, password=PASSWORD).status_code == 422
+    assert add(name="lee").status_code == 422
+    world = site.world
+    world.done("user", "add", "pat", "--role", "viewer", "--single-sign-on")
+    assert "the provider's" in world.done("user", "list").out
+    assert "no password" in world.refused(
+        2, "user", "add", "pat", "--role", "viewer", "--single-sign-on", "--password-file", "x"
+    )
