@@ -33,6 +33,9 @@ exec /usr/sbin/libvirtd "$@"
 """
 
 
+START_SECONDS = 60.0
+
+
 class Libvirtd:
     """One daemon."""
 
@@ -60,19 +63,27 @@ class Libvirtd:
         command = ["unshare", "--mount", "--propagation", "slave", "bash", "-c", _START, "libvirtd"]
         command += [str(self.folder), str(_cache())]
         options = ["-f", f"{self.folder}/libvirtd.conf", "-p", f"{self.folder}/libvirtd.pid", *self._options]
-        log = (self.folder / "out").open("ab")
-        self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        log.close()
-        end = time.monotonic() + 30
+        self._process = self._run([*command, *options])
+        end = time.monotonic() + START_SECONDS
         while True:
             try:
                 self.connection().close()
                 return self
             except libvirt.libvirtError as error:
-                if time.monotonic() > end or self._process.poll() is not None:
-                    said = (self.folder / "out").read_text() + (self.folder / "libvirtd.log").read_text()
-                    raise RuntimeError(f"libvirtd did not start: {said}") from error
+                if time.monotonic() > end:
+                    log = (self.folder / "libvirtd.log").read_text()
+                    raise RuntimeError(f"libvirtd did not start: {log}{self._said()}") from error
+                if self._process.poll() is not None:  # what a killed one has begun still holds its lock, for a moment
+                    time.sleep(1)
+                    self._process = self._run([*command, *options])
                 time.sleep(0.05)
+
+    def _run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with (self.folder / "out").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def _said(self) -> str:
+        return (self.folder / "out").read_text()
 
     def connection(self) -> libvirt.virConnect:
         """A connection to it."""
