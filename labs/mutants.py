@@ -22,6 +22,7 @@ from pathlib import Path
 from labs.mutants_copying import COPYING
 from labs.mutants_forgetting import FORGETTING
 from labs.mutants_libvirt import LIBVIRT
+from labs.mutants_service import SERVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 1200
@@ -368,7 +369,7 @@ MUTANTS = (
         "            if False\n",
         ("tests/store/test_security.py",),
     ),
-    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING, *LIBVIRT)),
+    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING, *LIBVIRT, *SERVICE)),
     Mutant(
         "moments in doubt still offered after a lie",
         "hvbackup/protect/cycles.py",
@@ -396,6 +397,20 @@ MUTANTS = (
         "            while not self._closed[step] and not self._expected <= self._reached[step]:\n",
         "            while False:\n",
         ("tests/test_protect_group.py::test_all_meet",),
+    ),
+    Mutant(
+        "what no point covers goes when the budget runs out",
+        "hvbackup/store/journal/window.py",
+        "        k for k in range(1, len(pieces)) if any(pieces[k - 1].last_seq <= p < pieces[k].name.first for p in covered)\n",
+        "        k for k in range(1, len(pieces))\n",
+        ("tests/test_stream_traps.py::test_what_no_point_covers_never_goes_and_a_gap_is_told_of",),
+    ),
+    Mutant(
+        "what points cover stays where no point can be made",
+        "hvbackup/protect/points.py",
+        "        except HvbackupError as e:  # what earlier points cover may be room enough\n",
+        "        except HvbackupError as e:\n            raise\n",
+        ("tests/test_stream_traps.py::test_what_no_point_covers_never_goes_and_a_gap_is_told_of",),
     ),
     Mutant(
         "segments merged across a point",

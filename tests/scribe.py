@@ -20,15 +20,48 @@ from tests.hypervisors.daemon import Daemon
 BLOCK = 4096
 
 
+class Metronome:
+    """How late this process may wake up here and now: what a machine's own slowness adds to every step of a wait."""
+
+    BEAT_SECONDS = 0.01
+    STEPS = 10  # between a guest's write and its answer, when somebody has to be killed first
+
+    def __init__(self) -> None:
+        self.late = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            time.sleep(self.BEAT_SECONDS)
+            self.late = max(self.late, time.monotonic() - began - self.BEAT_SECONDS)
+
+    def bound(self, seconds: float) -> float:
+        """What takes so long on a machine that has nothing else to do."""
+        return seconds + self.STEPS * self.late
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+
 class Scribe:
     """Writes on a thread of its own until told to stop."""
 
-    def __init__(self, daemon: Daemon, sizes: Mapping[str, int], rate: float, seed: int = 1) -> None:
+    def __init__(
+        self, daemon: Daemon, sizes: Mapping[str, int], rate: float, seed: int = 1, *, noise: bool = False
+    ) -> None:
         self._daemon, self._sizes, self._pause = daemon, dict(sizes), 1 / rate
         self._rng = random.Random(seed)
+        self._factors = np.ones(BLOCK // 8, np.uint64)
+        if noise:  # which nothing compresses
+            self._factors[1:] = np.random.default_rng(seed).integers(1 << 63, 1 << 64, BLOCK // 8 - 1, np.uint64)
         self.log: list[tuple[str, int]] = [("", 0)]  # number n is entry n
         self.acked = 0
         self.latencies: list[float] = []
+        self._metronome = Metronome()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -42,6 +75,12 @@ class Scribe:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join(30)
+        self._metronome.stop()
+
+    def assert_never_stalled(self, seconds: float, since: int = 0) -> None:
+        """No write waited longer than an idle machine may take, and this one adds."""
+        longest, bound = max(self.latencies[since:], default=0.0), self._metronome.bound(seconds)
+        assert longest < bound, f"a write waited for {longest:.2f} s, and may for {bound:.2f}"
 
     def wait(self, acked: int, seconds: float = 60) -> None:
         """So many writes have been answered, however slow the machine."""
@@ -63,7 +102,7 @@ class Scribe:
             try:
                 client = clients.get(disk) or self._daemon.guest(disk)
                 clients[disk] = client
-                client.write(block * BLOCK, number.to_bytes(8, "little") * (BLOCK // 8))
+                client.write(block * BLOCK, (np.uint64(number) * self._factors).tobytes())
             except HostUnreachable:
                 clients.pop(disk, None)
                 self._stop.wait(0.05)
@@ -85,6 +124,6 @@ class Scribe:
             for number, (where, block) in enumerate(self.log[: n + 1]):
                 if where == disk and number:
                     expected[block] = number
-            wrong = np.flatnonzero((c != expected[:, None]).any(axis=1))
+            wrong = np.flatnonzero((c != expected[:, None] * self._factors).any(axis=1))
             assert not len(wrong), f"{disk}: {len(wrong)} blocks are not of the first {n} writes, such as {wrong[:3]}"
         return n

@@ -7,7 +7,7 @@ import hmac
 import json
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -75,6 +75,23 @@ def test_flapping_is_quiet_and_nothing_that_lasts_is_hidden(raised: list[bool]) 
         lasted = lasted + 1 if there else 0
         assert heard if lasted > 60 else True
         assert not (heard and not there)
+
+
+def test_a_channel_that_fails_is_told_of_and_stops_no_other() -> None:
+    told, failed = list[Message](), list[str]()
+
+    class Deaf:
+        def send(self, messages: Sequence[Message]) -> None:
+            raise HostUnreachable("nobody listens")
+
+    class Good:
+        def send(self, messages: Sequence[Message]) -> None:
+            told.extend(messages)
+
+    [message] = Quiet().decide([Alarm("k", "critical", "web1", "is late")], Instant(0))
+    send_all({"deaf": Deaf(), "good": Good()}, [message], lambda name, e: failed.append(f"{name}: {e}"))
+    assert told == [message]
+    assert failed == ["deaf: nobody listens"]
 
 
 def test_one_line_for_several_with_the_worst_first() -> None:

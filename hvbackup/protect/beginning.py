@@ -38,7 +38,7 @@ def begin(setting: Setting, why: str) -> AnyLife:
         if rings.salvage(setting, recorder, history):
             history = History(setting.store, setting.machine.id)
         if history.last and setting.is_full():
-            Points(setting, history.last.t).make_room(history.last)
+            Points(setting, history.last.t).cover(history.last)
         life = resumed(setting, recorder, history, why) or captured(setting, recorder, why)
     except BaseException:
         recorder.abandon()

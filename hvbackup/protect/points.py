@@ -45,6 +45,7 @@ class Points:
     def __init__(self, setting: Setting, since: Instant) -> None:
         self._set = setting
         self._folded = since  # the time of the moment that was folded last
+        self._again = Instant(0)  # a moment as late as this, after a point that could not be made
         self._folding: threading.Thread | None = None
         self._wanted: list[tuple[Moment, Mark]] = []  # points that somebody waits for
         self.tokens: Sequence[Token] = ()  # what the point that is being made will name
@@ -65,8 +66,13 @@ class Points:
             if wanted[-1][0] == life.newest:
                 self.prepare(life)
             self._begin(self._fold_wanted, wanted)
-        elif self._set.is_full(FOLD_AT) or life.newest.t - self._folded >= self._set.rhythm.fold_every_ns:
+        elif self._is_due(life.newest.t):
             self._begin(self._fold, self.prepare(life))
+
+    def _is_due(self, now: Instant) -> bool:
+        if now < self._again:
+            return False
+        return self._set.is_full(FOLD_AT) or now - self._folded >= self._set.rhythm.fold_every_ns
 
     def _begin(self, work: Callable[[Any], None], what: object) -> None:
         self._folding = threading.Thread(target=work, args=(what,), name="hvbackup-fold")
@@ -88,8 +94,22 @@ class Points:
 
     def make_room(self, moment: Moment) -> None:
         """The journal is within its budget, or SpaceExhausted is raised: what no point covers never goes."""
-        self._set.report(self.fold(moment))
+        self.cover(moment)
         check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
+
+    def cover(self, moment: Moment) -> None:
+        """A point holds the newest moment, or the journal is within its budget without it, or SpaceExhausted is raised.
+
+        The segment of that moment stays until another one begins, however large it is: a life that begins makes room soon.
+        """
+        try:
+            self._set.report(self.fold(moment))
+        except Interrupted:
+            raise
+        except HvbackupError as e:  # what earlier points cover may be room enough
+            self._failed(moment, e)
+            self._trim()
+            check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
 
     def prepare(self, life: Recorded) -> Moment:
         """The newest moment ends a segment, so that a point and the facts behind it never share one."""
@@ -104,10 +124,17 @@ class Points:
         try:
             self._set.report(self.fold(moment))
         except Interrupted:
-            self._folded = Instant(moment.t - self._set.rhythm.fold_every_ns + FOLD_AGAIN_NS)
+            self._try_again(moment)
         except HvbackupError as e:
-            self._folded = Instant(moment.t - self._set.rhythm.fold_every_ns + FOLD_AGAIN_NS)
-            self._set.report(Trouble(e, FOLD_AGAIN_NS / SECOND))
+            self._failed(moment, e)
+
+    def _failed(self, moment: Moment, error: HvbackupError) -> None:
+        self._try_again(moment)
+        self._set.report(Trouble(error, FOLD_AGAIN_NS / SECOND))
+
+    def _try_again(self, moment: Moment) -> None:
+        self._again = Instant(moment.t + FOLD_AGAIN_NS)
+        self._folded = Instant(moment.t - self._set.rhythm.fold_every_ns)  # it is due then
 
     def fold(self, moment: Moment) -> Folded:
         """A point of the moment exists when this returns, and what need not be kept is gone; the hypervisor is not read."""
@@ -119,9 +146,14 @@ class Points:
             outcome = fold(s.store, s.machine.id, moment, s.options)
         point = outcome.point
         assert point is not None  # every other way out of `fold` raises
+        removed = self._trim()
+        merge(s.store, s.machine.id)
+        return outcome, Folded(point, time.monotonic() - began, removed)
+
+    def _trim(self) -> int:
+        """What points cover and need not be kept is gone; how many bytes."""
+        s = self._set
         limits = s.rhythm.limits
         if s.is_full(FOLD_AT):
             limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
-        removed = trim(s.store, s.machine.id, limits, by_age=not s.clock_stepped)
-        merge(s.store, s.machine.id)
-        return outcome, Folded(point, time.monotonic() - began, removed)
+        return trim(s.store, s.machine.id, limits, by_age=not s.clock_stepped)

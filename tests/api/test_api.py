@@ -48,6 +48,26 @@ def test_an_unprotected_machine_and_a_policy_for_nothing_are_alarms(site: Site) 
     assert "Policy none matches no machine" in said
 
 
+def test_a_broken_configuration_changes_nothing_and_is_an_alarm(site: Site) -> None:
+    keeper, path = site.keeper, site.world.configuration / "config.toml"
+    before, good = keeper.settings, path.read_text()
+
+    def alarms() -> list[str]:
+        keeper._next.pop("alarms", None)
+        keeper.step()
+        return [a["text"] for a in site.client("viewer").get("/api/v1/status").json()["alarms"]]
+
+    path.write_text(good.replace("[policy.daily]", "[polcy.daily]"))
+    try:
+        assert not keeper.reload()
+        assert keeper.settings == before
+        assert any("the old one holds" in text and "polcy" in text for text in alarms())
+    finally:
+        path.write_text(good)
+    assert keeper.reload()
+    assert not any("the old one holds" in text for text in alarms())
+
+
 def test_a_restore_gives_the_bytes_and_stays_below_its_folder(site: Site) -> None:
     client, key = site.client("restorer"), site.key("web1")
     job = client.post(f"/api/v1/machines/{key}/restore", json={"to": "r1"}).json()
