@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # a test run that is killed leaves nothing behind
+
 
 class Worker:
     """`hvbackup protect` as a process, and what it says."""
@@ -39,7 +41,10 @@ class Worker:
         self._path = folder / "worker.log"
         self.log = self._path.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hvbackup", *words], env=self.environment, stdout=subprocess.PIPE, stderr=self.log
+            [*DIES_WITH_US, sys.executable, "-m", "hvbackup", *words],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
         )
         self.events: list[dict[str, Any]] = []
         self._thread = threading.Thread(target=self._read, daemon=True)

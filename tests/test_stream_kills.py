@@ -13,6 +13,7 @@ import random
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,7 +34,8 @@ from tests.test_stream_qemu import SIZES, every_moment, images, on_disk
 
 pytestmark = pytest.mark.real
 
-FIGURES = Path(__file__).parents[1] / ".lab" / "figures"
+ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / ".lab" / "figures"
 
 
 def two_disks(folder: Path, images: Path | None = None) -> Daemon:
@@ -175,6 +177,35 @@ def test_a_thousand_kills_lose_nothing_that_was_answered() -> None:
     lives(1000, random.Random(seed))
     FIGURES.mkdir(parents=True, exist_ok=True)
     (FIGURES / "kills-stream.txt").write_text(f"1000 kills in {time.monotonic() - began:.0f} s, seed {seed}\n")
+
+
+_ABORTED = """
+import sys
+from pathlib import Path
+from hvbackup.store.store import init
+from tests.test_stream_kills import StreamWorker, two_disks
+folder = Path(sys.argv[1])
+machine = two_disks(folder).start()
+init(folder / "store", None)
+worker = StreamWorker(folder, f"qemu:{machine.qmp_path}")
+worker.wait_for("begun")
+print(machine.process.pid, worker.process.pid, worker.target(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_tests_that_are_killed_leave_no_process_behind(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", _ABORTED, str(tmp_path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as aborted:
+        assert aborted.stdout
+        programs = [Path(f"/proc/{int(pid)}") for pid in aborted.stdout.readline().split()]
+        assert len(programs) == 3
+        assert all(p.exists() for p in programs)
+        aborted.kill()
+    end = time.monotonic() + 30
+    while any(p.exists() for p in programs):
+        assert time.monotonic() < end, "somebody outlives the tests"
+        time.sleep(0.05)
 
 
 # --- power cuts -------------------------------------------------------------------------------------------------------

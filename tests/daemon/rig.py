@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.cli.rig import World
+from tests.protecting import DIES_WITH_US
 
 
 def configure(world: World, text: str) -> None:
     (world.configuration / "config.toml").write_text(text.format(folder=world.folder))
-
-
-DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL", "--"]  # a test run that is killed leaves no service behind
 
 
 class Served:

@@ -14,6 +14,7 @@ from hvbackup.hypervisors.qemu import QemuHypervisor, Settings
 from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import LeaseId, Machine, MiB
 from hvbackup.nbd.client import NbdClient
+from tests.protecting import DIES_WITH_US
 
 STORE = "00c0ffee"
 SETTINGS = Settings(reply_seconds=15.0, settle_seconds=15.0, scratch_reserve_bytes=8 * MiB)
@@ -50,7 +51,8 @@ class Daemon:
             if self._server and not node.get("read-only"):
                 arguments += ["--export", f"type=nbd,id=guest-{name},node-name={name},name={name},writable=on"]
         log = (self.folder / "qsd.log").open("wb")
-        self.process = subprocess.Popen(["qemu-storage-daemon", *arguments], stderr=log, user=self._user)
+        command = [*DIES_WITH_US, "qemu-storage-daemon", *arguments]
+        self.process = subprocess.Popen(command, stderr=log, user=self._user)
         log.close()
         self._wait_until_up()
         return self
