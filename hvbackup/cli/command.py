@@ -20,6 +20,7 @@ VERBS: Mapping[
     "machines": ("backup", "points"),
     "continuous": ("protect", "tag", "timeline"),
     "recovery": ("restore", "boot", "drill", "discard", "map"),
+    "guestfiles": ("files",),
     "copies": ("copy",),
     "retention": ("prune", "forget", "hold", "holds", "release", "approve", "settings", "reclaim"),
     "audit": ("audit",),

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.errors import FileSystemUnreadable, HvbackupError, NotFound, UsageError
-from hvbackup.model import Instant, MiB
+from hvbackup.model import Instant, KiB, MiB
 from hvbackup.recover.partitions import READABLE, Part, parts
 from hvbackup.recover.window import Run, View, Window
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 * MiB
 LINKS = 40  # followed on the way to a file
-DEPTH = 256  # folders within folders
+PATH_MOST = 32 * KiB  # characters: deeper no system goes
 MOST_NAMES = 2_000_000  # in one folder
 
 
@@ -185,14 +185,24 @@ class Volumes:
                 return
             yield piece
 
-    def walk(self, found: Found, depth: int = DEPTH) -> Iterator[Found]:
+    def walk(self, found: Found, seen: set[Any] | None = None) -> Iterator[Found]:
         """Everything in a folder, depth first.  Raises FileSystemUnreadable, ChunkDamaged."""
-        if depth == 0:
-            raise FileSystemUnreadable(f"{found.path}: folders lie in folders more than {DEPTH} deep")
+        seen = seen if seen is not None else set()
+        self.enter(found, seen)
         for child in self.children(found):
             yield child
             if self._facts(child).kind is Kind.FOLDER:
-                yield from self.walk(child, depth - 1)
+                yield from self.walk(child, seen)
+
+    def enter(self, folder: Found, seen: set[Any]) -> None:
+        """Note that a folder was entered: each is in one place only.  Raises FileSystemUnreadable where it is in several."""
+        with self._reading(folder.system, folder.path):
+            key = folder.system.key(folder.node)
+        if key in seen or len(folder.path) > PATH_MOST:
+            raise FileSystemUnreadable(
+                f"{folder.path} can't be read: its file system is broken, folders lead in circles"
+            )
+        seen.add(key)
 
     # -- the way there -------------------------------------------------------------------------------------------------
 

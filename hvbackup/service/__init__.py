@@ -10,6 +10,7 @@ recovery     map, restore, boot, discard
 retention    prune, forget, hold, holds, release, approve, settings
 reclaim      reclaim
 audit        audit: who did what, and whether the records are whole
+guestfiles   files: what is inside the disks of a machine
 upkeep       check, parity, regroup
 benchmark    this machine's ceilings, and what the pipeline reaches
 shapes       what results look like as JSON: the same names everywhere

@@ -66,6 +66,7 @@ WITHOUT = {
     "protect": "policies say which machines have workers, and the service keeps them; pause and resume are routes",
     "audit keep": "the copy of the heads belongs where whoever can reach the service can't write it",
     "serve": "it is what answers",
+    "files": "the command line reads what is inside disks; the service hands out disks (`map`, `restore`)",
     "watch": "the service watches by itself; what it hears is in `event` of a machine",
     "benchmark": "it measures a host, which is then busy with nothing else",
     "completion": "of a shell",

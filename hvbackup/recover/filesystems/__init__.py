@@ -32,6 +32,9 @@ class FileSystem(Protocol):
     def facts(self, node: Any) -> Facts:
         """What is known of a node."""
 
+    def key(self, node: Any) -> Any:
+        """What tells a node from all others."""
+
     def runs(self, node: Any) -> Sequence[Run] | None:
         """Where the bytes of a file are in the window; None where that can't be told."""
 

@@ -44,6 +44,9 @@ class Btrfs:
         size = node.size if kind in (Kind.FILE, Kind.LINK) else 0
         return Facts(kind, size, stat.S_IMODE(mode), Instant(node.mtime_ns), node.link if kind is Kind.LINK else "")
 
+    def key(self, node: Any) -> Any:
+        return (node.subvolume.objectid, node.inum)
+
     def runs(self, node: Any) -> None:
         """Its bytes may be compressed, and lie in chunks of its own: it can't tell."""
 

@@ -78,6 +78,9 @@ class Ext:
             return bytes(link.inode.i_block)[: link.size]
         return b"".join(data for _, data in self.pieces(link, self._block))
 
+    def key(self, node: Any) -> Any:
+        return node.inum
+
     def runs(self, node: Any) -> Sequence[Run]:
         self._refuse(node)
         if node.inode.i_flags & c_ext.EXT4_INLINE_DATA_FL:

@@ -71,6 +71,9 @@ class Fat:
         seconds = calendar.timegm((year, month, day, time >> 11, time >> 5 & 63, (time & 31) * 2, 0, 0, 0))
         return Instant(seconds * SECOND)
 
+    def key(self, node: Any) -> Any:
+        return node.cluster
+
     def runs(self, node: Any) -> Sequence[Run]:
         found: list[tuple[int, int]] = []
         whole = node is self.root or node.is_directory()

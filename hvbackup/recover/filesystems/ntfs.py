@@ -116,6 +116,9 @@ class Ntfs:
             return None
         return Instant((known[0].attribute.attr.LastModificationTime - TICKS_TO_1970) * 100)
 
+    def key(self, node: Any) -> Any:
+        return node.segment
+
     def runs(self, node: Any) -> Sequence[Run]:
         data = node.attributes.find("", DATA)
         return [] if not data or data.header.resident else self._runs(data)

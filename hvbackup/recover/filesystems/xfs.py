@@ -56,6 +56,9 @@ class Xfs:
         size = node.size if kind in (Kind.FILE, Kind.LINK) else 0
         return Facts(kind, size, stat.S_IMODE(mode), Instant(node.mtime_ns), node.link if kind is Kind.LINK else "")
 
+    def key(self, node: Any) -> Any:
+        return node.inum
+
     def runs(self, node: Any) -> Sequence[Run]:
         if node.inode.di_flags & REALTIME:
             raise FileSystemUnreadable("its bytes are on the realtime device")

@@ -1,0 +1,66 @@
+"""files: what is inside the disks of a machine, at a point and at a moment of its journal, through the installed program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.rig import World, make_disk
+from tests.recover.filesystems import MAKERS, files_of, make_tree
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return make_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def server(world: World, tree: Path) -> World:
+    """A store with a point of a machine whose disk is an ext4."""
+    world.done("init")
+    MAKERS["ext4"](tree, world.folder / "disk.raw")
+    world.done("backup", f"image:{world.folder}/disk.raw", "--name", "web1")
+    return world
+
+
+def test_a_file_is_found_and_had_back(server: World, tree: Path) -> None:
+    [part] = server.done("files", "web1", "--json").json["entries"]
+    assert (part["path"], part["kind"], part["note"]) == ("/0", "folder", "ext")
+    listing = server.done("files", "web1", "/0/etc", "--json").json
+    assert {e["name"]: e["size_bytes"] for e in listing["entries"]} == {"hosts": 20, "shadow": 7}
+    assert listing["entries"][1]["mode"] == "4600"
+    text = server.done("files", "web1", "/0/etc").out
+    assert "-rw-r--r--" in text
+    assert "hosts" in text
+    done = server.done("files", "web1", "/0/many", "--to", server.folder / "out", "--json").json
+    assert (done["files"], done["failed"], done["to"]) == (150, [], str(server.folder / "out/many"))
+    assert files_of(server.folder / "out/many") == files_of(tree / "many")
+
+
+def test_the_code_of_every_end(server: World) -> None:
+    assert "there is no nothing in /0/etc" in server.refused(2, "files", "web1", "/0/etc/nothing")
+    assert "There is no partition 7" in server.refused(2, "files", "web1", "/7")
+    assert "No machine nobody" in server.refused(2, "files", "nobody")
+    assert "belongs to --to" in server.refused(2, "files", "web1", "/0/etc", "--force")
+    assert "Say what to copy" in server.refused(2, "files", "web1", "--to", server.folder / "out")
+    server.done("files", "web1", "/0/etc/hosts", "--to", server.folder / "out")
+    assert "say --force" in server.refused(2, "files", "web1", "/0/etc/hosts", "--to", server.folder / "out")
+    server.done("files", "web1", "/0/etc/hosts", "--to", server.folder / "out", "--force")
+
+
+def test_a_disk_that_holds_nothing_known(stored: World) -> None:
+    assert stored.done("files", "web1", "--json").json["entries"][0]["kind"] == "other"
+    assert "holds nothing that is known" in stored.refused(1, "files", "web1", "/0/etc")
+
+
+def test_several_disks(world: World, tree: Path) -> None:
+    world.done("init")
+    MAKERS["ext4"](tree, world.folder / "a.raw")
+    make_disk(world.folder / "b.raw", 2_000_384)
+    source = f"image:{world.folder}/a.raw,{world.folder}/b.raw"
+    world.done("backup", source, "--name", "web1")
+    parts = world.done("files", "web1", "--json").json["entries"]
+    assert [p["note"] for p in parts] == ["ext", "unknown"]
+    assert "say which one /0/etc is on: --disk DISK" in world.refused(2, "files", "web1", "/0/etc")
+    assert world.done("files", "web1", "/0/etc", "--disk", parts[0]["disk"], "--json").json["entries"]
