@@ -82,6 +82,14 @@ SERVICE: tuple[Planted, ...] = (
         False,
     ),
     (
+        "service: scope not looked at on one route",
+        "hvbackup/api/stores.py",
+        "Everything = Annotated[Caller, Depends(needs(Permission.READ, everything=True))]\n",
+        "Everything = Annotated[Caller, Depends(needs(Permission.READ))]\n",
+        (f"{ROUTES}test_what_concerns_no_single_machine_is_closed_to_who_is_limited",),
+        True,
+    ),
+    (
         "service: tried again without a pause",
         "hvbackup/schedule.py",
         "        return Instant(min(ended + pause * SECOND, _planned(when, began, zone, spread_ns, key)))\n",

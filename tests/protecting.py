@@ -57,7 +57,7 @@ class Worker:
 
     def wait_for(self, event: str, count: int = 1, seconds: float = 40) -> None:
         end = time.monotonic() + seconds
-        while sum(e["event"] == event for e in self.events) < count:
+        while sum(e.get("event") == event for e in self.events) < count:
             assert self.process.poll() is None, f"the worker ended: {self._path.read_text()[-2000:]}"
             assert time.monotonic() < end, f"no {event} in time, only {self.events[-3:]}"
             time.sleep(0.02)

@@ -21,6 +21,7 @@ import hvbackup.hypervisors
 from hvbackup.capture import Options
 from hvbackup.errors import JournalGap, NotFound, StreamBroken, StreamBypassed
 from hvbackup.hypervisors.qemu import QemuHypervisor
+from hvbackup.hypervisors.qemu_stream_guard import HUNG_SECONDS
 from hvbackup.hypervisors.qemu_wire import Wire
 from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import SECOND, DiskId, Instant
@@ -32,6 +33,7 @@ from hvbackup.store.store import Store, init
 from hvbackup.target.ring import find
 from labs.guest import Guest, make_disk
 from tests.hypervisors.daemon import SETTINGS, only
+from tests.scribe import Metronome
 from tests.test_protect_guest import FILES, SIZE, mounted, recovered
 from tests.test_stream_kills import StreamWorker, last_recorded
 
@@ -224,14 +226,18 @@ def test_a_target_that_hangs_holds_a_guest_for_about_a_second(guest: Guest, stor
     guest.start_writer(*FILES, mode="overwrite", options=WRITER)
     guest.wait_acked(20)
     assert life.target
+    metronome = Metronome()
     with Stepping(life) as stepping:
-        time.sleep(1.0)
+        began = time.monotonic()
+        guest.wait_acked(guest.acked() + 40)
+        pace = time.monotonic() - began  # of this guest, on this machine
         os.kill(life.target.pid, signal.SIGSTOP)
         stopped = time.monotonic()
         before = guest.acked()
         assert isinstance(stepping.wait(), StreamBroken)
         assert guest.wait_acked(before + 20) >= before + 20
-        assert time.monotonic() - stopped < 8
+        assert time.monotonic() - stopped < metronome.bound(HUNG_SECONDS + 3.0 + 2 * pace)
+    metronome.stop()
     with contextlib.suppress(StreamBroken):
         life.close()
     again = begun(protection)

@@ -1,0 +1,72 @@
+"""The write stream of a booted guest under a real libvirtd, whose worker is killed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from hvbackup.errors import JournalGap
+from hvbackup.model import SECOND, DiskId, Instant, MiB
+from hvbackup.store.journal.history import History, Moment
+from hvbackup.store.store import Store, init
+from labs.libvirtd import Libvirtd
+from tests.hypervisors.libvirtd import LibvirtGuest, guest
+from tests.hypervisors.test_libvirt_cycles import ours
+from tests.hypervisors.test_libvirt_guest import witnessed
+from tests.hypervisors.test_libvirt_stream import image
+from tests.test_stream_kills import StreamWorker, gap_of_the_last_life, last_recorded
+
+pytestmark = [pytest.mark.real, pytest.mark.guest, pytest.mark.timeout(300)]
+FSYNC_NS = SECOND // 5  # twice as long as what `--fsync` promises by default
+
+
+@pytest.fixture
+def vm(libvirtd: Libvirtd) -> Iterator[LibvirtGuest]:
+    with guest(libvirtd, formats=["qcow2", "qcow2"], size=32 * MiB) as made:
+        yield made
+
+
+def held(vm: LibvirtGuest, history: History, moment: Moment) -> int:
+    """How many of the guest's writes a moment holds; an exact prefix over both disks, or an assertion fails."""
+    return witnessed(vm.folder, {DiskId(d): bytearray(image(history, moment, d)) for d in vm.disks})
+
+
+def test_a_killed_worker_costs_a_gap_and_nothing_that_was_answered(vm: LibvirtGuest) -> None:
+    init(vm.folder / "store", None)
+    vm.start_writer("/dev/vda", "/dev/vdb", options=f"-s {24 * MiB}")
+    vm.wait_acked(20)
+    worker = StreamWorker(vm.folder, vm.source())
+    worker.wait_for("begun", seconds=90)
+    acked = vm.wait_acked(vm.acked() + 50)
+    known_at = time.time_ns()
+    time.sleep(2.5 * FSYNC_NS / SECOND)
+    at_the_end = vm.acked()
+    worker.end(signal.SIGKILL)
+    vm.wait_acked(vm.acked() + 50)  # nobody of ours is there, and the guest goes on
+    again = StreamWorker(vm.folder, vm.source())
+    again.wait_for("begun", seconds=90)
+    vm.wait_acked(vm.acked() + 20)
+    vm.sh("kill $(cat /tmp/writer.pid); sync")
+    vm.domain.suspend()
+    again.wait_for("moment", 2 + sum(e["event"] == "moment" for e in again.events))
+    shown = again.run("timeline", "m1", "--json").stdout
+    assert again.end(signal.SIGTERM) == 0
+    assert not ours(vm)
+    with Store.open(vm.folder / "store", vm.folder / "state2", []) as store:
+        history = History(store, next(iter(store.points())).machine.id)
+        gap, before = gap_of_the_last_life(history), last_recorded(history)
+        assert gap.why in shown
+        with pytest.raises(JournalGap):
+            history.at(Instant((gap.start + gap.end) // 2))
+        moment = history.newest_at(Instant(known_at + FSYNC_NS))
+        assert moment
+        assert moment.seq < before.seq
+        assert acked <= held(vm, history, moment) <= held(vm, history, before)
+        assert at_the_end <= held(vm, history, before), "the ring outlived the worker"
+        assert history.last
+        assert held(vm, history, history.last) >= vm.acked()
+        for disk in vm.disks:
+            assert image(history, history.last, disk) == vm.content(disk), disk
