@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.cli.invocation import now, other_session, session_of
-from hvbackup.cli.output import Out, count, duration, parse_part, parse_size, size, table
+from hvbackup.cli.output import Out, count, duration, parse_part, parse_size, printable, size, table
 from hvbackup.cli.parser import Verbs, add_shared, add_verb
 from hvbackup.cli.progress import Progress
 from hvbackup.cli.recovery import boot_row, boot_table
@@ -295,6 +295,9 @@ def _add_check(verbs: Verbs) -> None:
     verb.add_argument("--machine", metavar="MACHINE", default="", help="only what this machine's points need")
     verb.add_argument("--point", metavar="POINT", default="", help="only what this point needs")
     verb.add_argument("--bandwidth", metavar="SIZE", default="", help="read at most so much a second, such as 50M")
+    verb.add_argument(
+        "--files", action="store_true", help="name the files inside the machines that lie on what is lost"
+    )
     verb.add_argument("--resume", action="store_true", help="go on with the check that was interrupted")
     verb.add_argument("--repair", action="store_true", help="put back what there is another good copy of")
     verb.add_argument("--from", dest="source", metavar="STORE", default="", help="take lost blocks from this store")
@@ -324,7 +327,16 @@ def _check_order(args: argparse.Namespace) -> CheckOrder:
     sample = parse_part(args.sample) if args.sample else 1.0
     source = other_session(args, args.source, args.from_key_file) if args.source else None
     return CheckOrder(
-        level, now(), sample, rate, args.resume, args.machine, args.point, repair=args.repair, source=source
+        level,
+        now(),
+        sample,
+        rate,
+        args.resume,
+        args.machine,
+        args.point,
+        repair=args.repair,
+        source=source,
+        files=args.files,
     )
 
 
@@ -333,12 +345,24 @@ def _report_lines(found: Checked) -> Iterator[str]:
     yield from (f"repaired: {line}" for line in found.repaired)
     for problem in r.problems:
         yield f"{'LOST' if problem.lost else 'damaged'}: {problem.what}"
+    yield from _file_lines(found)
     how = f"{size(r.read_bytes)} read and verified" if r.read_bytes else "contents not read, `--deep` does that"
     counts = [(r.points, "point"), (r.disks, "disk"), (r.packs, "pack"), (r.chunks, "chunk")]
     counts += [(r.segments, "segment")] if r.segments else []
     yield f"Checked {', '.join(count(n, noun) for n, noun in counts)}; {how}"
     if r.debt_bytes:
         yield f"{size(r.debt_bytes)} of {size(r.total_bytes)} were not verified in the last 30 days"
+
+
+def _file_lines(found: Checked) -> Iterator[str]:
+    for disk in found.files:
+        yield f"Files of {disk.machine}, disk {disk.disk}, at point {disk.point}, that can't be read whole:"
+        yield from (f"  {printable(path)}" for path in disk.files)
+        if disk.more:
+            yield f"  and {disk.more} more"
+        yield from (f"  ({printable(remark)})" for remark in disk.remarks)
+    if not found.files and any(p.kind == "disk" for p in found.report.problems):
+        yield "`hvbackup check --files` names the files inside the machines that lie on what is lost"
 
 
 # -- sql -------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 from hvbackup.errors import Busy, NotFound, UsageError
 from hvbackup.model import Instant, MachineId, PointId
+from hvbackup.service.damagedfiles import DamagedFiles, damaged_files
 from hvbackup.service.reclaim import NICENESS, Throttle
 from hvbackup.service.session import Session
 from hvbackup.store.check import check as store_check
@@ -49,6 +50,7 @@ class CheckOrder:
     point: str = ""
     repair: bool = False
     source: Session | None = None  # another store, from which lost blocks are taken
+    files: bool = False  # name the files inside the machines that lie on what is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Checked:
     level: Level
     notes: Sequence[str] = ()
     repaired: Sequence[str] = ()
+    files: Sequence[DamagedFiles] = ()
 
 
 def check(session: Session, order: CheckOrder, progress: Progress) -> Checked:
@@ -70,7 +73,11 @@ def check(session: Session, order: CheckOrder, progress: Progress) -> Checked:
         raise UsageError("--from says where to take lost blocks from: it goes with --repair")
     if order.resume and (order.sample < 1 or order.machine or order.point):
         raise UsageError("--resume goes on with a check of the whole store; leave --sample, --machine and --point away")
-    return _repaired(session, order, progress) if order.repair else _checked(session, order, progress)
+    found = _repaired(session, order, progress) if order.repair else _checked(session, order, progress)
+    if not order.files or not found.report.lost:
+        return found
+    with session.open() as store:
+        return replace(found, files=list(damaged_files(store, found.report.problems)))
 
 
 def _checked(session: Session, order: CheckOrder, progress: Progress) -> Checked:
@@ -173,6 +180,7 @@ def shape(found: Checked) -> dict[str, Any]:
         "deep": found.level == Level.DEEP,
         "problems": [asdict(p) for p in r.problems],
         **{name: getattr(r, name) for name in names},
+        "files": [asdict(f) for f in found.files],
         "repaired": list(found.repaired),
         "notes": list(found.notes),
     }

@@ -64,3 +64,24 @@ def test_several_disks(world: World, tree: Path) -> None:
     assert [p["note"] for p in parts] == ["ext", "unknown"]
     assert "say which one /0/etc is on: --disk DISK" in world.refused(2, "files", "web1", "/0/etc")
     assert world.done("files", "web1", "/0/etc", "--disk", parts[0]["disk"], "--json").json["entries"]
+
+
+def test_check_names_the_files_that_lie_on_what_is_lost(server: World, tree: Path) -> None:
+    """One byte of one pack is flipped: the files whose blocks were in that frame are named, and exactly those can't be copied."""
+    pack = max(server.store.glob("packs/*/*.pack"), key=lambda p: p.stat().st_size)
+    with pack.open("r+b") as f:
+        f.seek(pack.stat().st_size // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([byte ^ 1]))
+    assert "check --files" in server.run("check", "--deep").out
+    ran = server.run("check", "--deep", "--files", "--json")
+    assert ran.code == 20
+    [disk] = ran.json["files"]
+    assert (disk["machine"], disk["more"], disk["remarks"]) == ("web1", 0, [])
+    copied = server.run("files", "web1", "/0", "--to", server.folder / "out", "--json")
+    assert copied.code == 20
+    assert disk["files"] == sorted(f["path"] for f in copied.json["failed"]) == ["/0/large.bin"]
+    wanted = dict(files_of(tree))
+    del wanted["large.bin"]
+    assert files_of(server.folder / "out/0") == wanted

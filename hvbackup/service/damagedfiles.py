@@ -1,0 +1,53 @@
+"""check --files: which files inside the machines lie on what is lost, at the newest point of each disk that lost something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hvbackup.errors import StoreDamage, UsageError
+from hvbackup.recover import browse
+from hvbackup.recover.affected import affected
+from hvbackup.store.check.check import Problem
+from hvbackup.store.store import Store
+
+MOST_FILES = 100  # of one disk, by name
+MOST_REMARKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedFiles:
+    """What of one disk, at one point, can't be read whole."""
+
+    point: str
+    machine: str
+    disk: str
+    files: tuple[str, ...] = ()
+    more: int = 0
+    remarks: tuple[str, ...] = ()
+
+
+def damaged_files(store: Store, problems: Sequence[Problem]) -> Iterator[DamagedFiles]:
+    """For each disk that lost something, at its newest point that did."""
+    newest: dict[tuple[str, str], tuple[str, Problem]] = {}
+    places = {path.rsplit("-", 1)[1]: path for folder in store.machine_folders() for path in store.point_paths(folder)}
+    for problem in problems:
+        path = places.get(problem.point)
+        if problem.kind == "disk" and path:
+            key = (path.rsplit("/", 1)[0], problem.disk)
+            newest[key] = max(newest.get(key, (path, problem)), (path, problem), key=lambda pair: pair[0])
+    for path, problem in newest.values():
+        yield _of(store, path, problem)
+
+
+def _of(store: Store, path: str, problem: Problem) -> DamagedFiles:
+    known = (problem.point, problem.machine, problem.disk)
+    try:
+        root = next(d for d in store.load_point(path).disks if d.disk.id == problem.disk)
+        found = affected(browse.open(store.view(root), root.disk.sector), problem.extents, MOST_FILES)
+    except (StoreDamage, UsageError) as e:
+        return DamagedFiles(*known, remarks=(f"The files on it can't be named: {e}",))
+    remarks = found.remarks[:MOST_REMARKS]
+    if len(problem.extents) >= 1000:
+        remarks.append("Only files on the first 1000 places that are lost are named")
+    return DamagedFiles(*known, tuple(sorted(found.files)), found.more, tuple(remarks))
