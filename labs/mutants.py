@@ -413,6 +413,16 @@ MUTANTS = (
         ("tests/test_stream_traps.py::test_what_no_point_covers_never_goes_and_a_gap_is_told_of",),
     ),
     Mutant(
+        "QEMU asked to format an image while others may look",
+        "hvbackup/hypervisors/qemu_fleece.py",
+        '    qmp.command("blockdev-add", driver="file", node_name=names.file(index), filename=str(path), cache=cache)\n',
+        '    qmp.command("blockdev-add", driver="file", node_name=names.file(index), filename=str(path), cache=cache)\n'
+        '    options = {"driver": "qcow2", "file": names.file(index), "size": drive.disk.size}\n'
+        '    qmp.command("blockdev-create", job_id=f"{names.prefix}c{index}", options=options)\n'
+        "    time.sleep(0.1)\n",
+        ("tests/hypervisors/test_qemu_looks.py",),
+    ),
+    Mutant(
         "segments merged across a point",
         "hvbackup/store/journal/merging.py",
         "        and not any(summary.last_seq <= p < next_name.first for p in covered)\n",

@@ -203,7 +203,7 @@ class QemuHypervisor:
     ) -> QemuFrozen:
         qemu_fleece.refuse_full(folder, self._settings.scratch_reserve_bytes)
         for index, drive in enumerate(seen.drives):
-            qemu_fleece.add_scratch(qmp, names, folder, index, drive, self._settings.settle_seconds)
+            qemu_fleece.add_scratch(qmp, names, folder, index, drive)
         doubts = {d.disk.id: bitmap_doubt(d, since.get(d.disk.id)) for d in seen.drives}
         old = {d.disk.id: d.bitmaps[since[d.disk.id].value] for d in seen.drives if not doubts[d.disk.id]}
         server = qemu_server.start(qmp, folder, seen.line, self._names)

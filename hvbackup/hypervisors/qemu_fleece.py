@@ -24,12 +24,12 @@ from hvbackup.errors import Busy, HostUnreachable, SpaceExhausted
 from hvbackup.hypervisors import qemu_server
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive
 from hvbackup.hypervisors.qemu_names import LeaseNames, StoreNames
-from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
+from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
+from hvbackup.hypervisors.qmp import CommandRefused, Qmp
 from hvbackup.model import DiskId, KiB
 
 GRAIN_BYTES = 64 * KiB  # of a checkpoint: the block of a store, so a finer one would read nothing less
 _POLL_SECONDS = 0.01
-_SCRATCH_CLUSTER_BYTES = 64 * KiB
 
 Action = Mapping[str, Any]
 
@@ -41,17 +41,17 @@ def refuse_leftovers(qmp: Qmp, names: StoreNames) -> None:
             raise Busy(f"QEMU at {qmp.path} still has job {job['id']} of another run; wait for it or release its lease")
 
 
-def add_scratch(qmp: Qmp, names: LeaseNames, folder: Path, index: int, drive: Drive, timeout_seconds: float) -> None:
-    """A node that reads as the disk, and keeps in a sparse file of its own what is copied into it."""
+def add_scratch(qmp: Qmp, names: LeaseNames, folder: Path, index: int, drive: Drive) -> None:
+    """A node that reads as the disk, and keeps in a sparse file of its own what is copied into it.
+
+    QEMU is not asked to format it (`blockdev-create`): 7.2 fails an assertion, which is the end of the guest, when anybody
+    lists its block nodes meanwhile.
+    """
     path = folder / f"scratch{index}.qcow2"
-    _empty_file(path, qmp.peer)
+    write_empty_qcow2(path, drive.disk.size, qmp.peer)
     # Losing the scratch with the host loses nothing, so it is never flushed.
     cache = {"no-flush": True}
     qmp.command("blockdev-add", driver="file", node_name=names.file(index), filename=str(path), cache=cache)
-    options = {"driver": "qcow2", "file": names.file(index), "size": drive.disk.size}
-    options["cluster-size"] = _SCRATCH_CLUSTER_BYTES
-    qmp.command("blockdev-create", job_id=names.formatter(index), options=options)
-    _finish(qmp, names.formatter(index), timeout_seconds)
     qmp.command(
         "blockdev-add",
         driver="qcow2",
@@ -187,15 +187,6 @@ def refuse_full(folder: Path, reserve_bytes: int) -> None:
         )
 
 
-def _empty_file(path: Path, peer: Peer) -> None:
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        if os.geteuid() == 0:
-            os.fchown(handle, peer.uid, peer.gid)
-    finally:
-        os.close(handle)
-
-
 def _ours(qmp: Qmp, query: str, key: str, prefix: str) -> list[str]:
     return [found[key] for found in qmp.command(query) if str(found[key]).startswith(prefix)]
 
@@ -216,19 +207,6 @@ def _nodes_removed(qmp: Qmp, prefix: str) -> bool:
         with contextlib.suppress(CommandRefused):  # still in use by an export or a job that is ending
             qmp.command("blockdev-del", node_name=node)
     return not nodes
-
-
-def _finish(qmp: Qmp, job_id: str, timeout_seconds: float) -> None:
-    """Wait for a job of ours, and dismiss it.  Raises HostUnreachable when it failed."""
-
-    def concluded() -> bool:
-        return any(job["id"] == job_id and job["status"] == "concluded" for job in qmp.command("query-jobs"))
-
-    _until(concluded, f"job {job_id}", qmp, timeout_seconds)
-    error = next((job.get("error", "") for job in qmp.command("query-jobs") if job["id"] == job_id), "")
-    qmp.command("job-dismiss", id=job_id)
-    if error:
-        raise HostUnreachable(f"QEMU at {qmp.path} could not format its scratch file: {error}")
 
 
 def _until(done: Callable[[], bool], what: str, qmp: Qmp, timeout_seconds: float) -> None:

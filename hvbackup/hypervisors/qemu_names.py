@@ -98,10 +98,6 @@ class LeaseNames:
         """The job that copies old blocks before they are overwritten."""
         return f"{self.prefix}j{index}"
 
-    def formatter(self, index: int) -> str:
-        """The job that writes an empty scratch image."""
-        return f"{self.prefix}c{index}"
-
     def target(self, index: int) -> str:
         """The node of our target."""
         return f"{self.prefix}t{index}"

@@ -41,8 +41,11 @@ class Daemon:
 
     def start(self) -> Daemon:
         """A new life; the NBD server for the guest is its own process's only one."""
-        self.qmp_path.unlink(missing_ok=True)
+        strangers = self.folder / "stranger.sock"
+        for path in (self.qmp_path, strangers):
+            path.unlink(missing_ok=True)
         arguments = ["--chardev", f"socket,id=c,path={self.qmp_path},server=on,wait=off", "--monitor", "chardev=c"]
+        arguments += ["--chardev", f"socket,id=d,path={strangers},server=on,wait=off", "--monitor", "chardev=d"]
         if self._server:
             arguments += ["--nbd-server", f"addr.type=unix,addr.path={self.folder / 'guest.sock'}"]
         for node in self.nodes:
