@@ -2,6 +2,8 @@
 
 Everybody who may come in is in `accounts.json` of the configuration directory, readable by its owner alone: passwords as
 argon2id, tokens as BLAKE2b of 32 random bytes, which no guesser needs slowing down for.  The file is read again when it changed.
+What a later version wrote into it stays through changes made by this one; whoever has a role that is not known here comes in as
+nobody.
 
     role        may
     viewer      see machines, points, timelines, jobs
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from hvbackup.errors import HvbackupError, NotFound, UsageError
 from hvbackup.files import Files
@@ -106,6 +109,7 @@ class User:
     password: str  # argon2id, or SIGNED_ON
     totp: str = ""  # base32
     made: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)  # what a later version says of them
 
     @property
     def signs_on(self) -> bool:
@@ -124,12 +128,38 @@ class Token:
     digest: str
     made: int = 0
     expires: int = 0  # 0: never
+    more: Mapping[str, Any] = field(default_factory=dict)  # what a later version says of it
 
 
 @dataclass(frozen=True, slots=True)
 class _Book:
     users: Mapping[str, User] = field(default_factory=dict)
     tokens: Mapping[str, Token] = field(default_factory=dict)
+    foreign: Mapping[str, Sequence[Mapping[str, Any]]] = field(
+        default_factory=dict
+    )  # entries with roles of a later version
+    more: Mapping[str, Any] = field(default_factory=dict)  # besides users and tokens
+
+    def dump(self) -> bytes:
+        """As the file has it."""
+        users, tokens = map(_entry, self.users.values()), map(_entry, self.tokens.values())
+        value = {kind: [*found, *self.foreign.get(kind, ())] for kind, found in (("users", users), ("tokens", tokens))}
+        return json.dumps({**self.more, **value}, indent=1).encode()
+
+    def without(self, kind: str, key: str, value: str) -> _Book:
+        """No entry of the kind, also none of a later version, has this name or id any more."""
+        kept = {k: v for k, v in getattr(self, kind).items() if k != value}
+        foreign = {**self.foreign, kind: [e for e in self.foreign.get(kind, ()) if e.get(key) != value]}
+        return replace(self, **{kind: kept}, foreign=foreign)
+
+    def has_foreign(self, kind: str, key: str, value: str) -> bool:
+        """Whether an entry of a later version has this name or id."""
+        return any(e.get(key) == value for e in self.foreign.get(kind, ()))
+
+
+def _entry(found: User | Token) -> dict[str, Any]:
+    value = asdict(found)
+    return {**value.pop("more"), **value}
 
 
 class Accounts:
@@ -233,14 +263,14 @@ class Accounts:
         secret = base64.b32encode(secrets.token_bytes(20)).decode() if totp else ""
         hashed = SIGNED_ON if password is None else _hashed(password)
         user = User(name, role, list(machines) or ["*"], hashed, secret, self._clock())
-        self._change(lambda book: replace(book, users={**book.users, name: user}))
+        self._change(lambda book: _with_user(book.without("users", "name", name), user))
         return user
 
     def remove_user(self, name: str) -> None:
         """Nobody of this name comes in any more.  Raises NotFound."""
-        if name not in self._now().users:
+        if name not in self._now().users and not self._now().has_foreign("users", "name", name):
             raise NotFound(f"There is no user {name}")
-        self._change(lambda book: replace(book, users={k: v for k, v in book.users.items() if k != name}))
+        self._change(lambda book: book.without("users", "name", name))
 
     def add_token(self, name: str, role: Role, machines: Sequence[str], lasts_ns: int) -> tuple[Token, str]:
         """A token, and its text, which is kept nowhere.  Raises UsageError."""
@@ -256,15 +286,13 @@ class Accounts:
 
     def remove_token(self, token_id: str) -> None:
         """The token opens nothing any more.  Raises NotFound."""
-        if token_id not in self._now().tokens:
+        if token_id not in self._now().tokens and not self._now().has_foreign("tokens", "id", token_id):
             raise NotFound(f"There is no token {token_id}")
-        self._change(lambda book: replace(book, tokens={k: v for k, v in book.tokens.items() if k != token_id}))
+        self._change(lambda book: book.without("tokens", "id", token_id))
 
     def _change(self, change: Callable[[_Book], _Book]) -> None:
         with self._lock, self._files.owner("accounts.lock", "The accounts", wait_seconds=10.0):
-            book = change(self._now())
-            value = {kind: [asdict(v) for v in getattr(book, kind).values()] for kind in ("users", "tokens")}
-            self._files.replace(FILE, json.dumps(value, indent=1).encode())
+            self._files.replace(FILE, change(self._now()).dump())
 
     def _now(self) -> _Book:
         path = self._files.path(FILE)
@@ -283,13 +311,34 @@ def _load(path: Path) -> _Book:
     """Raises HvbackupError: who can't be read comes in as nobody."""
     try:
         value = json.loads(path.read_bytes())
-        users = [User(**{**u, "role": Role(u["role"])}) for u in value["users"]]
-        tokens = [Token(**{**t, "role": Role(t["role"])}) for t in value["tokens"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        (users, strange), (tokens, odd) = _entries(User, value.pop("users")), _entries(Token, value.pop("tokens"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise HvbackupError(
             f"{path} can't be read: {e}; put a copy of it back, or remove it and add users again"
         ) from e
-    return _Book({u.name: u for u in users}, {t.id: t for t in tokens})
+    foreign = {"users": strange, "tokens": odd}
+    return _Book({u.name: u for u in users}, {t.id: t for t in tokens}, foreign, value)
+
+
+_Kind = TypeVar("_Kind", User, Token)
+
+
+def _entries(kind: type[_Kind], found: Sequence[Mapping[str, Any]]) -> tuple[list[_Kind], list[Mapping[str, Any]]]:
+    """Those that this version understands, and those whose role it does not know.  Raises as JSON that is none of ours."""
+    names = set(kind.__slots__) - {"more"}
+    known, foreign = [], []
+    for entry in found:
+        if str(entry["role"]) not in list(Role):
+            foreign.append(entry)
+            continue
+        more = {k: v for k, v in entry.items() if k not in names}
+        mine = {k: v for k, v in entry.items() if k in names}
+        known.append(kind(**{**mine, "role": Role(entry["role"]), "more": more}))
+    return known, foreign
+
+
+def _with_user(book: _Book, user: User) -> _Book:
+    return replace(book, users={**book.users, user.name: user})
 
 
 @dataclass(slots=True)

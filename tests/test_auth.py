@@ -177,3 +177,36 @@ def test_a_code_counts_once_also_after_a_restart(accounts: Accounts, tmp_path: P
 def test_nobody_looks_like_somebody_else_in_the_audit(accounts: Accounts, name: str) -> None:
     with pytest.raises(UsageError, match="audit"):
         accounts.add_user(name, Role.VIEWER, [], PASSWORD, totp=False)
+
+
+def test_what_a_later_version_wrote_survives_a_change_by_this_one(accounts: Accounts, tmp_path: Path) -> None:
+    """Unknown fields of users, of tokens and of the file stay; whoever has an unknown role stays too, and comes in as nobody."""
+    accounts.add_user("ann", Role.ADMIN, [], PASSWORD, totp=False)
+    accounts.add_user("bob", Role.VIEWER, [], PASSWORD, totp=False)
+    _, text = accounts.add_token("ci", Role.VIEWER, [], 0)
+    _, other = accounts.add_token("nightly", Role.VIEWER, [], 0)
+    path = tmp_path / auth.FILE
+    later = json.loads(path.read_text())
+    later["groups"] = {"night": ["ann"]}
+    later["users"][0]["mail"] = "ann@example.com"
+    later["users"][1]["role"] = "auditor"
+    later["tokens"][0]["from"] = ["10.0.0.0/8"]
+    later["tokens"][1]["role"] = "auditor"
+    path.write_text(json.dumps(later))
+    assert accounts.by_token(text).role is Role.VIEWER
+    for refused in (lambda: accounts.by_token(other), lambda: accounts.by_password("bob", PASSWORD, "", "")):
+        with pytest.raises(Refused):
+            refused()
+    accounts.add_token("more", Role.VIEWER, [], 0)
+    now = json.loads(path.read_text())
+    assert now["groups"] == later["groups"]
+    assert now["users"] == later["users"]
+    assert [t for t in now["tokens"] if t["name"] != "more"] == later["tokens"]
+    accounts.add_user("ann", Role.ADMIN, [], "another password", totp=False)
+    assert "mail" not in next(u for u in json.loads(path.read_text())["users"] if u["name"] == "ann"), "a new user"
+    accounts.remove_user("bob")
+    accounts.remove_token(later["tokens"][1]["id"])
+    now = json.loads(path.read_text())
+    assert ([u["name"] for u in now["users"]], {t["name"] for t in now["tokens"]}) == (["ann"], {"ci", "more"})
+    with pytest.raises(NotFound):
+        accounts.remove_user("bob")

@@ -40,6 +40,30 @@ class Reclaim(Order):
     dry_run: bool = False
 
 
+class Prune(Order):
+    """Which points of which machines stay."""
+
+    machines: list[Line] = Field(default_factory=list, max_length=10_000, description="names or ids; none: all")
+    keep: dict[
+        Literal["last", "hourly", "daily", "weekly", "monthly", "yearly"],
+        Annotated[int, Field(ge=1, le=100_000)] | Literal["all"],
+    ] = Field(default_factory=dict)
+    within: Line = ""
+    tags: list[Line] = Field(default_factory=list, max_length=100)
+    zone: Line = ""
+    count: Literal["restic", "proxmox"] = "restic"
+    group_by: Literal["machine", "consistency", "disks"] = "machine"
+    wait_seconds: float = Field(0.0, ge=0, le=3600)
+    dry_run: bool = False
+
+    def words(self) -> list[str]:
+        """As options."""
+        rules = [f"--keep-{rule}={n}" for rule, n in self.keep.items()] + [f"--keep-tag={tag}" for tag in self.tags]
+        rules += [f"--keep-within={self.within}"] * bool(self.within) + [f"--zone={self.zone}"] * bool(self.zone)
+        how = [f"--count={self.count}", f"--group-by={self.group_by}", f"--wait={self.wait_seconds:g}"]
+        return [*rules, *how, *["--dry-run"] * self.dry_run]
+
+
 class Regroup(Order):
     """What is joined."""
 
@@ -127,6 +151,13 @@ def reclaim(desk: TheDesk, caller: Admin, store: Store, order: Reclaim) -> dict[
     """Free the space of what was forgotten."""
     words = ["--empty-trash"] * order.empty_trash + ["--dry-run"] * order.dry_run
     return job(desk, caller, store, "reclaim", "reclaim", *words)
+
+
+@router.post("/stores/{store}/prune", status_code=202)
+def prune(desk: TheDesk, caller: Admin, store: Store, order: Prune) -> dict[str, Any]:
+    """Forget the points that no rule keeps, of some machines or all; they go to the trash first."""
+    machines = ["--", *order.machines] if order.machines else []
+    return job(desk, caller, store, "prune", "prune", *order.words(), *machines)
 
 
 @router.post("/stores/{store}/regroup", status_code=202)

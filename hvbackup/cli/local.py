@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -38,6 +39,14 @@ def ask(places: Places, method: str, path: str, body: Any = None) -> Any:
         kind = {404: NotFound, 422: UsageError}.get(answer.status, HvbackupError)
         raise kind(found["error"]["message"] if isinstance(found, dict) else found)
     return found
+
+
+def is_ours(places: Places) -> bool:
+    """Whether a service runs here as the same user as we."""
+    try:
+        return (places.run / SOCKET).stat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def jobs(places: Places, count: int) -> list[dict[str, Any]]:

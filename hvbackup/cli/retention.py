@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 from hvbackup.cli.invocation import now, session_of
 from hvbackup.cli.output import Out, count, parse_size, size, table
 from hvbackup.cli.parser import Verbs, add_verb
+from hvbackup.cli.through import COUNTED
 from hvbackup.errors import UsageError
 from hvbackup.model import Instant
 
 if TYPE_CHECKING:
     from hvbackup.service.reclaim import Freed, Sizes
-    from hvbackup.service.retention import Done, Judged, MachinePlan
     from hvbackup.store.keep.retention import Policy
-    from hvbackup.store.shelves.requests import Request
 
-COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 SECOND_NS = 1_000_000_000
 RULES = """\
 rules:
@@ -108,17 +106,23 @@ def policy_of(args: argparse.Namespace) -> Policy:
 
 def prune(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup prune [MACHINE…]`."""
+    from hvbackup.cli import through
     from hvbackup.service import retention, shapes_retention
 
-    policy, moment = policy_of(args), now()
+    policy, moment, wait = policy_of(args), now(), _seconds(args.wait)
     if args.dry_run:
         found = retention.dry_run(session_of(args), args.machine, policy, args.group_by, moment)
-        out.answer({"dry_run": True, "plans": [shapes_retention.plan(p) for p in found]}, _plan_lines(found))
+        plans = [shapes_retention.plan(p) for p in found]
+        out.answer({"dry_run": True, "plans": plans}, _plan_lines(plans))
         return 0
-    done = retention.prune(
-        session_of(args), args.machine, policy, args.group_by, moment, wait_seconds=_seconds(args.wait)
+    if (made := through.prune(args, out)) is not None:
+        shown, code = made
+        out.answer(shown, [*_plan_lines(shown["plans"]), *_done_lines(shown)] if "plans" in shown else [])
+        return code
+    done = shapes_retention.done(
+        retention.prune(session_of(args), args.machine, policy, args.group_by, moment, wait_seconds=wait)
     )
-    out.answer(shapes_retention.done(done), [*_plan_lines(done.plans), *_done_lines(done)])
+    out.answer(done, [*_plan_lines(done["plans"]), *_done_lines(done)])
     return 0
 
 
@@ -128,40 +132,43 @@ def _seconds(value: float) -> float:
     return value
 
 
-def _plan_lines(found: Iterable[MachinePlan]) -> Iterator[str]:
-    for p in found:
-        yield f"{p.name}{f' ({p.group})' if p.group else ''}:"
-        yield from table(("TIME", "POINT", "", "WHY"), [_judged_row(j) for j in p.points])
+def _plan_lines(plans: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for p in plans:
+        yield f"{p['machine']['name']}" + (f" ({p['group']})" if p["group"] else "") + ":"
+        yield from table(("TIME", "POINT", "", "WHY"), [_judged_row(j) for j in p["points"]])
 
 
-def _judged_row(j: Judged) -> tuple[str, str, str, str]:
-    from hvbackup.moments import local
-
-    name = j.path.rsplit("/", 1)[1]
-    t = Instant(int(name.split("-")[0]))
-    return (local(t), name.split("-")[1], "keep" if j.decision.keep else "forget", ", ".join(j.decision.reasons))
+def _judged_row(j: dict[str, Any]) -> tuple[str, str, str, str]:
+    return (_local(j["time"]), j["id"], "keep" if j["keep"] else "forget", ", ".join(j["reasons"]))
 
 
-def _done_lines(done: Done) -> Iterator[str]:
-    from hvbackup.moments import local
+def _local(time: str) -> str:
+    """A time of an answer, as people read it."""
+    from hvbackup import moments
 
-    if done.request:
-        yield from _waiting(done.request)
+    t = moments.parse(time, Instant(0)).t
+    assert t is not None
+    return moments.local(t)
+
+
+def _done_lines(done: dict[str, Any]) -> Iterator[str]:
+    if done["request"]:
+        yield _waiting(done["request"]["id"])
         return
-    found = done.forgotten
-    if not found or not found.points:
+    found = done["forgotten"]
+    if not found or not found["points"]:
         yield "Nothing was forgotten"
-    elif found.until is not None:
+    elif found["until"] is not None:
         yield (
-            f"{count(len(found.points), 'point')} forgotten; `hvbackup forget --undo POINT` has one back until "
-            f"{local(found.until)}, and `hvbackup reclaim` frees the space after that"
+            f"{count(len(found['points']), 'point')} forgotten; `hvbackup forget --undo POINT` has one back until "
+            f"{_local(found['until'])}, and `hvbackup reclaim` frees the space after that"
         )
-    for path, reasons in found.kept.items() if found else ():
-        yield f"Point {path.rsplit('-', 1)[1]} stays after all: {'; '.join(reasons)}"
+    for kept in found["kept"] if found else ():
+        yield f"Point {kept['id']} stays after all: {'; '.join(kept['reasons'])}"
 
 
-def _waiting(request: Request) -> Iterator[str]:
-    yield f"This waits for a second operator: `hvbackup approve {request.id}`"
+def _waiting(request: str) -> str:
+    return f"This waits for a second operator: `hvbackup approve {request}`"
 
 
 # -- forget ----------------------------------------------------------------------------------------------------------------
@@ -201,10 +208,11 @@ def forget(args: argparse.Namespace, out: Out) -> int:
         back = retention.undo(session, args.point, now())
         out.answer({"restored": [t.id for t in back]}, [f"Point {t.id} is back" for t in back])
         return 0
-    done = retention.forget(
-        session, args.point, now(), why=args.why, even_newest=args.even_newest, wait_seconds=_seconds(args.wait)
+    wait = _seconds(args.wait)
+    done = shapes_retention.done(
+        retention.forget(session, args.point, now(), why=args.why, even_newest=args.even_newest, wait_seconds=wait)
     )
-    out.answer(shapes_retention.done(done), _done_lines(done))
+    out.answer(done, _done_lines(done))
     return 0
 
 
@@ -245,7 +253,7 @@ def release(args: argparse.Namespace, out: Out) -> int:
 
     found, request = retention.release(session_of(args), args.name, now())
     shown = {"released": args.name if found else None, "request": shapes_retention.request(request)}
-    out.answer(shown, _waiting(request) if request else [f"{args.name} is released"])
+    out.answer(shown, [_waiting(request.id) if request else f"{args.name} is released"])
     return 0
 
 
@@ -303,7 +311,7 @@ def settings(args: argparse.Namespace, out: Out) -> int:
         changes["two_person"] = args.two_person == "on"
     found, request = retention.change_settings(session_of(args), changes, now())
     shown = {"settings": shapes_retention.settings(found), "request": shapes_retention.request(request)}
-    out.answer(shown, _waiting(request) if request else shapes_retention.settings_lines(found))
+    out.answer(shown, [_waiting(request.id)] if request else shapes_retention.settings_lines(found))
     return 0
 
 

@@ -256,7 +256,7 @@ def _machine_row(h: History, moment: Instant) -> Sequence[str]:
     newest = h.points[-1]
     age = duration(round(newest.age_seconds(moment)))
     total = size(sum(d.disk.size for d in newest.disks))
-    return (h.machine.name, newest.id, local(newest.t), age, str(newest.consistency), str(len(h.points)),
+    return (h.machine.name, newest.id, local(newest.t), age, str(newest.consistency), str(h.count),
             str(len(newest.disks)), total)  # fmt: skip
 
 

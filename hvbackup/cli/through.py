@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from hvbackup import config
 from hvbackup.cli import local
@@ -20,6 +21,7 @@ from hvbackup.errors import HvbackupError
 
 ALONE = "HVBACKUP_ALONE"  # set in processes of the service, which would else ask it to do what it has asked them to do
 LOOK_SECONDS = 0.3
+COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")  # rules of `prune` that are numbers
 PLAIN = ("source", "only", "full", "consistency", "name")  # of `backup`: what the service can be told
 
 
@@ -27,7 +29,7 @@ def summary(args: argparse.Namespace) -> dict[str, Any] | None:
     """How the service says that machines stand, or None where none runs for this store."""
     places = config.places(args.store)
     found = _ask(places, "GET", "/api/v1/status")
-    return found if found is not None and _store(places) else None
+    return found if found is not None and _store(places) is not None else None
 
 
 def backup(args: argparse.Namespace, out: Out) -> int | None:
@@ -35,7 +37,7 @@ def backup(args: argparse.Namespace, out: Out) -> int | None:
     if len(args.source) != 1 or args.dry_run or _odd(args):
         return None
     places = config.places(args.store)
-    if not _store(places):
+    if _store(places) is None:
         return None
     sources = (_ask(places, "GET", "/api/v1/configuration") or {}).get("source", {})
     names = [n for n, s in sources.items() if s["uri"] == args.source[0] and args.name in ("", s["name"])]
@@ -54,6 +56,28 @@ def backup(args: argparse.Namespace, out: Out) -> int | None:
     return _ended(done, out)
 
 
+def prune(args: argparse.Namespace, out: Out) -> tuple[dict[str, Any], int] | None:
+    """What a prune by the service came to, and its exit code; None: it is not for the service.
+
+    Whoever approves must be somebody else than who asked, so a service of another user does not ask for us.
+    """
+    places = config.places(args.store)
+    if args.dry_run or args.key_file or args.passphrase_file or not local.is_ours(places):
+        return None
+    store = _store(places)
+    if store is None:
+        return None
+    keep = {n: "all" if v < 0 else v for n in COUNTED if (v := getattr(args, f"keep_{n}"))}
+    order = {
+        "machines": args.machine, "keep": keep, "within": args.keep_within, "tags": args.keep_tag, "zone": args.zone,
+        "count": args.count, "group_by": args.group_by, "wait_seconds": args.wait,
+    }  # fmt: skip
+    made = local.ask(places, "POST", f"/api/v1/stores/{quote(store, safe='')}/prune", order)
+    done = _followed(places, [made["id"]], out)
+    answer = done[0]["answer"] if isinstance(done[0]["answer"], dict) else {}
+    return {**answer, "jobs": [made["id"]]}, _ended(done, out)
+
+
 def _odd(args: argparse.Namespace) -> bool:
     """Whether something was asked for that only we can do."""
     shared = {"store", "json", "quiet", "strict", "key_file", "passphrase_file", "verb", "run", "build", "dry_run"}
@@ -62,10 +86,10 @@ def _odd(args: argparse.Namespace) -> bool:
     return any(rest.values()) or bool(args.key_file or args.passphrase_file)
 
 
-def _store(places: Places) -> bool:
-    """Whether the service of this host keeps this store."""
-    found = _ask(places, "GET", "/api/v1/stores")
-    return found is not None and any(Path(s["path"]) == places.store and not s["error"] for s in found["stores"])
+def _store(places: Places) -> str | None:
+    """What the service of this host calls this store, or None: it does not keep it."""
+    found = _ask(places, "GET", "/api/v1/stores") or {"stores": []}
+    return next((s["name"] for s in found["stores"] if Path(s["path"]) == places.store and not s["error"]), None)
 
 
 def _ask(places: Places, method: str, path: str) -> Any:

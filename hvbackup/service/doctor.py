@@ -97,7 +97,7 @@ def doctor(session: Session, sources: Sequence[str], now: Instant) -> Iterator[F
     with store:
         yield ok("store", f"{session.places.store} opens with its key")
         yield from keys(session, store)
-        overview = look.status(session, now)
+        overview = look.status(session, now, every=True)
         yield from leftovers(overview, now)
         yield from machines(overview)
         for source in sources:

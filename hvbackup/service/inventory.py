@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from hvbackup import moments
 from hvbackup.errors import NotFound, StoreDamage, UsageError
-from hvbackup.model import DiskRoot, Machine, RecoveryPoint
+from hvbackup.model import DiskRoot, Instant, Machine, RecoveryPoint
 from hvbackup.service.chosen import no_disk
 from hvbackup.store.store import Store
+
+EPOCH = Instant(0)
 
 
 @dataclass(slots=True)
@@ -20,6 +22,8 @@ class History:
     machine: Machine  # as its newest point has it
     points: Sequence[RecoveryPoint]
     damaged: Sequence[str] = ()  # points that can't be read
+    count: int = 0  # of its points, also where only the newest was read
+    oldest: Instant = EPOCH
 
 
 @dataclass(slots=True)
@@ -45,7 +49,7 @@ class Inventory:
 
 def machine_of(store: Store, name: str) -> Machine:
     """The machine people call `name`.  Raises NotFound, UsageError."""
-    return _heads(store).machine(name).machine
+    return heads(store).machine(name).machine
 
 
 def history_of(store: Store, name: str) -> History:
@@ -54,19 +58,26 @@ def history_of(store: Store, name: str) -> History:
     return _inventory(store, [folder]).machines[0]
 
 
-def _heads(store: Store) -> Inventory:
+def heads(store: Store) -> Inventory:
     """Every machine with its newest readable point: one small file for each, however many points there are."""
     found = Inventory()
     for folder in store.machine_folders():
-        for path in reversed(store.point_paths(folder)):
+        paths, damaged = store.point_paths(folder), []
+        for path in reversed(paths):
             try:
                 newest = store.load_point(path)
-            except StoreDamage:
+            except StoreDamage as e:
+                damaged.append(f"{e}; `hvbackup check` says more")
                 continue
-            found.machines.append(History(newest.machine, [newest]))
+            found.machines.append(History(newest.machine, [newest], damaged, len(paths), _time_of(paths[0])))
             break
+        found.notes += damaged
     found.machines.sort(key=lambda h: (h.machine.name, h.machine.id))
     return found
+
+
+def _time_of(path: str) -> Instant:
+    return Instant(int(path.rsplit("/", 1)[1].split("-")[0]))
 
 
 def inventory(store: Store) -> Inventory:
@@ -85,7 +96,7 @@ def _inventory(store: Store, folders: Sequence[str]) -> Inventory:
                 damaged.append(f"{e}; `hvbackup check` says more")
         found.notes += damaged
         if good:
-            found.machines.append(History(good[-1].machine, good, damaged))
+            found.machines.append(History(good[-1].machine, good, damaged, len(good), good[0].t))
     found.machines.sort(key=lambda h: (h.machine.name, h.machine.id))
     return found
 

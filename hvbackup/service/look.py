@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.model import Instant, MachineId
-from hvbackup.service.inventory import History, Inventory, history_of, inventory
+from hvbackup.service.inventory import History, Inventory, heads, history_of, inventory
 from hvbackup.service.session import Session
 from hvbackup.store.catalog.catalog import Catalog
 from hvbackup.store.check.ledger import Ledger, debt
@@ -76,14 +76,17 @@ def points(session: Session, machine: str = "") -> Inventory:
         return Inventory([one], list(one.damaged))
 
 
-def status(session: Session, now: Instant) -> Overview:
-    """Machines, their newest points and moments, the store's figures, and what runs left on hypervisors."""
+def status(session: Session, now: Instant, *, every: bool = False) -> Overview:
+    """Machines, their newest points and moments, the store's figures, and what runs left on hypervisors.
+
+    Of each machine the newest point is read; with `every` all are, and each that can't be read is named.
+    """
     from hvbackup.leases import Leases
     from hvbackup.recover.boot import Boots
     from hvbackup.service.timeline import standing
 
     with session.open() as store:
-        found = inventory(store)
+        found = inventory(store) if every else heads(store)
         names = {h.machine.id: h.machine.name for h in found.machines}
         leases = Leases(store, lambda: now).all()
         leftovers = [Leftover(v, names.get(v.machine, v.machine), v.expires < now) for v in leases]

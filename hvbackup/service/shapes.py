@@ -130,8 +130,8 @@ def protected(h: History, now: Instant, journal: Protected | None = None) -> Jso
     """A machine in `status`; `protection` is null unless it is, or was, under continuous protection."""
     return {
         **machine(h.machine),
-        "points": len(h.points),
-        "oldest": rfc3339(h.points[0].t),
+        "points": h.count,
+        "oldest": rfc3339(h.oldest),
         "newest": point(h.points[-1]),
         "age_seconds": round(h.points[-1].age_seconds(now), 3),
         "protection": journal

@@ -119,6 +119,25 @@ def test_forgetting_and_having_back(own: Site) -> None:
     assert admin.get(f"{V}/stores/main/trash").json() == {"trash": []}
 
 
+def test_a_prune_of_the_whole_store_takes_every_rule(own: Site) -> None:
+    """What the command line's `prune` can be told, this route can, as words that are never options of somebody's choice."""
+    admin, path = own.client("admin"), f"{V}/stores/main/prune"
+    order = {"keep": {"last": "all", "daily": 7}, "within": "30d", "tags": ["--x"], "zone": "UTC", "count": "proxmox",
+             "group_by": "disks", "dry_run": True, "machines": ["web1"]}  # fmt: skip
+    job = admin.post(path, json=order).json()
+    assert job["command"].startswith(
+        "hvbackup prune --keep-last=all --keep-daily=7 --keep-tag=--x --keep-within=30d --zone=UTC --count=proxmox"
+    )
+    done = own.finish(job["id"])
+    assert (done["state"], [p["machine"]["name"] for p in done["answer"]["plans"]]) == ("done", ["web1"])
+    assert all(p["keep"] for p in done["answer"]["plans"][0]["points"])
+    nothing = own.finish(admin.post(path, json={}).json()["id"])
+    assert (nothing["state"], nothing["exit_code"]) == ("failed", 2), "a policy that keeps nothing is refused"
+    for wrong in ({"keep": {"last": 0}}, {"keep": {"ever": 1}}, {"zone": "a\nb"}, {"wait_seconds": 1e9}):
+        assert admin.post(path, json=wrong).status_code == 422, wrong
+    assert own.client("admin of web").post(path, json=order).status_code == 403
+
+
 def test_two_persons_over_the_api(own: Site) -> None:
     """Ann asks, and neither she, a token nor the socket approves; Bob does."""
     key = own.key("web1")

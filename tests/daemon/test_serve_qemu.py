@@ -175,6 +175,19 @@ def test_a_backup_is_made_by_the_service_where_one_runs(world: World, tmp_path: 
             "which the service can't be told"
         )
         assert "The service keeps this store: 1 protected" in world.done("status").out
+        said = world.done("prune", "b", "--keep-last=2", "--json").json
+        [job] = said["jobs"]
+        shown = world.done("jobs", job, "--json").json
+        assert (shown["kind"], shown["who"], shown["state"]) == ("prune", "local", "done")
+        assert len(said["forgotten"]["points"]) >= 2
+        assert world.done("status", "--json").json["machines"][0]["points"] == 2
+        assert "Nothing was forgotten" in world.done("prune", "--keep-last=2").out
+        assert "b:" in world.done("prune", "--keep-last=2").out
+        alone = world.done("prune", "--keep-last=2", "--json", HVBACKUP_ALONE="1").json
+        assert "jobs" not in alone
+        assert {**said, "jobs": 0}.keys() == {**alone, "jobs": 0}.keys()
+        assert "no machine" in world.refused(2, "prune", "nosuch", "--keep-last=2").lower()
+        assert "jobs" not in world.done("prune", "--keep-last=1", "--dry-run", "--json").json, "nothing is done"
         b.kill()
         ran = world.run("backup", source, "--json")
         assert ran.code == 4
