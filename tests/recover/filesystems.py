@@ -120,7 +120,7 @@ def btrfs(tree: Path, image: Path) -> None:
 
 MAKERS: Mapping[str, Callable[[Path, Path], None]] = {
     "ext2": ext("ext2", "-b", "1024"),
-    "ext3": ext("ext3", "-b", "1024"),
+    "ext3": ext("ext3", "-b", "4096"),
     "ext4": ext("ext4"),
     "fat12": fat(12, 2_000_000, 10),
     "fat16": fat(16, 12 * MiB),

@@ -22,7 +22,7 @@ from hvbackup.errors import (
     UsageError,
 )
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, MiB, Token
-from hvbackup.recover import browse, filesystems
+from hvbackup.recover import affected, browse, filesystems
 from hvbackup.recover.browse import Kind, Volumes
 from hvbackup.recover.copyout import CopyOut
 from hvbackup.store.journal.history import History
@@ -343,3 +343,19 @@ def test_without_the_readers_there_is_a_word_on_how_to_get_them(
     monkeypatch.setattr(filesystems, "READERS", {"ext": "nosuchreader"})
     with pytest.raises(UsageError, match=r"pip install 'hvbackup\[files\]'"):
         opened(images["ext4"])
+
+
+@pytest.mark.parametrize(
+    ("run_", "hit"),
+    [
+        ((0, 10), False),
+        ((0, 11), True),
+        ((12, 1), True),
+        ((19, 5), True),
+        ((20, 5), False),
+        ((5, 100), True),
+        ((35, 9), False),
+    ],
+)
+def test_which_runs_lie_on_what_is_lost(run_: tuple[int, int], hit: bool) -> None:
+    assert affected._overlap([run_], [(10, 10), (30, 5)]) is hit
