@@ -11,10 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hvbackup import __version__
-from hvbackup.api import machines, pages, people, stores, upkeep, work
+from hvbackup.api import folders, guestfiles, machines, pages, people, stores, upkeep, work
 from hvbackup.api.gate import Desk, Forbidden
 from hvbackup.auth import Refused, TooMany
-from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, UsageError
+from hvbackup.errors import Busy, FileSystemUnreadable, HostUnreachable, HvbackupError, NotFound, UsageError
 
 BODY_MAX_BYTES = 256 * 1024
 HEADERS = {
@@ -38,9 +38,18 @@ def create(desk: Desk | None) -> FastAPI:
         license_info={"name": "AGPL-3.0-or-later"},
     )  # fmt: skip
     app.state.desk = desk
-    for router in (stores.router, upkeep.router, machines.router, work.router, people.router, stores.outside):
+    for router in (
+        stores.router,
+        upkeep.router,
+        machines.router,
+        guestfiles.router,
+        work.router,
+        people.router,
+        stores.outside,
+    ):
         app.include_router(router, responses=RESPONSES)
     app.include_router(pages.router, include_in_schema=False)
+    app.include_router(folders.router, include_in_schema=False)
     app.add_exception_handler(HvbackupError, _failed)
     app.add_exception_handler(RequestValidationError, _not_understood)
     app.add_exception_handler(HTTPException, _http)
@@ -68,6 +77,7 @@ def status_of(e: HvbackupError) -> int:
         (Refused, 401),
         (NotFound, 404),
         (UsageError, 422),
+        (FileSystemUnreadable, 422),
         (Busy, 409),
         (HostUnreachable, 502),
     )

@@ -106,7 +106,8 @@ def _static(name: str) -> str:
     return f"/static/{name}?{hashlib.sha256(_content(name)).hexdigest()[:12]}"
 
 
-def _page(request: Request, name: str, caller: Caller | None, code: int = 200, **values: Any) -> HTMLResponse:
+def page(request: Request, name: str, caller: Caller | None, code: int = 200, **values: Any) -> HTMLResponse:
+    """A page, with what every page has."""
     desk: Desk | None = request.app.state.desk
     now = desk.keeper.clock() if desk else Instant(0)
     common = {"caller": caller, "path": request.url.path, "now": now, "csrf": caller.csrf if caller else "",
@@ -123,7 +124,7 @@ def error(request: Request, status: int, text: str) -> Response:
         caller: Caller | None = caller_of(request)
     except HvbackupError:
         caller = None
-    return _page(request, "error.html", caller, status, status=status, text=text)
+    return page(request, "error.html", caller, status, status=status, text=text)
 
 
 @router.get("/static/{name}")
@@ -164,7 +165,7 @@ def login_page(request: Request, to: Annotated[str, Query(max_length=200)] = "/"
 def _login_page(request: Request, code: int, to: str, said: str) -> HTMLResponse:
     desk: Desk = request.app.state.desk
     provider = desk.keeper.settings.provider
-    return _page(
+    return page(
         request, "login.html", None, code, to=to, said=said, nobody=not said and not desk.accounts.users(),
         provider=provider.label if provider.issuer else "",
     )  # fmt: skip
@@ -221,7 +222,7 @@ def from_provider(
         return _login_page(request, 429 if isinstance(e, TooMany) else 401, to, str(e))
     desk.accounts.guard.succeeded(keys)
     # A page of ours goes on: the browser would not send a strict cookie where another site sent it.
-    answer = _page(request, "entered.html", None, to=to)
+    answer = page(request, "entered.html", None, to=to)
     people.set_cookie(answer, cookie)
     answer.delete_cookie(oidc.COOKIE, secure=True, httponly=True, samesite="lax", path="/")
     return answer
@@ -281,7 +282,7 @@ def estate(
     names = {r.name for r in every}
     alarms = [a for a in desk.keeper.alarms if caller.principal.is_unlimited or a.subject in names]
     other = [a for a in alarms if not a.key.startswith("machine:")]
-    return _page(
+    return page(
         request, "machines.html", caller, rows=found[first : first + PAGE], total=len(found), first=first, size_=PAGE,
         counts=rows.counts(every), every=len(every), state=state, q=q, alarms=other,
         busy={j.task.machine for j in desk.keeper.jobs.open()},
@@ -305,7 +306,7 @@ def machine(request: Request, desk: TheDesk, caller: Reader, key: machines.Key) 
         "words": desk.keeper.store_words(row.store),
         "restores": str(orders.restores(desk.keeper)),
     }  # fmt: skip
-    return _page(
+    return page(
         request, "machine.html", caller, row=row, points=newest, jobs=mine, setup=json.dumps(setup).replace("<", "\\u003c"),
         lines=_lines(desk, row),
     )  # fmt: skip
@@ -330,7 +331,7 @@ def points(request: Request, desk: TheDesk, caller: Reader, key: machines.Key, f
     row = row_of(desk, caller, key)
     known = machines.known_of(row)
     found = desk.keeper.estate(row.store).points(known, first, PAGE)
-    return _page(request, "points.html", caller, row=row, points=found, total=len(known.times), first=first, size_=PAGE)
+    return page(request, "points.html", caller, row=row, points=found, total=len(known.times), first=first, size_=PAGE)
 
 
 @router.get("/jobs")
@@ -338,7 +339,7 @@ def all_jobs(request: Request, desk: TheDesk, caller: Reader, first: First = 0) 
     """What runs, waits and ended."""
     found = [j for j in desk.keeper.jobs.all() if work.visible(desk, caller, j)]
     shown = [work.shown(desk, j) for j in found[first : first + PAGE]]
-    return _page(request, "jobs.html", caller, jobs=shown, total=len(found), first=first, size_=PAGE)
+    return page(request, "jobs.html", caller, jobs=shown, total=len(found), first=first, size_=PAGE)
 
 
 @router.get("/jobs/{job_id}")
@@ -347,9 +348,7 @@ def job(request: Request, desk: TheDesk, caller: Reader, job_id: work.JobId) -> 
     found = work.job_of(desk, caller, job_id)
     answer = desk.keeper.jobs.answer(job_id)
     text = json.dumps(answer, indent=1, ensure_ascii=False) if answer is not None else ""
-    return _page(
-        request, "job.html", caller, job=work.shown(desk, found), log=desk.keeper.jobs.log(job_id), answer=text
-    )
+    return page(request, "job.html", caller, job=work.shown(desk, found), log=desk.keeper.jobs.log(job_id), answer=text)
 
 
 @router.get("/stores")
@@ -357,21 +356,21 @@ def all_stores(request: Request, desk: TheDesk, caller: Overseer) -> HTMLRespons
     """Room, growth, deduplication."""
     found = [scrape.store_shape(desk.keeper, name) for name in desk.keeper.stores]
     charts = {s["name"]: show.bars([g["stored_bytes"] for g in s["growth"][-60:]]) for s in found}
-    return _page(request, "stores.html", caller, stores=found, charts=charts)
+    return page(request, "stores.html", caller, stores=found, charts=charts)
 
 
 @router.get("/policies")
 def policies(request: Request, desk: TheDesk, caller: Overseer) -> HTMLResponse:
     """Who protects what."""
     text = "\n".join(configuration.lines(desk.keeper.settings, every=False))
-    return _page(request, "policies.html", caller, found=stores.policies(desk, caller), text=text)
+    return page(request, "policies.html", caller, found=stores.policies(desk, caller), text=text)
 
 
 @router.get("/audit")
 def audit(request: Request, desk: TheDesk, caller: Admin, first: First = 0) -> HTMLResponse:
     """Who did what."""
     found = stores.audit(desk, caller, first, PAGE)
-    return _page(request, "audit.html", caller, entries=found["entries"], total=found["total"], first=first, size_=PAGE)
+    return page(request, "audit.html", caller, entries=found["entries"], total=found["total"], first=first, size_=PAGE)
 
 
 # -- ordering ----------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from hvbackup.model import SECOND, Instant, MiB
 from hvbackup.service.session import Session
 from tests.api.provider import CLIENT, SECRET, Provider
 from tests.api.provider import answering as provider_answering
+from tests.api.test_guestfiles import filesystem
 from tests.cli.rig import World, make_disk
 from tests.hypervisors.daemon import Daemon, make_image, node
 
@@ -82,7 +83,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     (folder / "m").mkdir()
     daemon = Daemon(folder / "m", [node("vda", make_image(folder / "m/vda.raw", 4 * MiB, "raw"), "raw")]).start()
     past(world, f"qemu:{folder}/m/qmp.sock", "web1")
-    past(world, str(folder / "db.raw"), "db1")
+    past(world, str(folder / "db.raw"), "db1", guest_files(folder))
     keeper = Keeper(config.places(environment=world.environment, root=False), KeyOptions())
     keeper.environment = keeper.discovery.environment = keeper.workers.environment = world.environment
     keeper.jobs._environment = dict(world.environment)
@@ -103,7 +104,20 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     keeper.close()
 
 
-def past(world: World, machine: str, name: str) -> None:
+def guest_files(folder: Path) -> bytes:
+    """An ext4 with a few files, as the newest state of a disk."""
+    tree = folder / "tree"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "var/log").mkdir(parents=True)
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost\n")
+    (tree / "etc/<b>bold<b>").write_text("x")
+    (tree / "etc/mtab").symlink_to("/proc/mounts")
+    (tree / "etc/services").write_bytes(random.Random(2).randbytes(200_000))
+    filesystem(tree, folder / "guest.ext4", "4M")
+    return (folder / "guest.ext4").read_bytes()
+
+
+def past(world: World, machine: str, name: str, newest: bytes = b"") -> None:
     """Points of two years, ever denser."""
     now, ages = time.time_ns(), [*range(2, 26), *range(28, 240, 24), *range(300, 17000, 700)]
     clock = Clock()
@@ -115,6 +129,8 @@ def past(world: World, machine: str, name: str) -> None:
         for hours in sorted(ages, reverse=True):
             clock.now = now - hours * 3600 * SECOND
             disk.write(random.Random(hours).randrange(32) * 65536, random.Random(hours).randbytes(65536))
+            if newest and hours == min(ages):
+                disk.write(0, newest)
             capture(store, hypervisor, hypervisor.machines()[0], Options(name=name, clock=clock))
 
 
@@ -216,6 +232,37 @@ def test_a_person_restores_a_machine_to_a_moment(page: Page, console: Console) -
     again = console.world.folder / "again"
     console.world.done("restore", "web1", "--at", seq, "--to", again)
     assert disk.read_bytes() == (again / disk.name).read_bytes()
+
+
+def test_a_person_takes_one_file_out_with_the_keyboard_alone(page: Page, console: Console) -> None:
+    enter(page)
+    page.get_by_role("link", name="db1").click()
+    form = page.locator("form.do[data-action=files]")
+    expect(form.locator(".line")).to_contain_text("hvbackup files db1 --at=")
+    expect(form.get_by_role("button", name="Browse")).to_be_enabled()
+    at = form.locator("input[name=at]").input_value()
+    form.get_by_role("button", name="Browse").press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Files of db1")
+    assert "csrf" not in page.url, "the session's word is in no address"
+    shot(page, "files-disks")
+    page.get_by_role("link", name="partition 0").press("Enter")
+    page.get_by_role("link", name="etc").press("Enter")
+    expect(page.get_by_role("row").filter(has_text="services")).to_contain_text("195.3 KiB")
+    expect(page.get_by_role("row").filter(has_text="mtab")).to_contain_text("/proc/mounts")
+    expect(page.locator(".same .line").first).to_contain_text(f"--at={at}")
+    shot(page, "files")
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, "files-phone-dark")
+    with page.expect_download() as got:
+        page.get_by_role("link", name="Download hosts").press("Enter")
+    assert Path(got.value.path()).read_bytes() == b"127.0.0.1 localhost\n"
+    assert got.value.suggested_filename == "hosts"
+    page.get_by_role("navigation", name="Folder").get_by_role("link", name="disks").press("Enter")
+    expect(page.get_by_role("link", name="partition 0")).to_be_visible()
+    page.goto(page.url.replace("path=%2F", "path=%2F0%2Fnosuch"))
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not there")
 
 
 def test_the_timeline_works_with_the_keyboard_from_years_to_seconds(page: Page) -> None:
