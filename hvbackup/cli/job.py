@@ -16,6 +16,7 @@ def main(folder: Path) -> int:
     """Run the command of the job; returns its exit code, which is in the folder as well."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ["HVBACKUP_PROGRESS"] = str(folder / "progress")
+    os.environ["HVBACKUP_ALONE"] = "1"  # a job that asked the service for what it is would wait for itself
     words = json.loads((folder / "job.json").read_bytes())["task"]["words"]
     from hvbackup.cli import command, interrupt
 
