@@ -85,3 +85,20 @@ def test_check_names_the_files_that_lie_on_what_is_lost(server: World, tree: Pat
     wanted = dict(files_of(tree))
     del wanted["large.bin"]
     assert files_of(server.folder / "out/0") == wanted
+
+
+def test_what_only_an_older_point_lost_is_named_there(server: World, tree: Path) -> None:
+    first = max(server.store.glob("packs/*/*.pack"), key=lambda p: p.stat().st_size)
+    (tree / "large.bin").write_bytes((tree / "large.bin").read_bytes()[::-1])
+    (server.folder / "disk.raw").unlink()
+    MAKERS["ext4"](tree, server.folder / "disk.raw")
+    server.done("backup", f"image:{server.folder}/disk.raw", "--name", "web1", "--full")
+    second = max((p for p in server.store.glob("packs/*/*.pack") if p != first), key=lambda p: p.stat().st_size)
+    for pack, part in ((first, 2), (second, 3)):
+        data = bytearray(pack.read_bytes())
+        data[len(data) // part] ^= 1
+        pack.chmod(0o600)
+        pack.write_bytes(data)
+    newest, oldest = (p["id"] for p in server.done("points", "web1", "--json").json["points"])
+    found = server.run("check", "--deep", "--files", "--json").json["files"]
+    assert {(f["point"], *f["files"]) for f in found} == {(newest, "/0/large.bin"), (oldest, "/0/large.bin")}
