@@ -96,6 +96,7 @@ def _room(folder: Path) -> int:
     return total
 
 
+RUN_STATUS = {State.DONE: 0, State.DEGRADED: 1, State.FAILED: 2}
 figures = Figures()  # of this process's stores, by their paths
 
 
@@ -166,7 +167,7 @@ def _free(keeper: Keeper, name: str) -> int | None:
 
 def _sample(keeper: Keeper, r: Row) -> MachineSample:
     history, drill = tasks.past_of(keeper.jobs, r.id, "backup"), tasks.past_of(keeper.jobs, r.id, "drill")
-    status = None if not history.past.ended else 2 if history.past.failures else 0
+    status = RUN_STATUS[history.state] if history.state else None
     lag = max(0.0, (keeper.clock() - r.note.newest) / SECOND) if r.note and r.note.newest else None
     return MachineSample(
         r.id, r.name, r.points, r.known.age_seconds(keeper.clock()) if r.known else None, r.rpo_seconds, lag,

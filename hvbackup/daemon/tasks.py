@@ -26,6 +26,7 @@ class History:
     open: str = ""  # the job that waits or runs
     failure: str = ""  # why the newest one failed
     last_run_ns: int = 0  # how long the newest good one took
+    state: State | None = None  # of the newest that came to an end by itself
 
 
 def past_of(jobs: Jobs, subject: str, kind: str) -> History:
@@ -43,7 +44,7 @@ def past_of(jobs: Jobs, subject: str, kind: str) -> History:
         failures=len(failures),
     )
     run = good.ended - good.began if good else 0
-    return History(past, open_, failures[0].error if failures else "", run)
+    return History(past, open_, failures[0].error if failures else "", run, newest.state if newest else None)
 
 
 def next_backup(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hvbackup.api.app import create
 from hvbackup.api.gate import COOKIE, Caller, is_still_admitted
 from hvbackup.api.work import _events
 from hvbackup.auth import Principal, Role
+from hvbackup.jobs import State
 from tests.api.conftest import SIZE, Site
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,6 +170,16 @@ def test_metrics(site: Site) -> None:
     assert "hvbackup_store_free_bytes" in text
 
 
+def test_metrics_say_how_the_newest_capture_ended(site: Site) -> None:
+    job = site.client("operator").post(f"/api/v1/machines/{site.key('web1')}/backup", json={}).json()["id"]
+    site.finish(job)
+    for state, value in ((State.DEGRADED, 1), (State.FAILED, 2), (State.DONE, 0)):
+        site.keeper.jobs._put(replace(site.keeper.jobs.get(job), state=state))
+        text = site.client("viewer").get("/metrics").text
+        found = [line for line in text.splitlines() if line.startswith('hvbackup_run_status{machine="web1"')]
+        assert [line.split()[-1] for line in found] == [str(value)]
+
+
 def test_errors_are_json_with_the_kind_and_the_exit_code(site: Site) -> None:
     answer = site.client("viewer").get(f"/api/v1/machines/{'0' * 32}")
     assert answer.status_code == 404
@@ -194,7 +206,6 @@ def test_the_description_in_docs_is_the_one_that_is_served(site: Site) -> None:
 
 def test_no_machine_name_becomes_an_option_or_a_word_of_its_own(site: Site) -> None:
     """Ids come from hosts: whatever they are, they stand behind `--`."""
-    from dataclasses import replace
 
     from hvbackup.api import orders
 
