@@ -79,7 +79,7 @@ def test_what_is_shown_means_the_same_when_it_is_read(tmp_path: Path) -> None:
         ("[source.k]\n", "[source.k] has no uri"),
         ('[source.k]\nuri="a\\nb"\n', "on one line"),
         ('[notify.m]\nkind="mail"\nsender="a"\nto=["b"]\n', "[notify.m] has no server"),
-        ('[provider]\nissuer="https://id"\n', "[provider] has no client"),
+        ('[provider]\nissuer="https://id"\nsecret_file="/s"\nconsole="https://c"\n', "[provider] has no client"),
         (
             '[provider]\nissuer="http://id"\nclient="a"\nsecret_file="/s"\nconsole="https://c"\n',
             "issuer is an address that begins with https://",
