@@ -75,8 +75,8 @@ reclaim = ""
 """
 
 
-# A moment is labelled when its switch is over, so that nothing written after its label is in it; what was done while it lasted may
-# be missing.
+# A moment is labelled when its switch is over, so that nothing written after its label is in it; what was done while the switch
+# lasted may be missing.
 SWITCH_SECONDS = 1.0
 
 
