@@ -207,7 +207,7 @@ def from_provider(
 ) -> Response:  # fmt: skip
     """A session for whom the provider named, or the login page again."""
     address = request.client.host if request.client else "local"
-    keys, to = (f"provider from {address}",), "/"
+    keys, to, name = (f"provider from {address}",), "/", ""
     try:
         desk.accounts.guard.admit(keys)
         login = desk.logins.end(state, request.cookies.get(oidc.COOKIE, ""))
@@ -215,12 +215,15 @@ def from_provider(
         if error or not code:
             raise Refused(f"The provider refused: {error or 'it gave no code'}")
         name = _provider(desk).name(code, login)
-        cookie, _, _ = people.admitted(desk, name, address, lambda: desk.accounts.signed_on(name))
+        principal = desk.accounts.signed_on(name)
+    except TooMany as e:
+        return _login_page(request, 429, to, str(e))
     except HvbackupError as e:
-        if not isinstance(e, TooMany):
-            desk.accounts.guard.failed(keys)
-        return _login_page(request, 429 if isinstance(e, TooMany) else 401, to, str(e))
+        desk.accounts.guard.failed(keys)
+        people.refused(desk, name, address, e)
+        return _login_page(request, 401, to, str(e))
     desk.accounts.guard.succeeded(keys)
+    cookie, _, _ = people.begun(desk, principal, address)
     # A page of ours goes on: the browser would not send a strict cookie where another site sent it.
     answer = page(request, "entered.html", None, to=to)
     people.set_cookie(answer, cookie)

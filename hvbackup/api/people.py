@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from hvbackup.api.gate import COOKIE, Caller, TheDesk, audited, needs
 from hvbackup.api.orders import Line, Order, Stretch
-from hvbackup.auth import Permission, Principal, Role, Token, User
+from hvbackup.auth import Permission, Principal, Refused, Role, Token, User
 from hvbackup.errors import HvbackupError, UsageError
 from hvbackup.model import Instant
 from hvbackup.moments import rfc3339
@@ -61,16 +60,21 @@ def login(request: Request, response: Response, desk: TheDesk, order: Login) -> 
 
 def enter(desk: TheDesk, name: str, password: str, code: str, address: str) -> tuple[str, str, str]:
     """A new session's cookie, its word, and whose it is.  Raises Refused; either way it is in the audit."""
-    return admitted(desk, name, address, lambda: desk.accounts.by_password(name, password, code, address))
-
-
-def admitted(desk: TheDesk, name: str, address: str, known: Callable[[], Principal]) -> tuple[str, str, str]:
-    """A new session's cookie, its word, and whose it is, if `known` knows them.  Either way it is in the audit."""
     try:
-        principal = known()
-    except HvbackupError as e:
-        desk.audit(Caller(Principal(name[:64] or "nobody", Role.VIEWER), address), "login", f"refused: {e}")
+        principal = desk.accounts.by_password(name, password, code, address)
+    except Refused as e:
+        refused(desk, name, address, e)
         raise
+    return begun(desk, principal, address)
+
+
+def refused(desk: TheDesk, name: str, address: str, why: HvbackupError) -> None:
+    """It is in the audit that somebody did not come in."""
+    desk.audit(Caller(Principal(name[:64] or "nobody", Role.VIEWER), address), "login", f"refused: {why}")
+
+
+def begun(desk: TheDesk, principal: Principal, address: str) -> tuple[str, str, str]:
+    """A new session's cookie, its word, and whose it is; it is in the audit."""
     cookie = desk.sessions.begin(principal)
     session = desk.sessions.get(cookie)
     assert session is not None

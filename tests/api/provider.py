@@ -33,6 +33,7 @@ class Provider:
     key: Any = field(default_factory=lambda: rsa.generate_private_key(65537, 2048))
     codes: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    stolen: list[str] = field(default_factory=list)
 
     def known(self) -> dict[str, Any]:
         """RFC 8414, what is needed of it."""
@@ -131,6 +132,9 @@ def answering(provider: Provider) -> Iterator[Provider]:
                 self.send_response(303)
                 self.send_header("Location", provider.authorize(ask))
                 self.end_headers()
+            elif parts.path == "/stolen":
+                provider.stolen.append(self.headers["Authorization"] or "")
+                self.say({})
             elif parts.path == "/keys":
                 self.say(provider.keys())
             else:

@@ -77,6 +77,10 @@ def test_an_answer_that_does_not_fit_is_not_believed(site: Site, provider: Provi
     assert answer.status_code == 401
     assert 'role="alert"' in answer.text
     assert client.get("/api/v1/me").status_code == 401
+    assert provider.stolen == []
+    last = site.desk.audited[-1]
+    assert (last["what"], last["who"]) == ("login", "nobody")
+    assert last["status"].startswith("refused")
 
 
 def test_a_provider_under_another_name_is_refused(site: Site, provider: Provider) -> None:
