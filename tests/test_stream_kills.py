@@ -296,9 +296,15 @@ def power_cut(folder: Path, rng: random.Random) -> int:
 
 
 def remount(folder: Path, path: Path) -> None:
-    """The same disk, when there is power again."""
+    """What the disk held, when there is power again.
+
+    It is a copy: a mount namespace that another program has made meanwhile may hold the old file system, and the kernel
+    would give us that one, without power, once more.
+    """
     subprocess.run(["umount", str(path)], check=True, timeout=30)
-    subprocess.run(["mount", "-o", "loop", str(folder / "disk.ext4"), str(path)], check=True, timeout=30)
+    found, again = folder / "disk.ext4", folder / "again.ext4"
+    subprocess.run(["cp", "--sparse=always", str(found), str(again)], check=True, timeout=60)
+    subprocess.run(["mount", "-o", "loop", str(again), str(path)], check=True, timeout=30)
 
 
 def power_cuts(count: int, rng: random.Random) -> list[int]:

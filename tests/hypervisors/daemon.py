@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ class Daemon:
                     return
             except HostUnreachable:
                 if time.monotonic() > end or self.process is None or self.process.poll() is not None:
+                    sys.stderr.write((self.folder / "qsd.log").read_text())
                     raise
                 time.sleep(0.02)
 
