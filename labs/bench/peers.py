@@ -15,6 +15,7 @@ import argparse
 import filecmp
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -315,13 +316,16 @@ def report(result: Result) -> None:
 
 
 def play_round(chosen: list[Tool], number: int, work: Path, images: Path) -> Iterator[Result]:
-    """All phases of all tools, phase by phase."""
+    """All phases of all tools, phase by phase; each time in another order, for what ran before leaves the machine warm or not."""
+    order = random.Random(number)
     for tool in chosen:
         start(tool, work)
     for phase in PHASES:
         if phase.startswith("backup"):
             put_current(work, images / f"{phase.split()[1]}.raw")
-        for tool in (tool for tool in chosen if phase in tool.phases):
+        for tool in order.sample(chosen, len(chosen)):
+            if phase not in tool.phases:
+                continue
             settle(tool, chosen, work)
             yield play(tool, phase, number, work, images)
 
