@@ -401,8 +401,9 @@ class _Run:
         blocks, ids, nonzero, changed = self._compared(readers, base, batch)
         wanted = np.flatnonzero(changed & nonzero)
         fresh = wanted[self._writer.claim(ids[wanted])]
-        groups = (fresh[i : i + GROUP_BLOCKS].tolist() for i in range(0, len(fresh), GROUP_BLOCKS))
-        frames = self._writer.compress([([blocks[i] for i in g], [ids[i].tobytes() for i in g]) for g in groups])
+        chosen, names = [blocks[i] for i in fresh.tolist()], ids[fresh].view(f"V{ID_BYTES}").ravel().tolist()
+        steps = range(0, len(chosen), GROUP_BLOCKS)
+        frames = self._writer.compress([(chosen[i : i + GROUP_BLOCKS], names[i : i + GROUP_BLOCKS]) for i in steps])
         some = int(nonzero.sum())
         return _Done(batch, ids, changed, frames, len(ids) - some, some - len(fresh))
 

@@ -90,9 +90,9 @@ class ChunkWriter:
         self.lease.renew()
         packs = self._index.lookup(ids.view("V32").ravel())["pack"]
         missing: NDArray[np.bool_] = (packs == NOWHERE) | self.lease.avoids(packs)
+        wanted, places = ids[missing].view("V32").ravel().tolist(), np.flatnonzero(missing).tolist()
         with self._lock:
-            for i in np.flatnonzero(missing).tolist():
-                chunk = ids[i].tobytes()
+            for i, chunk in zip(places, wanted, strict=True):
                 missing[i] = chunk not in self._claimed
                 self._claimed.add(chunk)
         return missing

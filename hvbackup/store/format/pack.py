@@ -81,7 +81,8 @@ class PackWriter:
         self._bind = f.bound(ring.store, kind, path)
         self._hash = None if path else blake3.blake3()
         self._out: Upload = backend.new()
-        self._waiting = bytearray(WRITE_BYTES)  # many records make one write
+        self._tag_bytes = TAG_BYTES if self._cipher else 0
+        self._waiting = memoryview(bytearray(WRITE_BYTES))  # many records make one write
         self._used = 0  # bytes of it that are not yet handed to the file
         self._size = 0
         self._rows: list[tuple[bytes, int, int, int, int, int]] = []
@@ -106,34 +107,33 @@ class PackWriter:
         if self._used + length > len(self._waiting):
             self._flush()
             if length > len(self._waiting):
-                self._waiting = bytearray(length)
+                self._waiting = memoryview(bytearray(length))
         start, self._used = self._used, self._used + length
         self._size += length
-        return memoryview(self._waiting)[start : self._used]
+        return self._waiting[start : self._used]
 
     def _flush(self) -> None:
-        with memoryview(self._waiting)[: self._used] as full:
-            self._out.write(full)
-            if self._hash:
-                self._hash.update(full)
-        self._used = 0
+        full, self._used = self._waiting[: self._used], 0
+        self._out.write(full)
+        if self._hash:
+            self._hash.update(full)
 
     def add(self, what: int, codec: int, frame: bytes | memoryview, ids: Sequence[bytes], plain: Sequence[int]) -> None:
         """Append one record: `frame` holds the chunks `ids`, of `plain` bytes each, one after the other."""
         entries = b"".join([i + n.to_bytes(4, "little") for i, n in zip(ids, plain, strict=True)])
-        stored = len(frame) + (TAG_BYTES if self._cipher else 0)
-        head = f.RECORD.pack(f.RECORD_MAGIC, self._ordinal, codec, what, len(ids), stored, sum(plain))
+        length = len(frame) + self._tag_bytes
+        head = f.RECORD.pack(f.RECORD_MAGIC, self._ordinal, codec, what, len(ids), length, sum(plain))
         head = f.with_crc(head, entries) + entries
-        offset, stored, at = self._size, len(head) + stored, 0
-        for chunk, length in zip(ids, plain, strict=True):
-            self._rows.append((chunk, offset, stored, at, length, what))
-            at += length
-        self._write(head)
-        body = self._room(stored - len(head))
+        offset, stored, at = self._size, len(head) + length, 0
+        for chunk, n in zip(ids, plain, strict=True):
+            self._rows.append((chunk, offset, stored, at, n, what))
+            at += n
+        room = self._room(stored)
+        room[: len(head)] = head
         if self._cipher:
-            self._cipher.encrypt_into(nonce(self._ordinal), frame, self._bind + head, body)
+            self._cipher.encrypt_into(nonce(self._ordinal), frame, self._bind + head, room[len(head) :])
         else:
-            body[:] = frame
+            room[len(head) :] = frame
         self._ordinal += 1
 
     def seal(self) -> tuple[str, NDArray[np.void]]:

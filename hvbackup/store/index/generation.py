@@ -4,7 +4,7 @@
 
 rows     52 bytes a chunk, sorted by the first 8 bytes of the id
 fan      for each value of the first bits of an id, where its rows begin: about BUCKET_ROWS of them, on one or two pages of memory
-filter   4 bits of one 64-bit word for each chunk; 3 % of what the generation does not have passes it
+filter   4 bits of one 64-bit word for each chunk; 3 % of what the generation does not have passes it, and less in small ones
 sums     8 bytes of BLAKE3 for each 64 KiB of all that, so that a doubt costs reading the places in question, not the file
 
 All three lie in the order of the ids.  So a generation is written in one pass over sorted pieces, whatever its size, and a
@@ -34,6 +34,7 @@ PAGE = 4096
 SUM_BYTES = 64 * KiB  # one checksum for so much
 BUCKET_ROWS = 32  # 1.6 KiB: on 1.4 pages on average
 FILTER_BITS_PER_CHUNK = 12
+FILTER_BITS_PER_CHUNK_SMALL = 32  # a capture asks many small ones about each batch, and nearly all of it is new
 FILTER_SHIFTS = np.array([0, 6, 12, 18], np.uint64)  # four bits of a word, from as many parts of an id
 PIECE_ROWS = 1 << 19  # held at a time while a generation is made or read whole: 27 MB
 FAN_BITS_MAX = 30
@@ -189,13 +190,13 @@ class Generation:
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 
-    def find(self, asked: Asked, damaged: set[tuple[str, int]]) -> NDArray[np.int64]:
-        """The row of each id, or -1; rows whose place is known to be damaged are passed over."""
+    def find(self, asked: Asked, damaged: set[tuple[str, int]]) -> NDArray[np.int64] | None:
+        """The row of each id, or -1; rows whose place is known to be damaged are passed over.  None: it may have none of them."""
         ids, keys, _ = asked
-        out = np.full(len(ids), -1, np.int64)
         todo = self._pass_filter(asked)
         if len(todo) == 0:
-            return out
+            return None
+        out = np.full(len(ids), -1, np.int64)
         at, end = self._buckets(keys[todo])
         at = self._lower_bound(keys[todo], at, end)
         while len(todo):

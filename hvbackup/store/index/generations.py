@@ -17,6 +17,7 @@ from hvbackup.store.index.generation import (
     BUCKET_ROWS,
     FAN_BITS_MAX,
     FILTER_BITS_PER_CHUNK,
+    FILTER_BITS_PER_CHUNK_SMALL,
     HEAD,
     MAGIC,
     OFFSET_BITS,
@@ -53,7 +54,7 @@ class Sink(Protocol):
 def small(footers: Footers, rows: Rows) -> Generation:
     """A generation in memory, out of rows in any order."""
     out = _Memory()
-    write(out, footers, len(rows), [sort(rows)], None)
+    write(out, footers, len(rows), [sort(rows)], None, FILTER_BITS_PER_CHUNK_SMALL)
     return Generation(bytes(out))
 
 
@@ -96,13 +97,20 @@ class _Summed:
         self._sink.write(bytes(self._sums) + blake3.blake3(self._sums).digest())
 
 
-def write(sink: Sink, footers: Footers, count: int, pieces: Iterable[Rows], folder: str | None) -> None:
+def write(
+    sink: Sink,
+    footers: Footers,
+    count: int,
+    pieces: Iterable[Rows],
+    folder: str | None,
+    filter_bits_per_chunk: int = FILTER_BITS_PER_CHUNK,
+) -> None:
     """A generation of `count` rows, which come in sorted pieces, is in the sink when this returns.
 
     `folder` is for a temporary file when there are many of them.
     """
     fan = 1 << min(FAN_BITS_MAX, max(0, (count // BUCKET_ROWS).bit_length()))
-    words = max(1, count * FILTER_BITS_PER_CHUNK // 64)
+    words = max(1, count * filter_bits_per_chunk // 64)
     text = json.dumps([list(footers), b"".join(footers.values()).hex()]).encode()
     at, out = Layout.of(len(text), count, fan, words), _Summed(sink)
     out.write(HEAD.pack(MAGIC, len(text), count, fan, words) + text)

@@ -299,8 +299,7 @@ class Index:
             if len(todo) == 0:
                 break
             rows = generation.find(asked, self._damaged)
-            hit = rows >= 0
-            if not hit.any():
+            if rows is None or not (hit := rows >= 0).any():
                 continue
             found, at = generation.rows[rows[hit]], todo[hit]
             out[at] = g.locations(found)

@@ -101,6 +101,8 @@ class Marks:
         todo, asked = np.arange(len(ids)), Asked.of(ids)
         for g, marked, unfit in zip(self._generations, self._marked, self._unfit_in, strict=True):
             rows = g.find(asked, self._damaged)
+            if rows is None:
+                continue
             hit = rows >= 0
             hit[hit] = ~unfit[self._numbers(g, rows[hit])]
             marked[rows[hit]] = True
