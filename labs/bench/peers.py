@@ -468,6 +468,8 @@ def run(out: Path, rounds: int, only: list[str] | None, results: Path) -> None:
     for number in range(1, rounds + 1):
         found.extend(play_round(chosen, number, work, images))
     print_export(chosen, work, images)
+    names = [tool.name for tool in chosen]  # the tables have them in this order, whatever that of the rounds
+    found.sort(key=lambda one: (PHASES.index(one.phase), names.index(one.tool)))
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     print_tables(Figures(found, images))
     shutil.rmtree(work)
