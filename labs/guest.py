@@ -86,12 +86,12 @@ def _program(name: str) -> str:
 class Console:
     """A shell on a guest's serial line, by the socket QEMU listens on.  Thread safety: used by one thread at a time."""
 
-    def __init__(self, path: Path | str, timeout_seconds: float = 10) -> None:
+    def __init__(self, path: Path | str, timeout_seconds: float = 60) -> None:
         self._line = _connect(str(path), timeout_seconds)
         self._seen = b""
         self._count = 0
 
-    def wait_ready(self, timeout_seconds: float = 90, *, booting: bool = False) -> None:
+    def wait_ready(self, timeout_seconds: float = 240, *, booting: bool = False) -> None:
         """The shell answers when this returns; `booting`: we are connected since before the guest printed anything."""
         end = time.monotonic() + timeout_seconds
         if booting:
@@ -104,7 +104,7 @@ class Console:
             if time.monotonic() > end:
                 raise GuestError(f"The guest's shell does not answer; last it said: {self._seen[-500:]!r}")
 
-    def sh(self, command: str, timeout_seconds: float = 120, *, check: bool = True) -> str:
+    def sh(self, command: str, timeout_seconds: float = 240, *, check: bool = True) -> str:
         """What the command printed (both streams).  Raises GuestError when it fails."""
         self.start(command)
         return self.finish(timeout_seconds, check=check)
@@ -115,7 +115,7 @@ class Console:
         body = f"{{ {command}\n}} 2>&1; " if command else "true; "
         self._line.sendall(f"{body}echo @@end {self._count} $?@@\n".encode())
 
-    def finish(self, timeout_seconds: float = 120, *, check: bool = True) -> str:
+    def finish(self, timeout_seconds: float = 240, *, check: bool = True) -> str:
         """Wait for the command begun last."""
         text, match = self.wait_for(self._mark(), timeout_seconds)
         said = text.decode(errors="replace").replace("\r", "").strip()
@@ -149,9 +149,9 @@ class Console:
 class Qmp:
     """A small QMP client for the lab's own monitor.  Thread safety: used by one thread at a time."""
 
-    def __init__(self, path: Path | str, timeout_seconds: float = 10) -> None:
+    def __init__(self, path: Path | str, timeout_seconds: float = 60) -> None:
         self._socket = _connect(str(path), timeout_seconds)
-        self._socket.settimeout(60)
+        self._socket.settimeout(120)
         self._lines = self._socket.makefile("rb")
         self._lines.readline()
         self("qmp_capabilities")
@@ -223,7 +223,7 @@ class Guest:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self, timeout_seconds: float = 90) -> Self:
+    def start(self, timeout_seconds: float = 240) -> Self:
         """The guest's shell answers when this returns."""
         home = build()
         self.argv = self._command_line(home)
@@ -245,7 +245,7 @@ class Guest:
         self.boot_seconds = time.monotonic() - begun
         return self
 
-    def sh(self, command: str, timeout_seconds: float = 120, *, check: bool = True) -> str:
+    def sh(self, command: str, timeout_seconds: float = 240, *, check: bool = True) -> str:
         """What a shell command in the guest printed.  Raises GuestError when it fails."""
         return self.console.sh(command, timeout_seconds, check=check)
 
@@ -266,7 +266,7 @@ class Guest:
         numbers = acked_numbers(self.acks_path)
         return numbers[-1] if numbers else 0
 
-    def wait_acked(self, number: int, timeout_seconds: float = 60) -> int:
+    def wait_acked(self, number: int, timeout_seconds: float = 180) -> int:
         """At least this many writes are acknowledged when this returns."""
         end = time.monotonic() + timeout_seconds
         while (last := self.acked()) < number:
@@ -288,12 +288,12 @@ class Guest:
     def resume(self) -> None:
         self.qmp("cont")
 
-    def power_off(self, timeout_seconds: float = 30) -> None:
+    def power_off(self, timeout_seconds: float = 120) -> None:
         """Synchronised, unmounted and gone, as an administrator would do it."""
         self.console.start("sync; umount -a -r; poweroff -f")
         self._wait(timeout_seconds)
 
-    def quit(self, timeout_seconds: float = 20) -> None:
+    def quit(self, timeout_seconds: float = 120) -> None:
         """QEMU closes its images in good order; to the guest it is a power failure."""
         with contextlib.suppress(GuestError, OSError):
             self.qmp("quit")

@@ -55,7 +55,7 @@ class Worker:
         for line in self.process.stdout:
             self.events.append(json.loads(line))
 
-    def wait_for(self, event: str, count: int = 1, seconds: float = 40) -> None:
+    def wait_for(self, event: str, count: int = 1, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while sum(e.get("event") == event for e in self.events) < count:
             assert self.process.poll() is None, f"the worker ended: {self._path.read_text()[-2000:]}"
@@ -64,8 +64,8 @@ class Worker:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        code = self.process.wait(40)
-        self._thread.join(10)
+        code = self.process.wait(120)
+        self._thread.join(120)
         self.log.close()
         return code
 

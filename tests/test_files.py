@@ -197,7 +197,7 @@ def test_a_handle_lives_as_long_as_a_thread_reads_with_it(tmp_path: Path) -> Non
         files.forget("a")
         files.close()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert failures == []
 
 
@@ -224,7 +224,7 @@ def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
         with pytest.raises(Busy, match=f"process {other.pid}"), Files(tmp_path).owner("lock", "The store"):
             pass
         other.kill()
-        other.wait(30)
+        other.wait(120)
     with Files(tmp_path).owner("lock", "The store"):
         pass
 

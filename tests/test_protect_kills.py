@@ -57,7 +57,7 @@ class Case:
         """Begin, and kill at a random moment."""
         worker = Worker(self.folder, self.machine, "--fold", "2s")
         if rng.random() < 0.7:  # the others die while they begin
-            worker.wait_for("begun", seconds=60)
+            worker.wait_for("begun")
         until = time.monotonic() + rng.uniform(0.3, 2.0)
         while time.monotonic() < until:
             self._note(worker)
@@ -133,7 +133,7 @@ def one_store(folder: Path, kills: int, rng: random.Random, tally: Tally) -> Non
                 case.kill(VICTIMS[number % len(VICTIMS)], rng)
                 case.prove()
             last = Worker(folder, case.machine)
-            last.wait_for("begun", seconds=60)
+            last.wait_for("begun")
             scribe.stop()
             tagged = last.run("tag", "m1", "the end", "--json")
             assert tagged.returncode == 0, tagged.stderr
@@ -148,7 +148,7 @@ def one_store(folder: Path, kills: int, rng: random.Random, tally: Tally) -> Non
         daemon.kill()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_kills_of_every_side_spoil_no_moment() -> None:
     tally = torture(25, seed=20261124)
     assert tally.moments > 20, tally  # on a busy machine a life has little more than its first

@@ -133,13 +133,13 @@ def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) 
             ("tag:before upgrade", before, after + 1),
             (f"seq:{tagged['seq']}", before, after + 1),
             (f"seq:{chosen}", after, scribe.acked),
-            ("latest", after, scribe.acked + 2000),
+            ("latest", after, 0),
         ]:
             folder = tmp_path / f"restored-{at.replace(' ', '-')}"
             done = worker.run("restore", "m1", "--at", at, "--to", str(folder))
             assert done.returncode == 0, done.stderr
             restored = {disk: (folder / f"{disk}.raw").read_bytes() for disk in SIZES}
-            assert low <= scribe.verify(restored) <= high
+            assert low <= scribe.verify(restored) <= (high or scribe.acked)
         refused = worker.run("restore", "m1", "--at", f"seq:{chosen - 1}", "--to", str(tmp_path / "no"))
         assert refused.returncode == 2
         assert f"seq:{chosen}" in refused.stderr
@@ -148,7 +148,7 @@ def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) 
         status = json.loads(worker.run("status", "--json").stdout)
         [machine] = status["machines"]
         assert machine["protection"]["worker"] == worker.process.pid
-        assert machine["protection"]["lag_seconds"] < 30
+        assert machine["protection"]["lag_seconds"] < 120, "half a second, on a machine that has time"
         assert "before upgrade" in worker.run("timeline", "m1").stdout
         assert worker.end(signal.SIGINT) == 0
         assert worker.run("tag", "m1", "too late").returncode == 2
@@ -164,7 +164,6 @@ def test_every_verb_works_while_the_worker_runs(daemon: Daemon, tmp_path: Path) 
     assert not daemon.leftovers()
 
 
-@pytest.mark.timeout(120)
 def test_a_pause_leaves_the_machine_alone_over_restarts_and_shows_as_a_gap(daemon: Daemon, tmp_path: Path) -> None:
     """While it lasts the administrator resizes a disk and runs a job of his own: nothing of ours is in the way."""
     init(tmp_path / "store", None)
@@ -184,7 +183,7 @@ def test_a_pause_leaves_the_machine_alone_over_restarts_and_shows_as_a_gap(daemo
             qmp.command("blockdev-add", driver="null-co", node_name="sink", size=SIZES["vda"])
             with qmp.events("BLOCK_JOB_COMPLETED") as events:
                 qmp.command("blockdev-backup", job_id="mine", device="vda", target="sink", sync="full")
-                assert not events.next(20)["data"].get("error")
+                assert not events.next(60)["data"].get("error")
             qmp.command("blockdev-del", node_name="sink")
         [shown] = json.loads(worker.run("status", "--json").stdout)["machines"]
         assert shown["protection"]["paused"]["why"] == "a resize"
@@ -223,7 +222,6 @@ def test_a_pause_ends_by_itself(daemon: Daemon, tmp_path: Path) -> None:
 
 
 @needs_mount
-@pytest.mark.timeout(120)
 def test_a_journal_disk_that_stalls_never_stalls_the_guest(daemon: Daemon, tmp_path: Path) -> None:
     """The file system of the store stands still, as behind a storage network that is gone: every write and fsync waits."""
     with small_disk(tmp_path, "slow", 128 * MiB) as disk, Scribe(daemon, SIZES, 400) as scribe:
@@ -234,8 +232,9 @@ def test_a_journal_disk_that_stalls_never_stalls_the_guest(daemon: Daemon, tmp_p
         freeze_disk(disk.path, "-f")
         try:
             before = scribe.acked
-            worker.wait_for("trouble", seconds=20)
-            assert "has not answered" in worker.events[-1]["error"]["message"]
+            worker.wait_for("trouble")
+            trouble = next(e for e in worker.events if e["event"] == "trouble")
+            assert "has not answered" in trouble["error"]["message"]
             wait_until(lambda: not [f for f in daemon.leftovers() if f.startswith("hvb-")])
             scribe.assert_never_stalled(2.0, before)
             wait_until(lambda: scribe.acked > before + 200)
@@ -253,11 +252,11 @@ def test_a_journal_disk_that_stalls_never_stalls_the_guest(daemon: Daemon, tmp_p
 
 def freeze_disk(path: Path, how: str) -> None:
     program = shutil.which("fsfreeze") or "/usr/sbin/fsfreeze"
-    subprocess.run([program, how, str(path)], check=True, timeout=30)
+    subprocess.run([program, how, str(path)], check=True, timeout=120)
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not done():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -41,7 +41,7 @@ def daemons(tmp_path: Path) -> Iterator[list[Daemon]]:
         daemon.kill()
 
 
-def wait_until(done: Callable[[], bool], seconds: float = 40) -> None:
+def wait_until(done: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end
@@ -71,7 +71,6 @@ def events(worker: Worker, kind: str) -> list[dict[str, Any]]:
     return [e for e in worker.events if e["event"] == kind]
 
 
-@pytest.mark.timeout(120)
 def test_several_workers_protect_machines_of_one_host_in_one_store(daemons: list[Daemon], tmp_path: Path) -> None:
     init(tmp_path / "store", None)
     daemons += [machine_in(tmp_path / "a"), machine_in(tmp_path / "b")]
@@ -82,7 +81,7 @@ def test_several_workers_protect_machines_of_one_host_in_one_store(daemons: list
         for worker in workers:
             worker.wait_for("begun")
         third = Worker(tmp_path, f"qemu:{daemons[0].qmp_path}", name="a")
-        assert third.process.wait(30) == 5, "a machine has one worker"
+        assert third.process.wait(120) == 5, "a machine has one worker"
         for worker in workers:
             worker.wait_for("folded", 2)
         for worker in workers:
@@ -100,7 +99,6 @@ def test_several_workers_protect_machines_of_one_host_in_one_store(daemons: list
 
 
 @needs_mount
-@pytest.mark.timeout(120)
 def test_a_full_scratch_opens_a_gap_and_the_guest_goes_on(daemons: list[Daemon], tmp_path: Path) -> None:
     init(tmp_path / "store", None)
     daemons.append(machine_in(tmp_path / "a"))
@@ -125,7 +123,6 @@ def test_a_full_scratch_opens_a_gap_and_the_guest_goes_on(daemons: list[Daemon],
 
 
 @needs_mount
-@pytest.mark.timeout(120)
 def test_a_full_journal_disk_opens_a_gap_and_loses_nothing(daemons: list[Daemon], tmp_path: Path) -> None:
     daemons.append(machine_in(tmp_path / "a"))
     machine = f"qemu:{daemons[0].qmp_path}"
@@ -143,7 +140,7 @@ def test_a_full_journal_disk_opens_a_gap_and_loses_nothing(daemons: list[Daemon]
         wait_until(lambda: scribe.acked > acked + 100)
         disk.empty()
         begun = len(events(worker, "begun"))
-        worker.wait_for("begun", begun + 1, seconds=70)
+        worker.wait_for("begun", begun + 1)
         assert events(worker, "begun")[-1]["how"] == "resumed"
         worker.wait_for("moment", 1 + len(events(worker, "moment")))
         assert worker.end(signal.SIGTERM) == 0
@@ -156,7 +153,6 @@ def test_a_full_journal_disk_opens_a_gap_and_loses_nothing(daemons: list[Daemon]
     assert not daemons[0].leftovers()
 
 
-@pytest.mark.timeout(120)
 def test_a_host_that_was_rebooted_goes_on_with_a_gap(daemons: list[Daemon], tmp_path: Path) -> None:
     """Every process is gone, and so is everything on tmpfs: sockets, scratch, STATE."""
     init(tmp_path / "store", None)
@@ -221,7 +217,7 @@ def tagged(worker: Worker, label: str) -> int:
 
 
 @pytest.mark.guest
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_disk_that_is_resized_under_a_running_guest(folder: Path) -> None:
     init(folder / "store", None)
     with Guest(folder / "g", [make_disk(folder / "a.qcow2", 16 * MiB, ext4=False)]) as guest:
@@ -243,7 +239,7 @@ def test_a_disk_that_is_resized_under_a_running_guest(folder: Path) -> None:
 
 
 @pytest.mark.guest
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_machine_that_moves_to_another_qemu_by_live_migration(folder: Path) -> None:
     """The one it has left says so and records nothing; protection of the new one goes on with the same machine and a gap."""
     init(folder / "store", None)

@@ -142,7 +142,7 @@ def kills(daemon: Daemon, folder: Path, count: int, rng: random.Random) -> None:
         status = json.loads(worker.run("status", "--json").stdout)
         [protected] = [m["protection"] for m in status["machines"]]
         assert protected["worker"] == worker.process.pid
-        assert protected["lag_seconds"] < 30, "a guest that writes nothing is not behind"
+        assert protected["lag_seconds"] < 120, "a guest that writes nothing is not behind"
         assert worker.end(signal.SIGINT) == 0
         assert witness.look(0) == scribe.acked
         with Store.open(folder / "store", folder / "state2", []) as store:
@@ -202,7 +202,7 @@ def test_tests_that_are_killed_leave_no_process_behind(tmp_path: Path) -> None:
         assert len(programs) == 3
         assert all(p.exists() for p in programs)
         aborted.kill()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while any(p.exists() for p in programs):
         assert time.monotonic() < end, "somebody outlives the tests"
         time.sleep(0.05)
@@ -301,10 +301,10 @@ def remount(folder: Path, path: Path) -> None:
     It is a copy: a mount namespace that another program has made meanwhile may hold the old file system, and the kernel
     would give us that one, without power, once more.
     """
-    subprocess.run(["umount", str(path)], check=True, timeout=30)
+    subprocess.run(["umount", str(path)], check=True, timeout=120)
     found, again = folder / "disk.ext4", folder / "again.ext4"
     subprocess.run(["cp", "--sparse=always", str(found), str(again)], check=True, timeout=60)
-    subprocess.run(["mount", "-o", "loop", str(again), str(path)], check=True, timeout=30)
+    subprocess.run(["mount", "-o", "loop", str(again), str(path)], check=True, timeout=120)
 
 
 def power_cuts(count: int, rng: random.Random) -> list[int]:
@@ -316,7 +316,7 @@ def power_cuts(count: int, rng: random.Random) -> list[int]:
 
 
 @needs_mount
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_power_cuts_take_only_what_was_not_durable() -> None:
     power_cuts(3, random.Random(20261124))
 

@@ -26,7 +26,7 @@ def restored(worker: StreamWorker, folder: Path, at: str) -> dict[str, bytes]:
     return {disk: (folder / f"{disk}.raw").read_bytes() for disk in SIZES}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_verb_works_at_single_writes(daemon: Daemon, tmp_path: Path) -> None:
     init(tmp_path / "store", None)
     source = f"qemu:{daemon.qmp_path}"
@@ -45,9 +45,9 @@ def test_every_verb_works_at_single_writes(daemon: Daemon, tmp_path: Path) -> No
         assert scribe.verify(two) == scribe.verify(one) + 1, "the write before"
         worker.wait_for("folded", 3)
         status = json.loads(worker.run("status", "--json").stdout)
-        assert status["machines"][0]["protection"]["lag_seconds"] < 30
+        assert status["machines"][0]["protection"]["lag_seconds"] < 120, "two milliseconds, on a machine that has time"
         told = json.loads(worker.run("timeline", "m1", "--json").stdout)
-        assert told["stretches"][-1]["median_seconds"] < 0.1
+        assert told["stretches"][-1]["median_seconds"] < 1, "the writes', 2 ms; the folds' would be four seconds"
         assert sum(s["moments"] for s in told["stretches"]) > 500
         assert "before upgrade" in json.dumps(told["marks"])
         assert not [e for e in worker.events if e["event"] == "trouble"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
 # Where a small file system can be mounted that nobody else sees: root may do so as it is, others as root of a room of their own.
 PRIVATE_MOUNTS = ["unshare", "--mount", *(() if os.geteuid() == 0 else ("--user", "--map-root-user"))]
 

@@ -25,7 +25,7 @@ from typing import Any
 import hvbackup.cli
 from hvbackup.cli import command, interrupt  # noqa: F401 - loaded here, once for all forks
 
-HANG_SECONDS = 20
+HANG_SECONDS = 100
 
 
 class Stepper:

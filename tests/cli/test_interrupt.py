@@ -16,7 +16,7 @@ from tests.cli.rig import World, make_disk
 
 pytestmark = pytest.mark.walk
 
-SOON_SECONDS = 10.0  # on a busy machine; a hang is ended, and seen, after twenty
+SOON_SECONDS = 60.0  # on a busy machine; a hang is ended, and seen, after a hundred
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def step_through(world: World, steps: int, seed: int) -> Counter[int]:
     return tally
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_signal_at_random_steps(stored: World) -> None:
     assert step_through(stored, 6, seed=11)[130] > 12
 
@@ -127,7 +127,7 @@ def in_an_import_of_a_command():
 
 try:
     globals()[sys.argv[1]]()
-    time.sleep(10)
+    time.sleep(50)
     print("never heard")
 except KeyboardInterrupt:
     print("heard", "free" if lock.acquire(blocking=False) else "taken", *done)

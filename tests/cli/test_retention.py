@@ -101,7 +101,7 @@ def test_what_is_mapped_is_pinned_and_stays(three: tuple[World, list[str]]) -> N
     assert f"process {process.pid}" in pin["what"]
     assert world.done("prune", "--keep-last", "1", "--json").json["forgotten"]["points"] == [ids[1]]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert world.done("holds", "--json").json["pins"] == []
     assert world.done("prune", "--keep-last", "1", "--json").json["forgotten"]["points"] == [ids[0]]
 

@@ -150,10 +150,10 @@ def test_a_map_serves_until_it_is_told_to_end(stored: World) -> None:
     assert process.stdout is not None
     shown = json.loads(process.stdout.readline())
     [disk] = shown["disks"]
-    found = subprocess.run(["nbdinfo", "--size", disk["uri"]], capture_output=True, text=True, timeout=20, check=True)
+    found = subprocess.run(["nbdinfo", "--size", disk["uri"]], capture_output=True, text=True, timeout=120, check=True)
     assert int(found.stdout) == disk["size_bytes"] == 2_000_384
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert not Path(disk["uri"].partition("socket=")[2]).exists()
 
@@ -227,7 +227,7 @@ def test_a_running_machine_is_captured_by_its_changes(world: World) -> None:
             write = f"write -P {n + 1} {n}M 1M"
             guest = f"nbd+unix:///vda?socket={world.folder}/guest.sock"
             subprocess.run(
-                ["qemu-io", "-f", "raw", "-c", write, guest], stdout=subprocess.DEVNULL, timeout=30, check=True
+                ["qemu-io", "-f", "raw", "-c", write, guest], stdout=subprocess.DEVNULL, timeout=120, check=True
             )
             runs += world.done("backup", f"qemu:{daemon.qmp_path}", "--name", "web1", "--json").json["runs"]
     finally:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,10 @@ def machine(folder: Path) -> Iterator[Daemon]:
         made.kill()
 
 
+def jobs_of(world: World) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in (world.state / "jobs").glob("*/job.json")]
+
+
 def test_the_service_protects_and_its_deaths_cost_nothing(world: World, tmp_path: Path) -> None:
     """Killed at random moments: the worker lives on, jobs are made once, everything verifies, and nothing is left."""
     configure(world, BOTH)
@@ -84,10 +89,15 @@ def test_the_service_protects_and_its_deaths_cost_nothing(world: World, tmp_path
         [note] = until(lambda: notes(world))
         assert note["process"]["pid"] == first["process"]["pid"], "the worker outlived every death of the service"
         assert note["seq"] > first["seq"]
+        until(
+            lambda: (
+                {"prune", "reclaim", "regroup"} <= {j["task"]["kind"] for j in jobs_of(world) if j["state"] == "done"}
+            )
+        )
         assert served.kill(signal.SIGTERM) == 0
         assert notes(world), "and its end"
         time.sleep(1.5)
-        jobs = [json.loads(p.read_text()) for p in (world.state / "jobs").glob("*/job.json")]
+        jobs = jobs_of(world)
         for kind in ("prune", "reclaim", "regroup"):
             states = {j["state"] for j in jobs if j["task"]["kind"] == kind}
             assert {"done"} <= states <= {"done", "queued", "running"}, kind
@@ -204,9 +214,8 @@ def test_systemd_is_told(world: World, tmp_path: Path) -> None:
         assert systemd.recv(1000) == b"READY=1"
         assert systemd.recv(1000).startswith(b"WATCHDOG=1\nSTATUS=")
         served.process.send_signal(signal.SIGHUP)
-        heard = [systemd.recv(1000) for _ in range(3)]
-        reloading = next(h for h in heard if h.startswith(b"RELOADING=1\nMONOTONIC_USEC="))
-        assert b"READY=1" in heard[heard.index(reloading) :]
+        until(lambda: systemd.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC="))
+        until(lambda: systemd.recv(1000) == b"READY=1")
         os.kill(served.process.pid, signal.SIGTERM)
         until(lambda: systemd.recv(1000) == b"STOPPING=1")
         assert served.process.wait(120) == 0

@@ -53,9 +53,9 @@ def small_disk(folder: Path, name: str, size: int = 32 * MiB) -> Iterator[SmallD
         file.truncate(size)
     for command in (["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], ["mount", "-o", "loop", str(image), str(path)]):
         subprocess.run(
-            command, check=True, timeout=30, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+            command, check=True, timeout=120, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         )
     try:
         yield SmallDisk(path)
     finally:
-        subprocess.run(["umount", "-l", str(path)], check=False, timeout=30)
+        subprocess.run(["umount", "-l", str(path)], check=False, timeout=120)

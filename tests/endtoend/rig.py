@@ -26,7 +26,7 @@ from tests.hypervisors.daemon import Daemon, make_image, node
 PROGRAM = Path(sys.executable).with_name("hvbackup")
 SIZES = {"vda": 12 * MiB, "vdb": 4 * MiB + 37 * KiB + 512}  # the second ends inside a block and inside a cell
 DRIVERS = {"vda": "qcow2", "vdb": "raw"}  # one keeps its bitmaps, the other can't
-GONE_SECONDS = 20.0
+GONE_SECONDS = 120.0
 
 
 class Installed(World):

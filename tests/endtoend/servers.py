@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-WAIT_SECONDS = 30
+WAIT_SECONDS = 120
 
 
 def wait(done: Callable[[], object], seconds: float = WAIT_SECONDS) -> None:

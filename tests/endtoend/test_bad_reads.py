@@ -18,7 +18,7 @@ from tests.endtoend.mounts import needs_mount
 from tests.endtoend.rig import Installed, Machine, files_below, processes, short_folder
 from tests.endtoend.servers import failing, file_of, loop_device, nbdkit, wait
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 DISK_BYTES = 6 * MiB
 
@@ -185,7 +185,7 @@ def test_a_store_whose_disk_fails(world: Installed) -> None:
         file.truncate(48 * MiB)
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     subprocess.run(
-        ["mkfs.ext4", "-q", "-F", "-d", world.folder / "store", image], check=True, env=environment, timeout=30
+        ["mkfs.ext4", "-q", "-F", "-d", world.folder / "store", image], check=True, env=environment, timeout=120
     )
     with (
         nbdkit(world.folder, *failing(image, trigger)) as server,
@@ -194,11 +194,11 @@ def test_a_store_whose_disk_fails(world: Installed) -> None:
     ):
         mounted = world.folder / "m"
         mounted.mkdir()
-        subprocess.run(["mount", device, mounted], check=True, env=environment, timeout=30)
+        subprocess.run(["mount", device, mounted], check=True, env=environment, timeout=120)
         try:
             judge_failing_store(world, mounted, trigger)
         finally:
-            subprocess.run(["umount", "-l", mounted], check=False, env=environment, timeout=30)
+            subprocess.run(["umount", "-l", mounted], check=False, env=environment, timeout=120)
 
 
 def judge_failing_store(world: Installed, mounted: Path, trigger: Path) -> None:

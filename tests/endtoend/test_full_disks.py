@@ -18,7 +18,7 @@ from tests.endtoend.mounts import SmallDisk, needs_mount, small_disk
 from tests.endtoend.rig import Installed, Machine, files_below, short_folder
 from tests.endtoend.servers import wait
 
-pytestmark = [pytest.mark.real, needs_mount, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.real, needs_mount, pytest.mark.timeout(600)]
 
 DISK_BYTES = 3 * MiB + 512
 ROOMS = (0, 70 * KiB, 1000 * KiB, 2 * MiB)  # full at the lease, in a pack, at its end, at the point
@@ -84,7 +84,7 @@ def test_the_store_can_only_be_read(folder: Path) -> None:
         source, content = image(world, 1)
         world.done("backup", source, "--name", "web")
         command = ["mount", "-o", "remount,ro", str(disk.path)]
-        subprocess.run(command, check=True, timeout=30)
+        subprocess.run(command, check=True, timeout=120)
         assert "Read-only" in world.refused(1, "backup", source)
         shutil.rmtree(world.state)
         [point] = points(world)
@@ -200,7 +200,7 @@ def test_the_target_of_a_restore_is_full(folder: Path, name: str) -> None:
         if name.endswith("qcow2"):
             raw = folder / "converted"
             command = ["qemu-img", "convert", "-O", "raw", str(disk.path / name), str(raw)]
-            subprocess.run(command, check=True, timeout=30)
+            subprocess.run(command, check=True, timeout=120)
         assert raw.read_bytes()[: len(content)] == content
         assert len(content) <= raw.stat().st_size <= len(content) + 64 * KiB
 

@@ -20,12 +20,12 @@ from hvbackup.model import MiB
 from labs.guest import Console, Guest, LabDisk, make_disk, verified, verify_on_host
 from tests.endtoend.rig import Installed, files_below, processes, short_folder
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
 DISKS = ("vda", "vdb")
 MOUNT = "mkdir -p /mnt/a /mnt/b && mount /dev/vda /mnt/a && mount /dev/vdb /mnt/b"
 RATE = 100  # records a second
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
 
 
 @dataclass

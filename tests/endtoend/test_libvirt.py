@@ -15,7 +15,7 @@ from labs.libvirtd import Libvirtd, daemon, run
 from tests.endtoend.rig import Installed
 from tests.hypervisors.libvirtd import LibvirtMachine, guest, machine, wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # a busy machine without KVM
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]  # a busy machine without KVM
 
 
 @pytest.fixture(scope="module")

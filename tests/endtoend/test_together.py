@@ -13,10 +13,10 @@ import pytest
 
 from tests.endtoend.rig import Protected, protected
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 FIGURES = Path(__file__).parents[2] / ".lab" / "figures"
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
 STOPS_OF_A_STORE = 7
 
 

@@ -143,7 +143,7 @@ class Guest:
     def stop(self) -> None:
         """The guest writes no more."""
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(120)
         for client in self._disks.values():
             client.close()
 

@@ -18,12 +18,12 @@ from hvbackup.nbd.client import NbdClient
 from tests.protecting import DIES_WITH_US
 
 STORE = "00c0ffee"
-SETTINGS = Settings(reply_seconds=15.0, settle_seconds=15.0, scratch_reserve_bytes=8 * MiB)
+SETTINGS = Settings(reply_seconds=60.0, settle_seconds=60.0, scratch_reserve_bytes=8 * MiB)
 
 
 def make_image(path: Path, size: int, driver: str = "qcow2", *options: str) -> Path:
     """An empty image."""
-    subprocess.run(["qemu-img", "create", "-q", "-f", driver, *options, str(path), str(size)], check=True, timeout=30)
+    subprocess.run(["qemu-img", "create", "-q", "-f", driver, *options, str(path), str(size)], check=True, timeout=120)
     return path
 
 
@@ -65,14 +65,14 @@ class Daemon:
         """A clean end: bitmaps are stored."""
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(20)
+            self.process.wait(120)
             self.process = None
 
     def kill(self) -> None:
         """SIGKILL."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait(20)
+            self.process.wait(120)
             self.process = None
 
     def guest(self, node: str) -> NbdClient:
@@ -80,7 +80,7 @@ class Daemon:
         return NbdClient.open(f"nbd+unix:///{node}?socket={self.folder / 'guest.sock'}")
 
     def qmp(self) -> Qmp:
-        return Qmp(self.qmp_path, timeout_seconds=15)
+        return Qmp(self.qmp_path, timeout_seconds=60)
 
     def hypervisor(self, **extra: Any) -> QemuHypervisor:
         """Our side, as a new process would make it."""
@@ -95,7 +95,7 @@ class Daemon:
         """The guest's connection to a disk is cut."""
         with qmp.events("BLOCK_EXPORT_DELETED") as events:
             qmp.command("block-export-del", id=f"guest-{name}", mode="hard")
-            assert events.next(10)["data"]["id"] == f"guest-{name}"
+            assert events.next(60)["data"]["id"] == f"guest-{name}"
 
     def bitmaps(self, node: str) -> dict[str, Mapping[str, Any]]:
         with self.qmp() as qmp:
@@ -114,10 +114,10 @@ class Daemon:
         return [f for f in found if f.startswith("hvb-")] + [str(p) for p in scratch.glob("*")]
 
     def _wait_until_up(self) -> None:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 120
         while True:
             try:
-                with Qmp(self.qmp_path, timeout_seconds=5):
+                with Qmp(self.qmp_path, timeout_seconds=60):
                     return
             except HostUnreachable:
                 if time.monotonic() > end or self.process is None or self.process.poll() is not None:

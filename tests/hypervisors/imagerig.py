@@ -67,7 +67,7 @@ def running_machine(path: Path, format_: str) -> Generator[subprocess.Popen[byte
             yield process
         finally:
             process.kill()
-            process.wait(20)
+            process.wait(120)
 
 
 def serves(socket: Path) -> bool:
@@ -79,7 +79,7 @@ def serves(socket: Path) -> bool:
     return True
 
 
-def wait_for(condition: object, seconds: float = 10.0) -> None:
+def wait_for(condition: object, seconds: float = 120) -> None:
     """Until a condition holds."""
     deadline = time.monotonic() + seconds
     assert callable(condition)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import tempfile
 import textwrap
 import time
@@ -99,7 +98,7 @@ class LibvirtMachine:
 
     def hypervisor(self, **options: Any) -> LibvirtHypervisor:
         where = LibvirtUri.parse(self.source().removeprefix("libvirt:"))
-        settings = Settings(15.0, 15.0, 1 * MiB, self.libvirtd.folder / "lib")
+        settings = Settings(60.0, 60.0, 1 * MiB, self.libvirtd.folder / "lib")
         given = {"scratch_dir": self.folder / "s", "runtime": self.folder / "r", "settings": settings, **options}
         return LibvirtHypervisor(where, STORE, **given)
 
@@ -182,7 +181,7 @@ class LibvirtMachine:
         self.connection.close()
 
 
-def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(done: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end
@@ -198,13 +197,6 @@ def machine(libvirtd: Libvirtd, **options: Any) -> Iterator[LibvirtMachine]:
             yield made
         finally:
             made.remove()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 Fixture = Generator[LibvirtMachine]

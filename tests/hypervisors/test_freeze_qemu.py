@@ -47,7 +47,7 @@ def qemu(folder: Path, *arguments: str, pass_fds: Sequence[int] = ()) -> Generat
     argv += ["-qmp", f"unix:{folder / 'qmp.sock'},server=on,wait=off", "-device", "virtio-serial-pci", *arguments]
     process = subprocess.Popen(argv, cwd=folder, pass_fds=pass_fds)
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while True:
             try:
                 with Qmp(folder / "qmp.sock") as qmp:
@@ -58,7 +58,7 @@ def qemu(folder: Path, *arguments: str, pass_fds: Sequence[int] = ()) -> Generat
                 time.sleep(0.05)
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(120)
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, qmp: Qmp) -> None:
@@ -92,7 +92,7 @@ def test_as_libvirt_starts_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def until_busy(qmp: Qmp, folder: Path) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while True:
         try:
             find_agent(qmp, str(folder))
@@ -104,7 +104,7 @@ def until_busy(qmp: Qmp, folder: Path) -> None:
 
 def find_agent_again(qmp: Qmp, folder: Path) -> Path | None:
     """After a client has left."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while True:
         try:
             return find_agent(qmp, str(folder))

@@ -59,14 +59,14 @@ class ImageRig:
         try:
             with self._connection(process, socket) as client:
                 yield client
-            process.wait(20)
+            process.wait(120)
         finally:
             process.kill()
             process.communicate()
 
     def _connection(self, process: subprocess.Popen[bytes], socket: Path) -> NbdClient:
         """As soon as there is one; Busy when the image is locked."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(HostUnreachable):
                 return NbdClient.open(f"nbd+unix:///?socket={socket}")

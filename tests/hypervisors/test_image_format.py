@@ -36,7 +36,7 @@ def test_what_looks_like_nothing_is_raw(tmp_path: Path, name: str) -> None:
 def test_name_and_header_together_decide(tmp_path: Path, format_: str) -> None:
     suffix = {"vpc": "vhd"}.get(format_, format_)
     path = tmp_path / f"vm.{suffix}"
-    subprocess.run(["qemu-img", "create", "-q", "-f", format_, str(path), "4M"], check=True, timeout=30)
+    subprocess.run(["qemu-img", "create", "-q", "-f", format_, str(path), "4M"], check=True, timeout=120)
     assert chosen(path) == imageformat.Choice(format_)
     path.rename(tmp_path / "vm.img")
     with pytest.raises(UsageError, match=rf"\?format={format_} or \?format=raw"):
@@ -47,7 +47,7 @@ def test_name_and_header_together_decide(tmp_path: Path, format_: str) -> None:
 def test_a_fixed_vhd_is_known_by_its_footer_and_name(tmp_path: Path) -> None:
     path = tmp_path / "vm.vhd"
     options = ["-o", "subformat=fixed"]
-    subprocess.run(["qemu-img", "create", "-q", "-f", "vpc", *options, str(path), "4M"], check=True, timeout=30)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vpc", *options, str(path), "4M"], check=True, timeout=120)
     assert chosen(path).format == "vpc"
     path.rename(tmp_path / "vm.img")
     assert chosen(tmp_path / "vm.img").format == "raw"

@@ -200,7 +200,7 @@ def test_a_killed_machine_leaves_an_inconsistent_bitmap(tmp_path: Path, run_fold
     tokens = capture(source(run_folder, path), {}, "one")
     with running_machine(path, "qcow2") as machine:
         machine.send_signal(signal.SIGKILL)
-        machine.wait(20)
+        machine.wait(120)
     assert "in-use" in flags(path)[tokens[VM].value]
     assert "inconsistent: the machine was not stopped cleanly" in reason(source(run_folder, path), tokens)
     fresh = capture(source(run_folder, path), tokens, "two")
@@ -406,10 +406,10 @@ def test_release_ends_a_server_and_not_a_stranger(tmp_path: Path, run_folder: Pa
         (folder / "d1.pid").write_text(f"{stranger.pid} 12345\n")
         (folder / "d2.pid").write_text("torn")
         qemunbd.release(run_folder, f"hvb-{STORE}-")
-        assert server.process.wait(10) == -signal.SIGKILL
+        assert server.process.wait(120) == -signal.SIGKILL
         assert not folder.exists()
         assert stranger.poll() is None
     finally:
         server.stop()
         stranger.kill()
-        stranger.wait(10)
+        stranger.wait(120)

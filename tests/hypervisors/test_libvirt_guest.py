@@ -12,14 +12,14 @@ import pytest
 
 from hvbackup.errors import Busy, UsageError
 from hvbackup.hypervisors import Frozen
-from hvbackup.hypervisors.qemu_freeze import Freezing
+from hvbackup.hypervisors.qemu_freeze import LIMIT_SECONDS, Freezing
 from hvbackup.model import Consistency, Continuity, DiskId, LeaseId, MiB
 from labs.guest import verify_on_host
 from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import Cycle
 from tests.hypervisors.libvirtd import LibvirtGuest, guest, wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.guest, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.guest, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_guest_stands_still_for_the_moment_and_no_longer(mounted: LibvirtGuest
     with hypervisor.snapshot(found, LeaseId("l"), {}, None) as frozen:
         assert frozen.consistency is Consistency.FILESYSTEM
         assert frozen.standstill.filesystems == 2
-        assert 0 < frozen.standstill.frozen_seconds < 5
+        assert 0 < frozen.standstill.frozen_seconds < LIMIT_SECONDS  # less than one, where the host has time
         assert "--consistency application" in frozen.standstill.remark
         assert not frozen.notes
         mounted.sh("echo goes on >/mnt/vdc/f && sync")
@@ -123,7 +123,7 @@ def test_the_guard_thaws_when_we_die(mounted: LibvirtGuest) -> None:
     assert b'"frozen": 2' in process.stdout.readline()
     assert marker.exists()
     process.stdin.close()  # as if we had been killed
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert not marker.exists()
     mounted.sh("echo goes on >/mnt/vdc/f && sync")
 

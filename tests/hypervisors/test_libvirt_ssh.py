@@ -6,9 +6,9 @@ It needs `apt install openssh-server`, and fails without it.
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import Continuity
 from labs.libvirtd import Libvirtd, run
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import STORE, LibvirtMachine, free_port, machine
+from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine, wait_until
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.real, pytest.mark.soak]
 
@@ -32,6 +33,11 @@ def up():
 threading.Thread(target=up, daemon=True).start()
 while data := s.recv(65536): sys.stdout.buffer.write(data); sys.stdout.buffer.flush()
 """
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
@@ -56,11 +62,11 @@ def ssh(tmp_path: Path) -> Iterator[Path]:
     Path("/run/sshd").mkdir(exist_ok=True)
     server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", tmp_path / "sshd.conf"], stderr=subprocess.DEVNULL)
     try:
-        time.sleep(0.5)
+        wait_until(lambda: listens(port))
         yield program
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(120)
 
 
 def test_a_machine_of_another_host_is_read_through_ssh(libvirtd: Libvirtd, ssh: Path) -> None:

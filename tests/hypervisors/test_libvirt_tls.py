@@ -21,7 +21,8 @@ from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import Continuity, LeaseId
 from labs.libvirtd import Libvirtd, daemon
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import STORE, LibvirtMachine, free_port, machine
+from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine
+from tests.ports import free_port
 
 pytestmark = pytest.mark.real
 
@@ -84,7 +85,7 @@ class Far:
     def hypervisor(self, vm: LibvirtMachine, client: Path | None = None) -> LibvirtHypervisor:
         uri = f"qemu+tls://localhost:{self.port}/system?pkipath={self.pki}&domain={vm.uuid}&nbd-port={self.nbd_port}"
         where = LibvirtUri.parse(f"{uri}&tls-certificates={client or self.client}")
-        settings = Settings(15.0, 15.0, 0)
+        settings = Settings(60.0, 60.0, 0)
         return LibvirtHypervisor(where, STORE, scratch_dir=vm.folder / "s", runtime=vm.folder / "r", settings=settings)
 
 
@@ -101,7 +102,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
         f'cert_file = "{server}/servercert.pem"\nkey_file = "{server}/serverkey.pem"\n'
     )
     with daemon(f'backup_tls_x509_cert_dir = "{qemu}"\nbackup_tls_x509_verify = 1\n', listening, "-l") as made:
-        yield Far(made, port, pki, client, free_port() % 30000 + 20000)
+        yield Far(made, port, pki, client, free_port())
 
 
 @pytest.fixture

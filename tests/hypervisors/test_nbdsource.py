@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.hypervisors.imagerig import content, frozen, make, poke, run, wait_fo
 
 pytestmark = pytest.mark.real
 
-QUICK = Settings(connect_seconds=5, reply_seconds=1)
+PATIENT = Settings(connect_seconds=60, reply_seconds=20)
 Serve = Callable[..., NbdUri]
 
 
@@ -51,11 +52,11 @@ def server(folder: Path, command: list[str]) -> Generator[None]:
         yield
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(120)
 
 
 def source(uri: NbdUri, *, bitmap: str = "", changed: Path | None = None, name: str = "") -> NbdSource:
-    return NbdSource(NbdSpec(uri, bitmap, changed), name=name, settings=QUICK)
+    return NbdSource(NbdSpec(uri, bitmap, changed), name=name, settings=PATIENT)
 
 
 @pytest.mark.parametrize("size", [1, 513, 3 * MiB + 123])
@@ -159,8 +160,9 @@ def test_a_slow_server_is_waited_for(serve: Serve) -> None:
 
 
 def test_a_hung_server_is_named(serve: Serve) -> None:
-    uri = serve("nbdkit", "--filter=delay", "memory", "8k", "rdelay=5")
-    with frozen(source(uri)) as found, pytest.raises(HostUnreachable, match=r"no answer within 1 seconds"):
+    uri = serve("nbdkit", "--filter=delay", "memory", "8k", "rdelay=100")
+    hasty = NbdSource(NbdSpec(uri), settings=replace(PATIENT, reply_seconds=1))
+    with frozen(hasty) as found, pytest.raises(HostUnreachable, match=r"no answer within 1 seconds"):
         content(found.disks[0])
 
 

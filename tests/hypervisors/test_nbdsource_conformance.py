@@ -134,7 +134,7 @@ class ListedExport(ScriptedRig):
     def stop(self) -> None:
         assert self._server
         self._server.kill()
-        self._server.wait(20)
+        self._server.wait(120)
 
     def serve_live(self) -> None:
         """From now on nobody copies: the guest writes to what is read."""
@@ -211,7 +211,7 @@ class BitmapExport(ScriptedRig, ImageRig):
         finally:
             self._serving = False
             server.kill()
-            server.wait(20)
+            server.wait(120)
 
     def _serve(self, *options: str) -> subprocess.Popen[bytes] | None:
         """None when qemu-nbd refuses the bitmap."""

@@ -77,7 +77,7 @@ class Writer(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        self.join(20)
+        self.join(120)
 
 
 def test_a_guest_that_never_stops_writing(rig: DaemonRig) -> None:
@@ -98,11 +98,11 @@ def test_a_guest_that_never_stops_writing(rig: DaemonRig) -> None:
 @contextmanager
 def loop_device(path: Path, sector: int) -> Generator[Path]:
     command = ["losetup", "-f", "--show", "-b", str(sector), str(path)]
-    device = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    device = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
     try:
         yield Path(device)
     finally:
-        subprocess.run(["losetup", "-d", device], check=True, timeout=20)
+        subprocess.run(["losetup", "-d", device], check=True, timeout=120)
 
 
 @as_root
@@ -225,11 +225,11 @@ def test_a_server_left_by_a_dead_run_is_used(tmp_path: Path) -> None:
 def small_scratch(daemon: Daemon, size: int) -> Generator[None]:
     folder = daemon.folder / "s"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True, timeout=20)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True, timeout=120)
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=20)
+        subprocess.run(["umount", str(folder)], check=True, timeout=120)
 
 
 @as_root

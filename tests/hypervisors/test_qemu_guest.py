@@ -111,7 +111,7 @@ def test_a_machine_that_a_full_scratch_stopped_goes_on_after_release(
     guest, scratch = rig.guest, rig.folder / "s"
     guest.sh("dd if=/dev/zero bs=1M count=30 | tr '\\0' x | dd of=/dev/vdb bs=1M iflag=fullblock; sync")
     scratch.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(scratch)], check=True, timeout=20)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(scratch)], check=True, timeout=120)
     try:
         machine = Cycle(rig).machine()  # type: ignore[arg-type]
         rig.hypervisor().snapshot(machine, LeaseId("dead"), {}, None).__enter__()
@@ -126,7 +126,7 @@ def test_a_machine_that_a_full_scratch_stopped_goes_on_after_release(
         assert not list(scratch.iterdir())
     finally:
         guest.kill()
-        subprocess.run(["umount", str(scratch)], check=True, timeout=20)
+        subprocess.run(["umount", str(scratch)], check=True, timeout=120)
 
 
 class NoWatch:

@@ -39,7 +39,7 @@ class System:
         log = (self.folder / "qemu.log").open("wb")
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
         log.close()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while True:
             try:
                 self.qmp().close()
@@ -53,12 +53,12 @@ class System:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(20)
+            self._process.wait(120)
             self._process = None
 
     def qmp(self) -> Qmp:
         """The test's own monitor; the adapter has another."""
-        return Qmp(self.folder / "own.sock", timeout_seconds=15)
+        return Qmp(self.folder / "own.sock", timeout_seconds=60)
 
     def hypervisor(self, **extra: Path) -> QemuHypervisor:
         return QemuHypervisor(self.qmp_path, STORE, scratch_dir=self.folder / "s", settings=SETTINGS, **extra)

@@ -7,7 +7,6 @@ import json
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -38,13 +37,13 @@ class Monitor:
         except OSError:
             return
         with client:
-            client.settimeout(10)
+            client.settimeout(120)
             self._script(client)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(10)
+        self._thread.join(120)
 
 
 @pytest.fixture
@@ -110,10 +109,9 @@ def test_a_path_no_socket_can_have(path: Path) -> None:
 
 
 def test_silent(monitor: Callable[[Script], Path]) -> None:
-    path, began = monitor(until_hangup), time.monotonic()
+    path = monitor(until_hangup)
     with pytest.raises(HostUnreachable, match=f"{path}: No answer within 0.3 s .* another program holds this socket"):
         Qmp(path, timeout_seconds=0.3)
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def test_silent(monitor: Callable[[Script], Path]) -> None:
 def test_not_a_monitor(monitor: Callable[[Script], Path], nonsense: bytes) -> None:
     path = monitor(lambda client: client.sendall(nonsense))
     with pytest.raises(HostUnreachable, match=str(path)):
-        Qmp(path, timeout_seconds=5)
+        Qmp(path, timeout_seconds=60)
 
 
 def test_dying_during_a_command(monitor: Callable[[Script], Path]) -> None:
@@ -130,7 +128,7 @@ def test_dying_during_a_command(monitor: Callable[[Script], Path]) -> None:
         greet(client)
         hear(client)
 
-    with Qmp(monitor(script), timeout_seconds=5) as qmp:
+    with Qmp(monitor(script), timeout_seconds=60) as qmp:
         for _ in range(2):
             with pytest.raises(HostUnreachable, match=r"broke off \(waiting for query-status\)"):
                 qmp.command("query-status")
@@ -141,13 +139,12 @@ def test_hanging_in_a_command(monitor: Callable[[Script], Path]) -> None:
         greet(client)
         until_hangup(client)
 
-    with Qmp(monitor(script), timeout_seconds=5) as qmp:
+    # A monitor that did not answer is not asked again: nobody would live to see an hour pass here.
+    with Qmp(monitor(script), timeout_seconds=3600) as qmp:
         with pytest.raises(HostUnreachable, match=r"No answer within 0.2 s \(waiting for query-status\)"):
             qmp.command("query-status", timeout_seconds=0.2)
-        began = time.monotonic()
         with pytest.raises(HostUnreachable, match="No answer"):
             qmp.command("query-status")
-        assert time.monotonic() - began < 1
 
 
 def test_a_refusal_has_the_words_of_qemu(monitor: Callable[[Script], Path]) -> None:
@@ -158,7 +155,7 @@ def test_a_refusal_has_the_words_of_qemu(monitor: Callable[[Script], Path]) -> N
         say(client, {"error": {"class": "CommandNotFound", "desc": "No such thing."}, "id": asked["id"]})
         say(client, {"return": 1, "id": hear(client)["id"]})
 
-    with Qmp(monitor(script), timeout_seconds=5) as qmp:
+    with Qmp(monitor(script), timeout_seconds=60) as qmp:
         with pytest.raises(CommandRefused, match=r"refused blockdev-del: No such thing$") as refused:
             qmp.command("blockdev-del", node_name="x")
         assert refused.value.unknown
@@ -174,9 +171,9 @@ def test_events_are_waited_for_with_a_timeout(monitor: Callable[[Script], Path])
         say(client, {"return": {}, "id": asked["id"]})
         say(client, {"return": 2, "id": hear(client)["id"]})
 
-    with Qmp(monitor(script), timeout_seconds=5) as qmp, qmp.events("STOP") as events:
+    with Qmp(monitor(script), timeout_seconds=60) as qmp, qmp.events("STOP") as events:
         qmp.command("stop")
-        assert events.next(5)["data"] == {"n": 1}
+        assert events.next(60)["data"] == {"n": 1}
         with pytest.raises(HostUnreachable, match="waiting for STOP"):
             events.next(0.1)
         assert qmp.command("next") == 2
@@ -187,7 +184,7 @@ def test_closing_leaves_no_thread(monitor: Callable[[Script], Path]) -> None:
         greet(client)
         until_hangup(client)
 
-    qmp = Qmp(monitor(script), timeout_seconds=5)
+    qmp = Qmp(monitor(script), timeout_seconds=60)
     qmp.close()
     qmp.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("qmp ")]

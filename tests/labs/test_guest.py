@@ -132,7 +132,7 @@ def test_a_command_that_fails_is_an_error(guest: Guest) -> None:
 @pytest.mark.guest
 def test_the_guest_agent_freezes_and_thaws(guest: Guest) -> None:
     with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(30)
+        line.settimeout(120)
         line.connect(str(guest.agent_path))
         stream = line.makefile("rw")
 

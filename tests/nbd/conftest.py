@@ -44,7 +44,7 @@ def serve(short_path: Path) -> Iterator[Serve]:
     assert wait_for(lambda: not set(threading.enumerate()) - before), set(threading.enumerate()) - before
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
     """Whether the condition became true in time."""
     end = time.monotonic() + seconds
     while not condition():
@@ -78,4 +78,4 @@ def program(short_path: Path) -> Iterator[Callable[..., Path]]:
     yield start
     for process in running:
         process.kill()
-        process.wait(10)
+        process.wait(120)

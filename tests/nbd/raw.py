@@ -12,11 +12,11 @@ from hvbackup.nbd.uri import NbdUri
 
 
 class RawClient:
-    """A connected socket and the few layouts a test needs; every wait ends after five seconds."""
+    """A connected socket and the few layouts a test needs; every wait ends after a minute."""
 
     def __init__(self, uri: NbdUri) -> None:
         self.sock = socket.socket(socket.AF_UNIX if uri.socket else socket.AF_INET)
-        self.sock.settimeout(5)
+        self.sock.settimeout(60)
         self.sock.connect(uri.socket or (uri.host, uri.port))
 
     def __enter__(self) -> RawClient:

@@ -164,7 +164,7 @@ def test_a_read_error_reaches_qemu_with_its_name(serve: Serve) -> None:
         ["qemu-io", "-r", "-f", "raw", "-c", "read 0 4096", str(serve(TrickExport(_MiB, fail)))],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert "Input/output error" in process.stdout + process.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from hvbackup.nbd.client import NbdClient, RequestFailed, Settings, list_exports
 from hvbackup.nbd.protocol import BASE_ALLOCATION
 from hvbackup.nbd.uri import NbdUri
 from tests.nbd.conftest import listens, wait_for
+from tests.ports import free_port
 
 pytestmark = pytest.mark.real
 
@@ -199,20 +199,21 @@ def test_a_server_that_is_too_slow_is_given_up(program: Program) -> None:
 
 
 def test_slow_replies_are_waited_for_side_by_side(program: Program) -> None:
-    listener = program("nbdkit", "-f", "-t", "16", "-U", "{socket}", "--filter=delay", "memory", "1M", "rdelay=200ms")
+    """The answers come two seconds after the questions, all of them: 16, one after the other, would take 32."""
+    listener = program("nbdkit", "-f", "-t", "16", "-U", "{socket}", "--filter=delay", "memory", "1M", "rdelay=2")
     with NbdClient.open(
-        NbdUri(socket=str(listener)), settings=Settings(request_bytes=65536, reply_seconds=2)
+        NbdUri(socket=str(listener)), settings=Settings(request_bytes=65536, reply_seconds=25)
     ) as client:
-        assert read_all(client) == bytes(_MiB)  # 16 requests one after the other would take 3.2 seconds: a timeout
+        assert read_all(client) == bytes(_MiB)
 
 
 def test_a_server_that_dies(program: Program, short_path: Path) -> None:
     listener = short_path / "dying.nbd"
-    process = subprocess.Popen(["nbdkit", "-f", "-U", str(listener), "--filter=delay", "memory", "1M", "rdelay=30"])
+    process = subprocess.Popen(["nbdkit", "-f", "-U", str(listener), "--filter=delay", "memory", "1M", "rdelay=100"])
     assert wait_for(lambda: listens(listener))
     client = NbdClient.open(NbdUri(socket=str(listener)))
     process.kill()
-    process.wait(10)
+    process.wait(120)
     with client, pytest.raises(HostUnreachable):
         client.read_into(0, memoryview(bytearray(10)))
 
@@ -257,9 +258,7 @@ def test_tls(program: Program, certificates: Path, raw: Path, content: bytes) ->
 
 
 def test_tls_over_tcp_with_certificates_named_in_the_uri(certificates: Path, raw: Path, content: bytes) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = ["nbdkit", "-f", "-r", "--tls=require", f"--tls-certificates={certificates}", "-i", "127.0.0.1"]
     server = subprocess.Popen([*command, "-p", str(port), "file", str(raw)])
     try:
@@ -274,7 +273,7 @@ def test_tls_over_tcp_with_certificates_named_in_the_uri(certificates: Path, raw
             NbdClient.open(uri + "/none")
     finally:
         server.kill()
-        server.wait(10)
+        server.wait(120)
 
 
 def _without_host_name() -> ssl.SSLContext:

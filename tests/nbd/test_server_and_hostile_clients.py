@@ -125,12 +125,13 @@ def test_endless_options_are_cut_off(serve: Serve) -> None:
 
 
 def test_a_client_that_says_nothing_or_too_little_is_dropped_in_time() -> None:
-    with _served(MemoryExport(4096), handshake_seconds=0.3) as (server, uri), RawClient(uri) as silent:
+    """Within a second: the twelfth byte, six seconds later, would end it anyway, as nonsense."""
+    with _served(MemoryExport(4096), handshake_seconds=1.0) as (server, uri), RawClient(uri) as silent:
         with RawClient(uri) as dripping:
-            for _ in range(12):
+            for _ in range(11):
                 with contextlib.suppress(ConnectionError):
                     dripping.send(b"\0")
-                if wait_for(lambda: server.connections == 0, 0.1):
+                if wait_for(lambda: server.connections == 0, 0.5):
                     break
             assert server.connections == 0
         assert silent.drain()[:8] == b"NBDMAGIC"
@@ -151,7 +152,7 @@ def test_a_client_that_stops_in_the_middle_of_a_command_is_dropped(sent: bytes) 
 
 def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> None:
     export = MemoryExport(64 * _MiB)
-    with _served(export, stall_seconds=1.0) as (server, uri):
+    with _served(export, stall_seconds=2.0) as (server, uri):
         slow = [RawClient(uri).open() for _ in range(3)]
         for client in slow:
             client.send(b"".join(request(protocol.READ, 0, 8 * _MiB, cookie=n) for n in range(20)))
@@ -159,7 +160,7 @@ def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> No
             for _ in range(50):
                 other.read_into(0, memoryview(bytearray(65536)))
             assert server.connections == 4
-        assert wait_for(lambda: server.connections == 0, 5)
+        assert wait_for(lambda: server.connections == 0)
         for client in slow:
             client.sock.close()
 
@@ -167,12 +168,13 @@ def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> No
 def test_a_client_that_is_slow_but_not_dead_is_served() -> None:
     export = MemoryExport(24 * _MiB)
     export.data[:] = np.random.default_rng(7).bytes(export.size)
-    with _served(export, stall_seconds=0.2) as (_, uri), RawClient(uri) as client:
+    # In all it is slower than what a dead one is given; each of its pauses is a twentieth of that.
+    with _served(export, stall_seconds=3.0) as (_, uri), RawClient(uri) as client:
         client.open().ask(protocol.READ, 0, export.size)
         assert client.simple() == (0, 7)
         for at in range(0, export.size, _MiB):
             assert client.take(_MiB) == export.data[at : at + _MiB]
-            time.sleep(0.05)
+            time.sleep(0.15)
 
 
 # --- too much ---------------------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def test_thousands_of_reads_in_flight_are_all_answered(serve: Serve) -> None:
             error, cookie = client.simple()
             assert error == 0
             seen[cookie] = client.take(8)
-        sender.join(10)
+        sender.join(120)
     assert seen == {n: export.data[n * 104 % _MiB // 8 * 8 :][:8] for n in range(count)}
 
 
@@ -226,7 +228,7 @@ def test_more_connections_than_allowed_are_refused_until_one_leaves() -> None:
 
 def test_a_client_that_vanishes_in_the_middle_of_requests() -> None:
     release = threading.Event()
-    export = TrickExport(64 * _MiB, lambda offset, length: release.wait(10) and None if offset else None)
+    export = TrickExport(64 * _MiB, lambda offset, length: release.wait(120) and None if offset else None)
     with _served(export) as (_, uri):
         with RawClient(uri) as client:
             client.open().send(b"".join(request(protocol.READ, 4096, 8 * _MiB) for _ in range(10)))
@@ -244,20 +246,20 @@ def test_a_client_that_vanishes_in_the_middle_of_writes() -> None:
 
         def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
             begun.set()
-            release.wait(10)
+            release.wait(120)
 
     with _served(Waiting(4 * _MiB)) as (_, uri):
         with RawClient(uri) as client:
             small = request(protocol.WRITE, 0, 512) + bytes(512)  # is carried out while the large one waits
             client.open().send(small + request(protocol.WRITE, 0, 400_000) + bytes(400_000))
-            assert begun.wait(5)
+            assert begun.wait(120)
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         release.set()
 
 
 def test_a_disconnect_waits_for_the_answers() -> None:
     release = threading.Event()
-    export = TrickExport(4 * _MiB, lambda offset, length: release.wait(10) and None if offset else None)
+    export = TrickExport(4 * _MiB, lambda offset, length: release.wait(120) and None if offset else None)
     with _served(export) as (_, uri), RawClient(uri) as client:
         client.open()
         client.send(b"".join(request(protocol.READ, 4096, 512, cookie=n) for n in range(20)))

@@ -101,10 +101,10 @@ def reads_survive_a_new_export(
     process = Process.of(exports.last)
     assert process is not None
     os.kill(process.pid, 9)
-    assert process.wait(10)
+    assert process.wait(120)
     console.start("md5sum /dev/vdb")
     time.sleep(1)
     socket.unlink()
     exports(point, point.disks, socket, folder)
-    assert "/dev/vdb" in console.finish(60)
+    assert "/dev/vdb" in console.finish(120)
     assert "error" not in console.sh("dmesg | grep -i 'i/o' || true")

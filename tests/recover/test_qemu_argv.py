@@ -314,7 +314,7 @@ QEMU_IMAGE = ["qemu-img", "create", "-q", "-f", "qcow2"]
 )
 def test_qemu_takes_the_line(tmp_path: Path, line: str, disk: str) -> None:
     for name in ("a.qcow2", "o.qcow2", "x.iso"):
-        subprocess.run([*QEMU_IMAGE, str(tmp_path / name), "64M"], check=True, timeout=30)
+        subprocess.run([*QEMU_IMAGE, str(tmp_path / name), "64M"], check=True, timeout=120)
     overlay = Overlay(disk or "vda", str(tmp_path / "o.qcow2"))
     place = Place("copy", str(tmp_path), str(tmp_path), exists=lambda path: Path(path).exists())
     argv = ["qemu-system-x86_64", *shlex.split(line)]

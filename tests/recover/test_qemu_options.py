@@ -67,9 +67,9 @@ def test_words_become_options_and_words_again() -> None:
 def test_we_know_which_options_stand_alone() -> None:
     """QEMU looks for missing values in all options before it does anything, and then prints its version and ends."""
     qemu = "qemu-system-x86_64"
-    listed = subprocess.run([qemu, "-help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    listed = subprocess.run([qemu, "-help"], capture_output=True, text=True, timeout=120, check=True).stdout
     names = set(re.findall(r"^--?([\w-]+)", listed, re.MULTILINE))
     assert {"drive", "nodefaults", "S"} <= names
     for name in names:
-        done = subprocess.run([qemu, "-version", f"-{name}"], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run([qemu, "-version", f"-{name}"], capture_output=True, text=True, timeout=120, check=False)
         assert ("requires an argument" in done.stderr) == (name not in _ALONE), name

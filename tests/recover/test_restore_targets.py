@@ -106,11 +106,22 @@ def test_a_device_in_use_is_refused_by_name(stored: World, mode: str) -> None:
             assert said.startswith(f"{device} is in use (mounted at {mount})")
         finally:
             tool("umount", mount)
-        alone = os.open(device, os.O_RDWR | os.O_EXCL)
+        alone = opened_alone(device)
         try:
             assert "in use by another program" in stored.refused(5, *restore(stored, device, mode))
         finally:
             os.close(alone)
+
+
+def opened_alone(device: str, seconds: float = 120) -> int:
+    """Nobody else opens it; the file system was mounted a moment ago, and may be a moment longer in another mount namespace."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return os.open(device, os.O_RDWR | os.O_EXCL)
+        except OSError:
+            assert time.monotonic() < end, f"{device} stays in use"
+            time.sleep(0.05)
 
 
 def test_an_image_that_a_machine_or_a_loop_device_uses_is_refused_by_name(stored: World) -> None:
@@ -120,7 +131,7 @@ def test_an_image_that_a_machine_or_a_loop_device_uses_is_refused_by_name(stored
         assert said.startswith(f"{target} is in use: {device} stands on it")
     socket = stored.folder / "nbd.sock"
     with subprocess.Popen(["qemu-nbd", "-f", "raw", "-t", "-k", str(socket), str(target)]) as server:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not socket.exists():
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -151,7 +162,7 @@ def killed(world: World, rng: random.Random, *words: str | Path) -> bool:
         process.communicate(timeout=0.3 + rng.random() * 0.7)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
         return True
     return False
 

@@ -33,7 +33,7 @@ def ext4(tmp_path: Path) -> Iterator[Path]:
     """A small ext4 of its own."""
     with small_disk(tmp_path, "ext4") as disk:
         yield disk.path
-        subprocess.run(["chattr", "-R", "-f", "-i", str(disk.path)], timeout=30, check=False)
+        subprocess.run(["chattr", "-R", "-f", "-i", str(disk.path)], timeout=120, check=False)
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def ramfs(tmp_path: Path) -> Iterator[Path]:
     """A file system that knows no flags."""
     place = tmp_path / "ramfs"
     place.mkdir()
-    subprocess.run(["mount", "-t", "ramfs", "ramfs", str(place)], check=True, timeout=30)
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", str(place)], check=True, timeout=120)
     yield place
-    subprocess.run(["umount", "-l", str(place)], check=True, timeout=30)
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=120)
 
 
 def sealed(world: World, store: Store) -> None:

@@ -49,7 +49,7 @@ def in_processes(work: Callable[..., None], *arguments: tuple[Any, ...]) -> None
     for process in started:
         process.start()
     for process in started:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
 
 
