@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from labs.mutants_browsing import BROWSING
 from labs.mutants_copying import COPYING
 from labs.mutants_forgetting import FORGETTING
 from labs.mutants_libvirt import LIBVIRT
@@ -369,7 +370,7 @@ MUTANTS = (
         "            if False\n",
         ("tests/store/test_security.py",),
     ),
-    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING, *LIBVIRT, *SERVICE)),
+    *(Mutant(*planted) for planted in (*FORGETTING, *COPYING, *LIBVIRT, *SERVICE, *BROWSING)),
     Mutant(
         "moments in doubt still offered after a lie",
         "hvbackup/protect/cycles.py",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,7 @@ def test_a_disk_with_gpt(tmp_path: Path, images: dict[str, bytes]) -> None:
     data = partitioned(tmp_path, "gpt", lines, {2048 * 512: images["ext4"], 51200 * 512: images["ntfs"]})
     volumes = opened(data)
     assert [(e.path, e.note) for e in volumes.list("/")] == [("/1", "ext, root"), ("/2", "ntfs"), ("/3", "unknown")]
+    assert [e.size for e in volumes.list("/")] == [49152 * 512, 49152 * 512, 2048 * 512]
     assert b"".join(volumes.read("/1/etc/hosts")) == b"127.0.0.1 localhost\n"
     assert volumes.stat("/2/large.bin").size == 3 * MiB + 17
     with pytest.raises(FileSystemUnreadable, match=r"/3 holds nothing that is known"):
@@ -201,6 +204,22 @@ def test_a_damaged_chunk_is_an_error_and_never_zeroes(tree: Path, images: dict[s
 def test_damage_of_what_describes_files_is_damage(images: dict[str, bytes]) -> None:
     with pytest.raises(ChunkDamaged):
         opened(images["ext4"], bad=((0, 64 * KiB),)).list("/0")
+
+
+def test_damage_that_a_reader_swallows_is_told(images: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that takes a folder it can't read for an empty one: the error below it counts, and not what it made of that."""
+    volumes = opened(images["ext4"])
+    system = volumes.find("/0").system
+
+    def swallowing(_: object) -> Iterator[tuple[str, object]]:
+        volumes._view.bad = ((0, len(images["ext4"])),)  # type: ignore[attr-defined]
+        with contextlib.suppress(HvbackupError):
+            system.window.read_at(20 * MiB, MiB)
+        return iter(())
+
+    monkeypatch.setattr(system, "children", swallowing)
+    with pytest.raises(ChunkDamaged, match=r"/0: .*4711"):
+        volumes.list("/0")
 
 
 def read_through(volumes: Volumes) -> None:
