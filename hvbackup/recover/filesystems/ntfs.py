@@ -167,7 +167,10 @@ class Ntfs:
         stream = data.open()
         for at in range(0, size, most):
             self.window.allow()
-            yield at, stream.read(min(most, size - at))
+            data = stream.read(min(most, size - at))
+            if len(data) < min(most, size - at):
+                raise FileSystemUnreadable("a compressed part of it holds less than it should")
+            yield at, data
 
 
 def _cut(runs: Sequence[Run], valid: int) -> list[Run]:
