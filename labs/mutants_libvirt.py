@@ -50,6 +50,22 @@ LIBVIRT: tuple[Planted, ...] = (
         False,
     ),
     (
+        "libvirt: QEMU formats scratch while others may look",
+        PULL,
+        "        if not room.where.local:\n            return False\n        for w in wanted:\n",
+        "        return False\n        for w in wanted:\n",
+        ("tests/hypervisors/test_libvirt_looks.py::test_whoever_looks_while_backups_begin_does_no_harm",),
+        False,
+    ),
+    (
+        "libvirt: scratch kept when its process dies",
+        WATCHDOG,
+        '            if name.endswith(".scratch"):\n',
+        "            if not name:\n",
+        (f"{TRAPS}test_a_backup_whose_process_was_killed_is_ended_by_its_watchdog",),
+        False,
+    ),
+    (
         "libvirt: another's job waited for",
         PULL,
         "            self._refuse_busy()\n",

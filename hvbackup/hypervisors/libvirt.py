@@ -11,7 +11,7 @@ the next: what libvirt does not know of a checkpoint, the token in our point doe
 
     killed after                       left behind                              cleaned by
     1 folder made                      a folder with the lease's name           release
-    2 backup begun                     job, scratch, checkpoint                 the watchdog ends the job; release
+    2 backup begun                     job, scratch, checkpoint                 the watchdog ends both; release
     3 snapshot left                    old and new checkpoint, both recording   release, told what is committed
 
 Thread safety: calls on one machine must not overlap; the frozen disks may be read from any number of threads.

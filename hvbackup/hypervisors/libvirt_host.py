@@ -279,9 +279,10 @@ class Domain:
                 return ""
             raise
 
-    def begin_backup(self, backup: str, checkpoint: str) -> None:
-        """The moment.  Raises LibvirtRefused."""
-        self._ask("beginning a backup", lambda d: d.backupBegin(backup, checkpoint or None), BEGIN_SECONDS)
+    def begin_backup(self, backup: str, checkpoint: str, *, formatted: bool) -> None:
+        """The moment; with `formatted`, scratch images are there already.  Raises LibvirtRefused."""
+        flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if formatted else 0
+        self._ask("beginning a backup", lambda d: d.backupBegin(backup, checkpoint or None, flags), BEGIN_SECONDS)
 
     def abort_job(self) -> None:
         """Ask the job to end; it does so a little later."""

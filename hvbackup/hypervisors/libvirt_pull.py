@@ -3,7 +3,7 @@
     killed after                     left behind                               cleaned by
     1 folder, watchdog               a folder                                  release
     2 lost checkpoints redefined     nothing that was not there                (their bitmaps recorded all along)
-    3 the job has begun              job, scratch, the new checkpoint          the watchdog ends the job; release
+    3 the job has begun              job, scratch, the new checkpoint          the watchdog ends both; release
     4 the job has ended              the new checkpoint, a folder              release
 
 libvirt knows checkpoints by names and bitmaps by checkpoints.  Where it lost one (a transient domain, a daemon without its state,
@@ -40,6 +40,8 @@ from hvbackup.hypervisors.libvirt_watch import LibvirtWatch
 from hvbackup.hypervisors.libvirt_xml import DomainDisk, Wanted
 from hvbackup.hypervisors.qemu_fleeced import FleecedDisk
 from hvbackup.hypervisors.qemu_names import LeaseNames
+from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
+from hvbackup.hypervisors.qmp import Peer
 from hvbackup.model import Consistency, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, Token
 
 __all__ = ["LibvirtFrozen", "Pull", "Room"]
@@ -218,8 +220,10 @@ class Pull:
                 ask.checkpoint, ask.recorded, [d.target for d in ask.disks if d.target not in ask.recorded]
             )
             try:
-                backup = libvirt_xml.backup(line.server, self._wanted(ask, opened), self._skipped)
-                self._domain.begin_backup(backup, checkpoint if ask.recorded else "")
+                wanted = self._wanted(ask, opened)
+                formatted = self._formatted(wanted)
+                backup = libvirt_xml.backup(line.server, wanted, self._skipped)
+                self._domain.begin_backup(backup, checkpoint if ask.recorded else "", formatted=formatted)
             except LibvirtRefused as refused:
                 if not line.another_port(refused.words) and not _given_up(ask, refused):
                     raise self._explained(refused) from refused
@@ -244,6 +248,21 @@ class Pull:
             for d in ask.disks
         ]
 
+    def _formatted(self, wanted: Sequence[Wanted]) -> bool:
+        """Empty scratch is there when this returns; False leaves it to libvirt, where the machine is on another host.
+
+        libvirt has QEMU format it, and 7.2 fails an assertion, which is the end of the guest, when anybody lists its nodes
+        meanwhile: whoever asks libvirt for the size of a disk.
+        """
+        room = self._room
+        if not room.where.local:
+            return False
+        for w in wanted:
+            path = Path(w.scratch)
+            path.unlink(missing_ok=True)  # of a try that was refused
+            write_empty_qcow2(path, self._domain.capacity(w.target), Peer(0, room.uid, room.gid))
+        return True
+
     def _explained(self, refused: LibvirtRefused) -> HvbackupError:
         """libvirt's refusal in our words."""
         name, words = self._machine.name, refused.words
@@ -253,6 +272,8 @@ class Pull:
             return UsageError(f"Machine {name}: libvirt can't do this with one of its disks: {words}")
         if refused.code == libvirt_host.LOCKED or (refused.code == libvirt_host.NOT_NOW and "job" in words):
             return Busy(f"Machine {name} is held by another job; wait for it to end ({words})")
+        if "different size" in words:
+            return Busy(f"Machine {name}: a disk was resized at this moment; try again ({words})")
         if "No space left" in words:
             return SpaceExhausted(f"Machine {name}: no room left for scratch: {words}")
         return refused

@@ -79,9 +79,8 @@ class Room:
     def locked(self, machine: MachineId, wait_seconds: float = BEGIN_WAIT_SECONDS) -> Iterator[None]:
         """Nobody else of ours on this host begins a snapshot of the machine, or looks at its disks, meanwhile.  Raises Busy.
 
-        libvirt would let a second backup wait for half a minute before it refuses.  And it asks QEMU for its block nodes when
-        somebody looks while a backup's scratch is being made, on which QEMU 7.2 has been seen to fail an assertion
-        (qcow2_get_specific_info), which is the end of the guest.
+        libvirt would let a second backup wait for half a minute before it refuses.  And where it has QEMU format scratch (on
+        another host) a look at that moment makes QEMU 7.2 fail an assertion (qcow2_get_specific_info): the end of the guest.
         """
         with Files(self.runtime).owner(f"libvirt-{machine}.lock", f"Machine {machine}", wait_seconds=wait_seconds):
             yield

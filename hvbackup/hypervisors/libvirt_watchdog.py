@@ -77,7 +77,9 @@ def stands(machine: Domain) -> bool:
 
 
 def let_go(machine: Domain, prefix: str, folder: str) -> None:
-    """The backup has ended and the machine runs when this returns, or it is gone.  A busy daemon is asked again and again.
+    """The backup has ended, its scratch takes no room, and the machine runs or is gone when this returns.
+
+    A busy daemon is asked again and again.
 
     When the folder is gone somebody else released the snapshot, or is about to.
     """
@@ -88,11 +90,24 @@ def let_go(machine: Domain, prefix: str, folder: str) -> None:
         try:
             end_backup(machine, prefix)
         except NotFound:
-            return
+            return remove_scratch(folder)
         except HvbackupError:
             time.sleep(RETRY_SECONDS)
         else:
-            return
+            return remove_scratch(folder)
+    return None
+
+
+def remove_scratch(folder: str) -> None:
+    """The scratch in the folder is gone: libvirt removes what it made itself, and only that."""
+    if not folder:
+        return
+    try:
+        for name in os.listdir(folder):
+            if name.endswith(".scratch"):
+                os.unlink(os.path.join(folder, name))
+    except FileNotFoundError:
+        return  # released by somebody else
 
 
 def end_backup(machine: Domain, prefix: str) -> None:

@@ -398,6 +398,7 @@ def test_a_backup_whose_process_was_killed_is_ended_by_its_watchdog(vm: LibvirtM
     done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     wait_until(lambda: vm.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+    wait_until(lambda: not list((vm.folder / "s").rglob("*.scratch")))  # whoever died needs no room
     assert vm.leftovers()
     vm.hypervisor().release(Cycle(vm).machine(), LeaseId("dead"), [])
     assert not vm.leftovers()
