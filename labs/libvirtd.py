@@ -2,14 +2,14 @@
 
 It runs in a mount namespace in which libvirt's directories are folders of ours.  Needs root, and Debian's libvirt-daemon and
 libvirt-daemon-driver-qemu; libvirt-python is what asks whether it answers.
+
+Machines are no children of the daemon's, nor of ours: a guard, which waits for our end however it comes, ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -34,7 +34,15 @@ mount --bind "$1/log" /var/log/libvirt; mount --bind "$2" /var/cache/libvirt
 shift 2
 exec /usr/sbin/libvirtd "$@"
 """
-
+# Standard input ends when our process does.  What is ended is what a pid file names and still is what it was.
+_GUARD = """\
+cat >/dev/null
+for f in "$1"/libvirtd.pid "$1"/run/qemu/*.pid "$1"/run/qemu/swtpm/*.pid; do
+  pid=$(cat "$f" 2>/dev/null) || continue
+  case $(cat "/proc/$pid/comm" 2>/dev/null) in libvirtd|qemu-*|swtpm) kill -KILL "$pid" ;; esac
+done
+rm -rf "$1"
+"""
 
 START_SECONDS = 180.0
 
@@ -46,6 +54,7 @@ class Libvirtd:
         self.folder = folder
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         (folder / "etc").mkdir(parents=True)
         (folder / "libvirtd.conf").write_text(
             f'unix_sock_dir = "{folder}"\nauth_unix_rw = "none"\nlog_outputs = "2:file:{folder}/libvirtd.log"\n'
@@ -63,8 +72,12 @@ class Libvirtd:
 
     def start(self) -> Libvirtd:
         """It answers when this returns."""
-        command = ["unshare", "--mount", "--propagation", "slave", "bash", "-c", _START, "libvirtd"]
+        command = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "slave"]
+        command += ["bash", "-c", _START, "libvirtd"]
         command += [str(self.folder), str(_cache())]
+        self._guard = self._guard or subprocess.Popen(
+            ["bash", "-c", _GUARD, "libvirtd-guard", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
         options = ["-f", f"{self.folder}/libvirtd.conf", "-p", f"{self.folder}/libvirtd.pid", *self._options]
         self._process = self._run([*command, *options])
         end = time.monotonic() + START_SECONDS
@@ -117,10 +130,9 @@ class Libvirtd:
 
     def end(self) -> None:
         """Daemon, machines and everything else are gone."""
-        for file in (self.folder / "run/qemu").glob("*.pid"):
-            with contextlib.suppress(ProcessLookupError, ValueError):
-                os.kill(int(file.read_text()), signal.SIGKILL)
         self.kill()
+        if self._guard is not None:
+            self._guard.communicate(timeout=20)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
