@@ -6,6 +6,7 @@ from labs.mutants_forgetting import Planted
 
 AUTH, GATE, NOTIFY, ROWS = "hvbackup/auth.py", "hvbackup/api/gate.py", "hvbackup/notify.py", "hvbackup/daemon/rows.py"
 TEST_AUTH, TEST_GATE, TEST_NOTIFY = "tests/test_auth.py::", "tests/api/test_gate.py::", "tests/test_notify.py::"
+OIDC, TEST_SIGN_ON = "hvbackup/api/oidc.py", "tests/api/test_sign_on.py::"
 ROUTES, STANDING = "tests/api/test_authorization.py::", "tests/daemon/test_standing.py::"
 
 SERVICE: tuple[Planted, ...] = (
@@ -23,6 +24,22 @@ SERVICE: tuple[Planted, ...] = (
         "                if fits and counter > self._used().get(user.name, -1):\n",
         "                if fits:\n",
         (f"{TEST_AUTH}test_a_second_factor_counts_once",),
+        False,
+    ),
+    (
+        "service: a new login of single sign-on crowds out those under way",
+        OIDC,
+        "        login = self._login(secrets",
+        "        self._key = secrets.token_bytes(32)\n        login = self._login(secrets",
+        (f"{TEST_SIGN_ON}test_whoever_begins_thousands_of_logins_crowds_nobody_out",),
+        False,
+    ),
+    (
+        "service: login that a browser made up believed",
+        OIDC,
+        '        if hmac.compare_digest(word.encode(), self._word("cookie", said).encode()):\n',
+        "        if word:\n",
+        (f"{TEST_SIGN_ON}test_a_login_is_what_we_wrote_and_ends",),
         False,
     ),
     (

@@ -2,6 +2,7 @@
 
     browser                         we                                      provider
     /login/provider            ->   state, nonce and verifier are new  ->   its page, its second factor
+    keeps the state, signed by us
     /login/provider/back       ->   the state is that browser's own         code
                                     code and verifier                  ->   identity, signed
                                     signature, issuer, audience, times, nonce fit; whom it names is a user of ours
@@ -22,7 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ COOKIE = "__Host-hvbackup-provider"
 ASK_SECONDS = 10.0
 ANSWER_BYTES = 1 << 20
 LOGIN_SECONDS = 600.0  # for a person to answer the provider
-LOGINS_MAX = 1000
 KNOWN_SECONDS = 3600.0  # what a provider says of itself
 ALGORITHMS = (
     "RS256",
@@ -51,9 +51,10 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, slots=True)
-class _Login:
+class Login:
     """A browser that was sent to the provider."""
 
+    state: str
     verifier: str
     nonce: str
     to: str
@@ -62,29 +63,46 @@ class _Login:
 
 @dataclass(slots=True)
 class Logins:
-    """Browsers that are with the provider.  Thread safety: any thread."""
+    """Browsers that are with the provider; a restart ends their logins.  Thread safety: any thread.
 
-    _all: dict[str, _Login] = field(default_factory=dict)
+    Each keeps its own login in a cookie that only we can write, and we keep none: whoever begins any number crowds nobody out.
+    The verifier and the nonce follow from the state by a key that never leaves us.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    _key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    _used: dict[str, float] = field(default_factory=dict)  # states that let somebody in, and when they end
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, to: str) -> tuple[str, _Login]:
-        """The state of a new one."""
-        now, state = time.monotonic(), secrets.token_urlsafe(32)
-        login = _Login(secrets.token_urlsafe(48), secrets.token_urlsafe(24), to, now + LOGIN_SECONDS)
-        with self._lock:
-            self._all = {k: v for k, v in self._all.items() if v.ends > now}
-            while len(self._all) >= LOGINS_MAX:
-                self._all.pop(next(iter(self._all)))
-            self._all[state] = login
-        return state, login
+    def begin(self, to: str) -> tuple[Login, str]:
+        """A new one, and the cookie that its browser keeps."""
+        login = self._login(secrets.token_urlsafe(32), to, self.clock() + LOGIN_SECONDS)
+        said = _text(json.dumps([login.state, login.to, login.ends]).encode())
+        return login, f"{said}.{self._word('cookie', said)}"
 
-    def end(self, state: str, cookie: str) -> _Login:
-        """The login that this browser began; it counts once.  Raises Refused."""
+    def get(self, state: str, cookie: str) -> Login:
+        """The login that this browser began.  Raises Refused."""
+        said, _, word = cookie.partition(".")
+        if hmac.compare_digest(word.encode(), self._word("cookie", said).encode()):
+            found = self._login(*json.loads(base64.urlsafe_b64decode(said + "=" * (-len(said) % 4))))
+            if found.ends > self.clock() and hmac.compare_digest(found.state.encode(), state.encode()):
+                return found
+        raise Refused("This login was not begun in this browser, or too long ago; log in again")
+
+    def end(self, login: Login) -> None:
+        """It lets in whom the provider named, once.  Raises Refused.  Only who may come in gets here, so it stays small."""
+        now = self.clock()
         with self._lock:
-            found = self._all.pop(state, None)
-        if found is None or found.ends < time.monotonic() or not hmac.compare_digest(state.encode(), cookie.encode()):
-            raise Refused("This login was not begun in this browser, or too long ago; log in again")
-        return found
+            self._used = {state: ends for state, ends in self._used.items() if ends > now}
+            if login.state in self._used:
+                raise Refused("This login has let somebody in already; log in again")
+            self._used[login.state] = login.ends
+
+    def _login(self, state: str, to: str, ends: float) -> Login:
+        return Login(state, self._word("verifier", state), self._word("nonce", state), to, ends)
+
+    def _word(self, purpose: str, text: str) -> str:
+        return _text(hmac.digest(self._key, f"{purpose} {text}".encode(), hashlib.sha256))
 
 
 class Provider:
@@ -94,15 +112,15 @@ class Provider:
         self.settings = settings
         self._known: tuple[float, dict[str, Any]] | None = None
 
-    def address(self, state: str, login: _Login) -> str:
+    def address(self, login: Login) -> str:
         """Where the browser is sent.  Raises HostUnreachable, HvbackupError."""
-        challenge = base64.urlsafe_b64encode(hashlib.sha256(login.verifier.encode()).digest()).rstrip(b"=").decode()
+        challenge = _text(hashlib.sha256(login.verifier.encode()).digest())
         ask = {
             "response_type": "code",
             "client_id": self.settings.client,
             "redirect_uri": self.settings.console + BACK,
             "scope": "openid profile email",
-            "state": state,
+            "state": login.state,
             "nonce": login.nonce,
             "code_challenge": challenge,
             "code_challenge_method": "S256",
@@ -110,7 +128,7 @@ class Provider:
         place = self._endpoint("authorization_endpoint")
         return f"{place}{'&' if urlsplit(place).query else '?'}{urlencode(ask)}"
 
-    def name(self, code: str, login: _Login) -> str:
+    def name(self, code: str, login: Login) -> str:
         """Whom the provider named.  Raises Refused, HostUnreachable, HvbackupError."""
         ask = {
             "grant_type": "authorization_code",
@@ -195,6 +213,10 @@ class _Straight(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: object) -> None:
         """Nothing is followed."""
+
+
+def _text(value: bytes) -> str:
+    return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
 
 
 def is_safe(place: str) -> bool:

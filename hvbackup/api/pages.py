@@ -193,10 +193,12 @@ def login(request: Request, desk: TheDesk, fields: Form) -> Response:
 @router.get("/login/provider")
 def to_provider(desk: TheDesk, to: Annotated[str, Query(max_length=200)] = "/") -> Response:
     """Off to who says who somebody is."""
-    state, login = desk.logins.begin(_within(to))
-    answer = RedirectResponse(_provider(desk).address(state, login), 303)
+    login, cookie = desk.logins.begin(_within(to))
+    answer = RedirectResponse(_provider(desk).address(login), 303)
     # It comes back from another site, which a strict cookie would not.
-    answer.set_cookie(oidc.COOKIE, state, secure=True, httponly=True, samesite="lax", path="/", max_age=600)
+    answer.set_cookie(
+        oidc.COOKIE, cookie, secure=True, httponly=True, samesite="lax", path="/", max_age=int(oidc.LOGIN_SECONDS)
+    )
     return answer
 
 
@@ -210,12 +212,13 @@ def from_provider(
     keys, to, name = (f"provider from {address}",), "/", ""
     try:
         desk.accounts.guard.admit(keys)
-        login = desk.logins.end(state, request.cookies.get(oidc.COOKIE, ""))
+        login = desk.logins.get(state, request.cookies.get(oidc.COOKIE, ""))
         to = login.to
         if error or not code:
             raise Refused(f"The provider refused: {error or 'it gave no code'}")
         name = _provider(desk).name(code, login)
         principal = desk.accounts.signed_on(name)
+        desk.logins.end(login)
     except TooMany as e:
         return _login_page(request, 429, to, str(e))
     except HvbackupError as e:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +12,9 @@ import httpx
 import pytest
 
 from hvbackup.api.gate import COOKIE
-from hvbackup.auth import Role
+from hvbackup.api.oidc import COOKIE as COOKIE_OF_LOGIN
+from hvbackup.api.oidc import LOGIN_SECONDS, Logins
+from hvbackup.auth import Refused, Role
 from hvbackup.configuration import ProviderSettings
 from hvbackup.errors import UsageError
 from tests.api.conftest import Site
@@ -103,10 +107,49 @@ def test_a_login_is_its_browsers_own_and_counts_once(site: Site, provider: Provi
     victim, attacker = site.client(), site.client()
     back = sent(attacker)
     assert victim.get(back).status_code == 401, "somebody else's code makes nobody somebody else"
-    assert attacker.get(back).status_code == 401, "and is used up"
+    assert attacker.get(back).status_code == 200, "and nobody else ends a login"
     back = sent(victim)
+    kept = victim.cookies[COOKIE_OF_LOGIN]
     assert victim.get(back).status_code == 200
     assert victim.get(back).status_code == 401
+    victim.cookies.set(COOKIE_OF_LOGIN, kept)
+    assert victim.get(back).status_code == 401
+    logins = Logins()
+    login, cookie = logins.begin("/")
+    logins.end(logins.get(login.state, cookie))
+    with pytest.raises(Refused, match="already"):
+        logins.end(logins.get(login.state, cookie))
+
+
+def test_whoever_begins_thousands_of_logins_crowds_nobody_out(site: Site, provider: Provider) -> None:
+    client, stranger = site.client(), site.client()
+    back = sent(client)
+    for _ in range(20):
+        assert stranger.get("/login/provider", follow_redirects=False).status_code == 303
+    for _ in range(5000):
+        site.desk.logins.begin("/")
+    assert client.get(back).status_code == 200
+
+
+def test_a_login_is_what_we_wrote_and_ends() -> None:
+    """The browser keeps it, and can neither change it nor make one."""
+    now = [0.0]
+    logins = Logins(clock=lambda: now[0])
+    login, cookie = logins.begin("/jobs")
+    assert logins.get(login.state, cookie) == login
+    assert login.verifier not in cookie
+    said, _, word = cookie.partition(".")
+    other = base64.urlsafe_b64encode(json.dumps([login.state, "//example.org", 1e9]).encode()).decode()
+    foreign = Logins().begin("/")
+    forged = ("", ".", cookie[:-1], f"{other}.{word}", f"{said}.", f"{said}.\u00e9", foreign[1])
+    for wrong in forged:
+        with pytest.raises(Refused):
+            logins.get(login.state, wrong)
+    with pytest.raises(Refused):
+        logins.get(foreign[0].state, cookie)
+    now[0] = LOGIN_SECONDS + 1
+    with pytest.raises(Refused):
+        logins.get(login.state, cookie)
 
 
 def test_no_other_site_is_gone_to(site: Site, provider: Provider) -> None:
