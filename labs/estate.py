@@ -43,7 +43,7 @@ HOUR_NS = 3600 * 10**9
 READ = 110  # points of one machine that a page reads
 ASKED = 5
 PAGES = ("/machines", "/machines?q=vm-09", "/machines?first=900", "/machines/{key}", "/machines/{key}/points", "/jobs", "/stores",
-         "/policies", "/audit", "/api/v1/machines?count=1000", "/api/v1/machines/{key}/timeline",
+         "/policies", "/audit", "/audit?first=4900", "/api/v1/machines?count=1000", "/api/v1/machines/{key}/timeline",
          "/api/v1/machines/{key}/at?time=-5d", "/metrics")  # fmt: skip
 CONFIGURATION = """
 [policy.all]
@@ -89,7 +89,7 @@ def _ask(places: config.Places, folder: str) -> None:
 
     from hvbackup.api import pages
     from hvbackup.api.app import create
-    from hvbackup.api.gate import Desk
+    from hvbackup.api.gate import AUDIT_KEPT, Desk
     from hvbackup.api.server import Local
     from hvbackup.auth import Accounts
 
@@ -99,15 +99,20 @@ def _ask(places: config.Places, folder: str) -> None:
         keeper.refresh()
         print(f"{what:52} {1000 * (time.perf_counter() - began):8.0f} ms", flush=True)
     pages.warm()
-    client: Any = TestClient(
-        Local(create(Desk(keeper, Accounts(Path(folder) / "conf", keeper.clock)))), "https://testserver"
-    )
+    desk = Desk(keeper, Accounts(Path(folder) / "conf", keeper.clock))
+    desk.audited = [_audited(number) for number in range(AUDIT_KEPT)]
+    client: Any = TestClient(Local(create(desk)), "https://testserver")
     key = next(r.key for r in keeper.rows() if r.name == "vm-0007")
     for page in PAGES:
         times = sorted(_timed(client, page.format(key=key)) for _ in range(ASKED))
         print(f"{page:52} {times[ASKED // 2]:8.0f} ms, at most {times[-1]:.0f}", flush=True)
     print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB, load {os.getloadavg()[0]:.1f}")
     keeper.close()
+
+
+def _audited(number: int) -> dict[str, Any]:
+    return {"t": time.time_ns(), "what": "hold", "who": "ann", "address": "192.0.2.7", "status": "done",
+            "machine": f"uuid-{number % 1100:04d}", "details": {"point": f"{number:016x}"}}  # fmt: skip
 
 
 def _timed(client: Any, path: str) -> float:

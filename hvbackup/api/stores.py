@@ -15,6 +15,7 @@ from hvbackup.api.gate import Caller, Desk, TheDesk, audited, needs
 from hvbackup.api.machines import seen, submitted
 from hvbackup.auth import Permission
 from hvbackup.daemon import rows
+from hvbackup.daemon.rows import Row
 from hvbackup.errors import NotFound
 from hvbackup.model import Instant
 from hvbackup.moments import rfc3339
@@ -139,8 +140,16 @@ def audit(
 ) -> dict[str, Any]:  # fmt: skip
     """Who did what, newest first; the store's chain of records has all of it."""
     found = desk.audited[::-1]
-    shown = [{**{k: v for k, v in e.items() if k != "t"}, "time": rfc3339(Instant(e["t"]))} for e in found]
-    return {"total": len(found), "entries": shown[first : first + count]}
+    known = {r.id: r for r in desk.keeper.rows()}
+    shown = [_entry(e, known.get(e.get("machine", ""))) for e in found[first : first + count]]
+    return {"total": len(found), "entries": shown}
+
+
+def _entry(entry: dict[str, Any], row: Row | None) -> dict[str, Any]:
+    """An entry of the audit; a machine that nobody knows any more has an id, and neither name nor key."""
+    wanted = entry.get("machine", "")
+    machine = {"id": wanted, "name": row and row.name, "key": row and row.key} if wanted else None
+    return {**{k: v for k, v in entry.items() if k != "t"}, "machine": machine, "time": rfc3339(Instant(entry["t"]))}
 
 
 @outside.get("/metrics", response_class=PlainTextResponse)

@@ -138,12 +138,26 @@ def test_everything_that_changes_or_reads_protected_data_is_in_the_audit(site: S
     [entry] = site.client("admin").get("/api/v1/audit", params={"count": 1}).json()["entries"]
     assert (entry["what"], entry["who"]) == ("restore", "token the restorer")
     assert entry["details"]["command"].startswith("hvbackup restore --at=ffff --to=")
+    web1 = next(r for r in site.keeper.rows() if r.name == "web1")
+    assert entry["machine"] == {"id": web1.id, "name": "web1", "key": web1.key}
     told = site.world.done("sql", "select count(*) from runs where kind = 'audit'", "--json").json["rows"]
     assert told[0][0] >= 1
     again = type(site.desk)(site.keeper, site.desk.accounts)
     again.load_audit()
     assert again.audited[-1]["details"] == entry["details"]
     assert site.world.run("check").code == 0
+
+
+def test_the_audit_says_names_and_ids_where_nobody_knows_the_machine_any_more(site: Site) -> None:
+    caller = Caller(Principal("ann", Role.ADMIN), "192.0.2.7")
+    site.desk.audit(caller, "hold", "done", next(r.id for r in site.keeper.rows() if r.name == "db1"))
+    site.desk.audit(caller, "hold", "done", "long-gone")
+    text = site.local.get("/audit").text
+    assert f'<a href="/machines/{site.key("db1")}">db1</a>' in text
+    assert '<span class="id">long-gone</span>' in text
+    entries = site.client("admin").get("/api/v1/audit", params={"count": 2}).json()["entries"]
+    assert entries[0]["machine"] == {"id": "long-gone", "name": None, "key": None}
+    assert entries[1]["machine"]["name"] == "db1"
 
 
 def test_people_are_added_and_removed_by_admins(site: Site) -> None:
