@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
+from hvbackup.api import folders, pages
 from hvbackup.auth import GRANTS, Permission, Role
 from tests.api.conftest import Site
 
@@ -75,6 +76,65 @@ def test_each_role_on_each_route(site: Site) -> None:
         if (limited == 403) != gate.everything:
             wrong.append((method, path, "admin of web", limited))
     assert wrong == []
+
+
+GATES = {
+    pages.visitor: (Permission.READ, False),
+    pages.reader: (Permission.READ, False),
+    pages.overseer: (Permission.READ, True),
+    pages.admin: (Permission.ADMIN, True),
+    folders.restorer: (Permission.RESTORE, False),
+}
+OPEN_PAGES = {
+    ("GET", "/"),  # sends on to one that is not
+    ("GET", "/login"),
+    ("POST", "/login"),
+    ("GET", "/login/provider"),
+    ("GET", "/login/provider/back"),
+    ("GET", "/static/{name}"),
+}
+
+
+def page_routes(site: Site) -> list[tuple[str, str, Any]]:
+    """Every route of the console: method, path, and who it asks for."""
+    found = []
+    for route in walk(site.app.routes):
+        if isinstance(route, APIRoute) and not route.path.startswith(("/api/", "/metrics", "/healthz")):
+            gates = [d.call for d in route.dependant.dependencies if d.call in GATES]
+            found += [(method, route.path, gates[0] if gates else None) for method in route.methods]
+    return found
+
+
+def test_each_role_on_each_page(site: Site) -> None:
+    found = page_routes(site)
+    assert {(m, p) for m, p, gate in found if gate is None} == OPEN_PAGES
+    assert len(found) >= 19
+    wrong = []
+    for method, path, gate in found:
+        if gate is None:
+            continue
+        address, (permission, everything) = filled(site, path).replace(site.key("db1"), site.key("web1")), GATES[gate]
+        for who in [*Role, "viewer of web", "admin of web"]:
+            role, limited = Role(who.split()[0]), who not in list(Role)
+            status = site.client(who).request(method, address, follow_redirects=False).status_code
+            allowed = permission in GRANTS[role] and not (everything and limited)
+            if (status == 403) == allowed or status == 401:
+                wrong.append((method, path, who, status))
+        for headers in ({}, {"Authorization": f"Bearer {FORGED}"}):
+            site.desk.accounts.guard._failures.clear()
+            answer = site.client().request(method, address, headers=headers, follow_redirects=False)
+            sent_to_login = answer.status_code == 303 and answer.headers["location"].startswith("/login?")
+            if not (sent_to_login if method == "GET" else answer.status_code == 401):
+                wrong.append((method, path, str(headers), answer.status_code))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("action", [*pages.ACTIONS, "nosuch"])
+def test_each_role_on_each_button(site: Site, action: str) -> None:
+    permission = pages.ACTIONS[action][0] if action in pages.ACTIONS else Permission.ADMIN
+    for role in Role:
+        status = site.client(role).post(f"/machines/{'0' * 32}", data={"action": action, "csrf": ""}).status_code
+        assert (status == 403) != (permission in GRANTS[role]), (role, status)
 
 
 LIMITED = {
