@@ -85,7 +85,15 @@ def _templates() -> Any:
         loader=jinja2.PackageLoader("hvbackup.api", "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters.update(size=show.size, ago=show.ago, stretch=show.stretch, moment=show.moment, sign=show.sign)
+    made.filters.update(
+        size=show.size,
+        ago=show.ago,
+        stretch=show.stretch,
+        moment=show.moment,
+        sign=show.sign,
+        took=show.took,
+        far=show.far,
+    )
     made.globals.update(static=_static, version=__version__)
     return made
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from hvbackup.model import SECOND
 
@@ -43,6 +44,21 @@ def moment(t: int | str | None) -> str:
         return "–"
     found = datetime.fromisoformat(t) if isinstance(t, str) else datetime.fromtimestamp(t // SECOND, UTC)
     return found.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def took(job: Mapping[str, Any], now: int) -> str:
+    """How long a job ran, or runs already."""
+    if not job["began"]:
+        return "–"
+    began = datetime.fromisoformat(job["began"]).timestamp()
+    ended = datetime.fromisoformat(job["ended"]).timestamp() if job["ended"] else now / SECOND
+    return stretch(max(0.0, ended - began))
+
+
+def far(progress: Mapping[str, Any]) -> str:
+    """How far a job is; `live.js` says the same while it goes on."""
+    done, total = int(progress["done_bytes"]), int(progress["total_bytes"])
+    return f"{100 * done // total} % of {size(total)}"
 
 
 def sign(state: object) -> str:

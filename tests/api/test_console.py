@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -15,6 +16,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from hvbackup import config
+from hvbackup.api import orders
 from hvbackup.api.server import answering
 from hvbackup.auth import Accounts, Role
 from hvbackup.capture import Options, capture
@@ -22,6 +24,7 @@ from hvbackup.config import KeyOptions
 from hvbackup.configuration import ProviderSettings
 from hvbackup.daemon.keeper import Keeper
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
+from hvbackup.jobs import State
 from hvbackup.model import SECOND, Instant, MiB
 from hvbackup.service.session import Session
 from tests.api.provider import CLIENT, SECRET, Provider
@@ -319,6 +322,47 @@ def test_every_page_is_there_and_phones_can_read_it(page: Page) -> None:
     expect(page.locator("#answer")).not_to_have_text("Choose a moment")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     shot(page, "machine-phone")
+
+
+def test_jobs_are_seen_as_they_go_on(page: Page, console: Console) -> None:
+    """One that runs, one that failed, one that came later; without a reload, and on a phone."""
+    row = next(r for r in console.keeper.rows() if r.name == "db1")
+    jobs = console.keeper.jobs
+    lost = jobs.submit(orders.restore(console.keeper, row, orders.Restore(at="ffff", to="lost"), "ann"))
+    mapped = jobs.submit(orders.map_(console.keeper, row, orders.Which(at="latest"), "ann"))
+    wait(lambda: jobs.get(lost.id).state is State.FAILED and jobs.answer(mapped.id))
+    progress = jobs.folder(mapped.id) / "progress"
+    progress.write_text(json.dumps({"what": "reading", "done_bytes": 3 * MiB, "total_bytes": 12 * MiB, "seconds": 9.0}))
+    enter(page)
+    page.goto("/jobs")
+    runs = page.locator(f"[data-job='{mapped.id}']")
+    expect(runs).to_contain_text("25 % of 12.0 MiB")
+    failed = page.locator(f"[data-job='{lost.id}']")
+    expect(failed).to_contain_text("ffff")
+    shot(page, "jobs-running")
+    progress.write_text(
+        json.dumps({"what": "reading", "done_bytes": 9 * MiB, "total_bytes": 12 * MiB, "seconds": 20.0})
+    )
+    expect(runs).to_contain_text("75 % of 12.0 MiB")
+    expect(page.locator("#newer")).to_be_hidden()
+    later = jobs.submit(orders.drill(console.keeper, row, orders.Drill(), "ann"))
+    expect(page.locator("#newer")).to_be_visible()
+    shot(page, "jobs-newer")
+    page.emulate_media(color_scheme="dark")
+    shot(page, "jobs-dark")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, "jobs-phone-dark")
+    page.emulate_media(color_scheme="light")
+    shot(page, "jobs-phone")
+    jobs.cancel(mapped.id)
+    expect(runs).to_contain_text("done")
+    expect(runs.locator("progress")).to_have_count(0)
+    page.set_viewport_size({"width": 1280, "height": 860})
+    failed.get_by_role("link").click()
+    expect(page.get_by_role("alert")).to_contain_text("ffff")
+    shot(page, "job-failed")
+    wait(lambda: not jobs.get(later.id).state.is_open)
 
 
 def test_who_may_less_sees_less(page: Page, console: Console) -> None:
