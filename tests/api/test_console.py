@@ -361,6 +361,8 @@ def test_jobs_are_seen_as_they_go_on(page: Page, console: Console) -> None:
     page.set_viewport_size({"width": 1280, "height": 860})
     failed.get_by_role("link").click()
     expect(page.get_by_role("alert")).to_contain_text("ffff")
+    page.wait_for_timeout(2500)  # news of jobs come each second
+    expect(page.locator(".far")).to_be_empty()  # the reason is said once
     shot(page, "job-failed")
     wait(lambda: not jobs.get(later.id).state.is_open)
 

@@ -25,7 +25,7 @@
     sign.ariaHidden = "true";
     badge.replaceChildren(sign, ` ${state}`);
   };
-  const showFar = (far, job) => {
+  const showFar = (far, job, withError) => {
     const p = job.progress;
     if (p && p.total_bytes) {
       if (!far.querySelector("progress")) far.replaceChildren(made("progress"), made("small"));
@@ -33,7 +33,7 @@
       bar.max = p.total_bytes;
       bar.value = p.done_bytes;
       text.textContent = `${Math.floor((100 * p.done_bytes) / p.total_bytes)} % of ${size(p.total_bytes)}`;
-    } else if (job.ended) far.replaceChildren(...(job.error ? [made("small", job.error, "why")] : []));
+    } else if (job.ended) far.replaceChildren(...(withError && job.error ? [made("small", job.error, "why")] : []));
   };
 
   const events = new EventSource("/api/v1/events");
@@ -47,7 +47,7 @@
         if ("reload" in spot.dataset) { location.reload(); return; }
         showState(badge, job.state);
       }
-      if (far) showFar(far, job);
+      if (far) showFar(far, job, !("reload" in spot.dataset));
     }
     const newest = live.dataset.newest;
     if (newest !== undefined) document.getElementById("newer").hidden = ![...jobs.keys()].some((id) => id > newest && !known.has(id));
