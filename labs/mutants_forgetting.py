@@ -72,10 +72,12 @@ FORGETTING: tuple[Planted, ...] = (
         "hvbackup/store/keep/forget.py",
         (
             '    store.tell("forget", t.t, forgotten=list(t.points), tombstone=t.id, why=t.why, by=t.by)\n'
-            "    for path in here:\n        _to_trash(store, path)\n        store.files.remove(path)\n"
+            "    lost = []\n    for path in here:\n        if not _to_trash(store, path):\n            lost.append(path)\n"
+            "        store.files.remove(path)\n"
         ),
         (
-            "    for path in here:\n        _to_trash(store, path)\n        store.files.remove(path)\n"
+            "    lost = []\n    for path in here:\n        if not _to_trash(store, path):\n            lost.append(path)\n"
+            "        store.files.remove(path)\n"
             '    store.tell("forget", t.t, forgotten=list(t.points), tombstone=t.id, why=t.why, by=t.by)\n'
         ),
         (f"{FORGET}test_a_crash_at_every_step_of_forgetting_and_having_back",),
@@ -84,7 +86,7 @@ FORGETTING: tuple[Planted, ...] = (
     (
         "point removed before it is in the trash",
         "hvbackup/store/keep/forget.py",
-        "        _to_trash(store, path)\n        store.files.remove(path)\n",
+        "        if not _to_trash(store, path):\n            lost.append(path)\n        store.files.remove(path)\n",
         (
             "        data = store.files.read(path)\n        store.files.remove(path)\n"
             '        store.files.replace(f"{TRASH}/{path}", data)\n'

@@ -163,6 +163,8 @@ def _done_lines(done: dict[str, Any]) -> Iterator[str]:
             f"{count(len(found['points']), 'point')} forgotten; `hvbackup forget --undo POINT` has one back until "
             f"{_local(found['until'])}, and `hvbackup reclaim` frees the space after that"
         )
+    for lost in found.get("lost", ()) if found else ():
+        yield f"Point {lost} could not be read: it is not in the trash, and can't be had back"
     for kept in found["kept"] if found else ():
         yield f"Point {kept['id']} stays after all: {'; '.join(kept['reasons'])}"
 

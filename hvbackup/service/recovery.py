@@ -152,9 +152,9 @@ def restore(session: Session, which: Which, goal: Goal, progress: OnProgress) ->
         plan = [_single(chosen[0], goal)] if single else _folder(chosen, goal, machine_file)
         _refuse_overwriting(plan, machine_file, goal)
         with found.pinned("restore") as more:
-            notes = [*notes, *more]
             take = pace_of(session.places.run, "", session.places.store).store
             done = [_one(found.view(d.root), d, store.ring.block_key, progress, take) for d in plan]
+            notes = [*notes, *more]
         if machine_file:
             lonefile.write(machine_file, _machine_json(point, done))
             if not any(d.error for d in done):

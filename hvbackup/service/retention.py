@@ -7,7 +7,7 @@ import pwd
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, tzinfo
 from typing import Any
 
@@ -65,7 +65,6 @@ class Done:
     forgotten: Forgotten | None = None  # None: nothing was asked for, or it waits
     request: Request | None = None  # it waits for a second operator
     plans: Sequence[MachinePlan] = ()
-    notes: Sequence[str] = field(default_factory=list)
 
 
 def operator(session: Session, store: Store) -> Operator:
@@ -149,7 +148,7 @@ def prune(
             found = plans(store, machines, policy, group_by, now)
             paths = [j.path for p in found for j in p.points if not j.decision.keep]
             done = _forget(session, store, rules, paths, now, "prune", wait_seconds)
-            return Done(done.forgotten, done.request, found, done.notes)
+            return Done(done.forgotten, done.request, found)
 
         done = reserve.using(store.files, work)
         reserve.keep(store.files)

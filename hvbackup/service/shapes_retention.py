@@ -45,7 +45,8 @@ def forgotten(f: Forgotten | None) -> Json | None:
     if f is None:
         return None
     kept = [{"id": _id(path), "reasons": list(reasons)} for path, reasons in f.kept.items()]
-    return {"points": [_id(path) for path in f.points], "until": _until(f.until), "kept": kept}
+    ids, lost = [_id(path) for path in f.points], [_id(path) for path in f.lost]
+    return {"points": ids, "until": _until(f.until), "kept": kept, "lost": lost}
 
 
 def request(r: Request | None) -> Json | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from hvbackup.errors import Busy, NotFound, StoreDamage
+from hvbackup.errors import Busy, HvbackupError, NotFound, StoreDamage
 from hvbackup.model import SECOND, Instant, RecoveryPoint
 from hvbackup.store.check.check import check
 from hvbackup.store.keep import forget as forgetting
@@ -82,6 +88,53 @@ def test_the_trash_is_emptied_when_its_time_has_passed(tmp_path: Path) -> None:
         assert store.files.names("tombstones") == []
         assert forgetting.trash_paths(store) == []
         assert check(store).problems == []
+
+
+def test_a_point_that_can_not_be_read_is_named_for_it_can_not_be_had_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path).life(3)
+    with world.opened() as store:
+        points, read = list(store.points())[:2], store.files.read
+        sick = store.path_of(points[0])
+
+        def failing(path: str) -> bytes:
+            if path == sick:
+                raise HvbackupError(f"{path}: Input/output error")
+            return read(path)
+
+        monkeypatch.setattr(store.files, "read", failing)
+        with alone(store):
+            done = forget(store, [store.path_of(p) for p in points], FREE, world.clock(), why="a test", by="somebody")
+        assert list(done.lost) == [sick]
+        assert {t.id for t in trash(store)} == {points[1].id}
+
+
+def test_a_claim_that_can_not_be_renewed_is_told_of_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path).life(1)
+    shelf, full = pins.PINS, threading.Event()
+
+    def failing(*arguments: Any) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        shelf.put(*arguments)
+
+    def until(done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    monkeypatch.setattr(pins, "RENEW_SECONDS", 0.01)
+    with world.opened() as store, pins.pinned(store, list(store.points()), "a test") as notes:
+        monkeypatch.setattr(pins, "PINS", SimpleNamespace(put=failing, remove=shelf.remove))
+        full.set()
+        until(lambda: bool(notes))
+        assert "could not be renewed, and it could be forgotten meanwhile: " in notes[0]
+        full.clear()
+        until(lambda: not notes)
 
 
 def test_what_must_stay_stays(tmp_path: Path) -> None:

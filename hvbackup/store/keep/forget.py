@@ -49,6 +49,7 @@ class Forgotten:
     kept: Mapping[str, Sequence[str]] = field(default_factory=dict)  # with the reasons
     tombstone: str = ""
     until: Instant | None = None  # they can be had back until then
+    lost: Sequence[str] = ()  # those of them that can't, for they could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,28 +102,33 @@ def forget(
         TOMBSTONES.remove(store.files, t.id)
         return Forgotten([], kept)
     TOMBSTONES.put(store.files, store.ring, t.id, t)
-    _carry_out(store, t)
+    lost = _carry_out(store, t)
     if settings.trash_ns <= 0:
         empty(store, now)
-    return Forgotten(t.points, kept, t.id, t.until)
+    return Forgotten(t.points, kept, t.id, t.until, lost)
 
 
-def _carry_out(store: Store, t: Tombstone) -> None:
+def _carry_out(store: Store, t: Tombstone) -> list[str]:
+    """What is not in the trash afterwards, for what the disk can't read any more can't be had back."""
     here = [path for path in t.points if store.files.exists(path)]
     if not here:
-        return
+        return []
     store.tell("forget", t.t, forgotten=list(t.points), tombstone=t.id, why=t.why, by=t.by)
+    lost = []
     for path in here:
-        _to_trash(store, path)
+        if not _to_trash(store, path):
+            lost.append(path)
         store.files.remove(path)
+    return lost
 
 
-def _to_trash(store: Store, path: str) -> None:
+def _to_trash(store: Store, path: str) -> bool:
     try:
         data = store.files.read(path)
     except HvbackupError:
-        return  # what the disk can't read any more can't be had back
+        return False
     store.files.replace(f"{TRASH}/{path}", data)
+    return True
 
 
 def settle(store: Store, now: Instant) -> None:

@@ -95,7 +95,8 @@ def drop(store: Store, pin_id: str) -> None:
 def pinned(store: Store, points: Sequence[RecoveryPoint], what: str) -> Iterator[list[str]]:
     """These points stay for as long as the context lasts, and we live.
 
-    Yields notes: a store that can't be written is read all the same, and then nobody knows that we read.
+    Yields notes: a store that can't be written is read all the same, and then nobody knows that we read.  They may change
+    for as long as the context lasts.
     """
     if os.statvfs(store.files.root).f_flag & os.ST_RDONLY:
         yield []  # nothing can be removed from it either
@@ -107,23 +108,27 @@ def pinned(store: Store, points: Sequence[RecoveryPoint], what: str) -> Iterator
     except (HvbackupError, OSError) as e:
         yield [f"Nobody knows that the point is read, and it could be forgotten meanwhile: {e}"]
         return
-    ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(store, pin, ended), name="hvbackup-pin", daemon=True)
+    ended, notes = threading.Event(), list[str]()
+    thread = threading.Thread(target=_renew, args=(store, pin, ended, notes), name="hvbackup-pin", daemon=True)
     thread.start()
     try:
-        yield []
+        yield notes
     finally:
         ended.set()
         thread.join()
         drop(store, pin.id)
 
 
-def _renew(store: Store, pin: Pin, ended: threading.Event) -> None:
+def _renew(store: Store, pin: Pin, ended: threading.Event, notes: list[str]) -> None:
     while not ended.wait(RENEW_SECONDS):
         try:
             PINS.put(store.files, store.ring, pin.id, replace(pin, expires=_expiry(Instant(time.time_ns()))))
-        except HvbackupError:
-            continue  # tried again; reclaim believes it for LATE_SECONDS longer than it says
+        except (HvbackupError, OSError) as e:  # tried again; reclaim believes it for LATE_SECONDS longer than it says
+            notes[:] = [
+                f"The claim on the point that is read could not be renewed, and it could be forgotten meanwhile: {e}"
+            ]
+        else:
+            notes.clear()
 
 
 def active(store: Store, now: Instant) -> Mapping[str, Sequence[Pin]]:
