@@ -58,7 +58,7 @@ class Scribe:
     def __init__(
         self, daemon: Daemon, sizes: Mapping[str, int], rate: float, seed: int = 1, *, noise: bool = False
     ) -> None:
-        self._daemon, self._sizes, self._pause = daemon, dict(sizes), 1 / rate
+        self._daemon, self._sizes, self.rate = daemon, dict(sizes), rate
         self._rng = random.Random(seed)
         self._factors = np.ones(BLOCK // 8, np.uint64)
         if noise:  # which nothing compresses
@@ -114,7 +114,7 @@ class Scribe:
                 continue
             self.acked = number
             self.latencies.append(time.monotonic() - began)
-            due = max(due + self._pause, began)
+            due = max(due + 1 / self.rate, began)
             self._stop.wait(max(0.0, due - time.monotonic()))
         for client in clients.values():
             client.close()

@@ -43,7 +43,11 @@ class Running:
 
     def __enter__(self) -> Running:
         self._thread.start()
-        self.wait(lambda: self.count(Begun) == 1)
+        try:
+            self.wait(lambda: self.count(Begun) == 1)
+        except BaseException:
+            self.protection.end()  # or the tests would never end
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

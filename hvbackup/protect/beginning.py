@@ -16,7 +16,7 @@ from hvbackup.protect import rings
 from hvbackup.protect.cycles import CycleLife, cycles_of
 from hvbackup.protect.events import Begun, ContinuityLost
 from hvbackup.protect.journaling import Journaling
-from hvbackup.protect.points import Points
+from hvbackup.protect.points import FOLD_AT, Points
 from hvbackup.protect.samples import Samples
 from hvbackup.protect.setting import Setting
 from hvbackup.protect.streaming import StreamLife
@@ -109,6 +109,9 @@ def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
     # Nothing before this point may be laid under what follows: what happened in between is in the point alone.
     more = {"base": point.seq, **({"doubt": doubt} if doubt else {}), **({"gap": gap} if gap else {})}
     life.newest, life.told_gap = Moment(recorder.barrier(point.t, tokens, **more), point.t), gap
+    if setting.is_full(FOLD_AT):
+        recorder.finish()
+        life.points.trim()  # the new point covers all of it: room for what changes until the life records
     if setting.rhythm.stream:
         life.gap = {"from": int(point.t), "why": "the stream was not armed yet"}
         _catch_up(life)

@@ -208,8 +208,9 @@ class CycleLife:
         """What changed of each disk."""
         found = [self._changes(disk) for disk in frozen.disks]
         total = sum(extents.total(changes.data) for changes in found)
-        if total > SET_MAX_BYTES:
-            raise ContinuityLost(f"{total} bytes changed, more than a journal takes at once")
+        room = self.journaling.call(self.setting.room) if self.gap else SET_MAX_BYTES
+        if total > min(SET_MAX_BYTES, room):
+            raise ContinuityLost(f"{total} bytes changed, more than the journal takes at once")
         if {d.disk.id for d in frozen.disks} != set(self.tokens):
             raise ContinuityLost(f"The disks of machine {self.setting.machine.name} are others than before")
         return found

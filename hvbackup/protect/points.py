@@ -95,7 +95,7 @@ class Points:
     def make_room(self, moment: Moment) -> None:
         """The journal is within its budget, or SpaceExhausted is raised: what no point covers never goes."""
         self.cover(moment)
-        check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
+        check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits, covered=True)
 
     def cover(self, moment: Moment) -> None:
         """A point holds the newest moment, or the journal is within its budget without it, or SpaceExhausted is raised.
@@ -108,7 +108,7 @@ class Points:
             raise
         except HvbackupError as e:  # what earlier points cover may be room enough
             self._failed(moment, e)
-            self._trim()
+            self.trim()
             check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
 
     def prepare(self, life: Recorded) -> Moment:
@@ -146,11 +146,11 @@ class Points:
             outcome = fold(s.store, s.machine.id, moment, s.options)
         point = outcome.point
         assert point is not None  # every other way out of `fold` raises
-        removed = self._trim()
+        removed = self.trim()
         merge(s.store, s.machine.id)
         return outcome, Folded(point, time.monotonic() - began, removed)
 
-    def _trim(self) -> int:
+    def trim(self) -> int:
         """What points cover and need not be kept is gone; how many bytes."""
         s = self._set
         limits = s.rhythm.limits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,3 +47,8 @@ class Setting:
         """Whether the journal has used that share of its budget."""
         budget = self.rhythm.limits.budget_bytes
         return bool(budget) and journal_bytes(self.store, self.machine.id) > budget * share
+
+    def room(self) -> int:
+        """How much of its budget the journal has left; plenty where it has none."""
+        budget = self.rhythm.limits.budget_bytes
+        return max(0, budget - journal_bytes(self.store, self.machine.id)) if budget else sys.maxsize

@@ -50,17 +50,26 @@ def _size(store: Store, path: str) -> int:
         return 0  # a log that has just been sealed
 
 
-def check_budget(store: Store, machine: MachineId, limits: Limits) -> None:
-    """Raises SpaceExhausted when the journal is full of moments that no point covers."""
+def check_budget(store: Store, machine: MachineId, limits: Limits, *, covered: bool = False) -> None:
+    """Raises SpaceExhausted when the journal is full of moments that no point covers.
+
+    `covered`: a point covers all of them; the newest file, however large, goes as soon as another one has begun.
+    """
     if not limits.budget_bytes or journal_bytes(store, machine) <= limits.budget_bytes:
         return
     trim(store, machine, limits, by_age=True)
-    used = journal_bytes(store, machine)
+    used = journal_bytes(store, machine) - (_newest_bytes(store, machine) if covered else 0)
     if used > limits.budget_bytes:
         raise SpaceExhausted(
             f"The journal of machine {machine} has {used} bytes that no point covers yet, and may have {limits.budget_bytes}; "
             "nothing is recorded until there is room: raise --journal-budget or make room in the store"
         )
+
+
+def _newest_bytes(store: Store, machine: MachineId) -> int:
+    folder = store.ring.machine_name(machine)
+    newest = max(journal.all_files(store.files, folder), key=lambda n: (n.epoch, n.first), default=None)
+    return _size(store, f"{FOLDER}/{folder}/{newest}") if newest else 0
 
 
 def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits) -> list[Piece]:

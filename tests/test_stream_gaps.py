@@ -1,0 +1,150 @@
+"""What changed while nobody recorded it may be more than a journal takes: a point holds it, and every gap is told of."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hvbackup.errors import JournalGap, NotFound
+from hvbackup.model import Instant, MachineId, MiB
+from hvbackup.protect import cycles, streaming
+from hvbackup.protect.events import Begun, Cycle, Event, Trouble
+from hvbackup.store.journal.history import History
+from hvbackup.store.journal.window import Limits, journal_bytes
+from hvbackup.store.store import Store
+from tests.hypervisors.daemon import Daemon
+from tests.scribe import Scribe
+from tests.test_stream_qemu import SIZES, daemon, every_moment, images, on_disk, protection_of, rhythm, store
+from tests.test_stream_traps import Running, troubles
+
+__all__ = ["daemon", "store"]
+pytestmark = pytest.mark.real
+
+UNARMED = "the stream was not armed yet"
+SLOW, FAST = (
+    40,
+    1500,
+)  # writes a second: a capture's own checkpoint has a grain of 64 KiB, and these disks have 192 of those
+MORE = "more than the journal takes at once"
+
+
+def kept_out_of(history: History, after: Instant, until: Instant) -> list[str]:
+    """Nothing is offered for any time in between, and each is in a gap; why nothing was recorded, in order."""
+    told = [gap for gap in history.told.gaps if gap.end > after and gap.start < until]
+    rng, offered = random.Random(int(after)), {m.t for m in every_moment(history)}
+    times = [after + 1, until - 1, *(rng.randrange(after + 1, until) for _ in range(50))]
+    for t in set(times) - offered:
+        with pytest.raises(
+            (JournalGap, NotFound), match="|".join([*(re.escape(g.why) for g in told), "no moment that early"])
+        ):
+            history.at(Instant(t))
+    assert all(one.end >= other.start for one, other in itertools.pairwise(told)), "no hole between two gaps"
+    return [gap.why for gap in told]
+
+
+def verified(store: Store, machine: MachineId, scribe: Scribe, folder: Path) -> History:
+    """Moments are prefixes, one after the other, and the newest is what the disks hold."""
+    history = History(store, machine)
+    offered = every_moment(history)
+    reached = [scribe.verify(images(history, m)) for m in offered[:: max(1, len(offered) // 30)]]
+    assert reached == sorted(reached)
+    assert images(history, offered[-1]) == on_disk(folder)
+    return history
+
+
+def shown(folder: Path, machine: str) -> str:
+    """What the timeline says, to somebody else."""
+    places = {"HVBACKUP_STORE": folder / "store", "HVBACKUP_STATE": folder / "state2"}
+    environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
+    argv = [sys.executable, "-m", "hvbackup", "timeline", machine]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "cycles"])
+@pytest.mark.parametrize("limited", ["a set", "the budget"])
+def test_more_than_a_journal_takes_at_once_is_held_by_a_point(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: str, streamed: bool
+) -> None:
+    """One gap until that point, another until the stream was armed; the journal never takes what it has no room for."""
+    limits = Limits(0, 4 * MiB) if limited == "the budget" else Limits()
+    wanted = dataclasses.replace(rhythm(tmp_path), limits=limits, stream=streamed)
+    if limited == "a set":
+        monkeypatch.setattr(streaming if streamed else cycles, "SET_MAX_BYTES", 3 * MiB)
+    events, again = list[Event](), list[Event]()
+    with Scribe(daemon, SIZES, SLOW, noise=True) as scribe:
+        with Running(protection_of(store, daemon, wanted, events), events) as made:
+            scribe.wait(scribe.acked + 40)
+        machine = made.protection.setting.machine.id
+        last = History(store, machine).last
+        assert last
+        scribe.rate = FAST
+        scribe.wait(scribe.acked + 1600)
+        scribe.rate = SLOW if limited == "a set" else 600  # what changes while a point is made may be over the budget
+        with Running(protection_of(store, daemon, wanted, again), again) as made:
+            scribe.rate = SLOW
+            time.sleep(2.5)  # the budget was looked at
+            [begun] = [e for e in again if isinstance(e, Begun)]
+            assert begun.how == "captured"
+            scribe.wait(scribe.acked + 40)
+            scribe.stop()
+            told = made.count(Cycle)
+            made.wait(lambda: streamed or made.count(Cycle) >= told + 2)
+        assert not troubles(made)
+        scribe.assert_never_stalled(1.0)
+    history = verified(store, machine, scribe, tmp_path)
+    if limits.budget_bytes:
+        assert journal_bytes(store, machine) <= limits.budget_bytes
+    why = kept_out_of(history, last.t, begun.moment.t)
+    assert history.first
+    if history.first.seq > last.seq:  # the budget had no room for anything before this life, not even for its gaps
+        assert limited == "the budget"
+        return
+    assert why == ["protection was not running", *([UNARMED] if streamed else [])]
+    assert all(each in shown(tmp_path, machine) for each in why)
+
+
+def test_what_changes_while_the_point_is_made_may_be_too_much_as_well(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point each time, an alarm each time, and a gap between any two of them, until the rest is small enough."""
+    events, again = list[Event](), list[Event]()
+    with Scribe(daemon, SIZES, SLOW) as scribe:
+        with Running(protection_of(store, daemon, rhythm(tmp_path), events), events) as made:
+            scribe.wait(scribe.acked + 40)
+        machine = made.protection.setting.machine.id
+        last, points = History(store, machine).last, len(list(store.points(machine)))
+        assert last
+        monkeypatch.setattr(streaming, "SET_MAX_BYTES", 0)
+
+        def report(event: Event) -> None:
+            again.append(event)
+            if sum(isinstance(e, Trouble) for e in again) == 2:
+                monkeypatch.setattr(streaming, "SET_MAX_BYTES", 256 * MiB)
+
+        protection = protection_of(store, daemon, rhythm(tmp_path))
+        protection.setting.report = report
+        with Running(protection, again) as made:
+            scribe.wait(scribe.acked + 40)
+            scribe.stop()
+        scribe.assert_never_stalled(1.0)
+    assert troubles(made).count(MORE) == 2
+    assert len(list(store.points(machine))) == points + 2
+    history = verified(store, machine, scribe, tmp_path)
+    [begun] = [e for e in again if isinstance(e, Begun)]
+    told = kept_out_of(history, last.t, begun.moment.t)
+    assert told[0] == "protection was not running"
+    assert [MORE in why for why in told[1:]] == [True, True]
+    for point in sorted(store.points(machine), key=lambda p: p.seq or 0)[-2:]:
+        assert point.seq is not None
+        made_of = next(m for m in every_moment(history) if m.seq > point.seq)
+        assert made_of.t == point.t, "the point is a moment between two gaps"
+        scribe.verify(images(history, made_of))
