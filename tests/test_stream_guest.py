@@ -49,9 +49,9 @@ def folder() -> Generator[Path]:
 
 @pytest.fixture
 def guest(folder: Path) -> Generator[Guest]:
-    """Three disks with a file system each, and a second monitor that nobody uses."""
+    """Three disks with a file system each, and two more monitors that nobody uses."""
     disks = [make_disk(folder / "a.qcow2", SIZE), *(make_disk(folder / f"{n}.raw", SIZE, "raw") for n in "bc")]
-    extra = ["-qmp", f"unix:{folder / 'second.sock'},server=on,wait=off"]
+    extra = [w for n in ("second", "third") for w in ("-qmp", f"unix:{folder / n}.sock,server=on,wait=off")]
     with Guest(folder / "g", disks, extra=extra) as made:
         mounted(made)
         yield made

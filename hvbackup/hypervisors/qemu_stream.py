@@ -36,6 +36,8 @@ from hvbackup.model import DiskId, Token
 TARGET_SOCKET = "tgt.sock"  # no longer than the name of the server's, whose path was looked at
 _FIRST_REPLY_SECONDS = 2.0  # of a second monitor: one that another program holds is none of ours
 
+_TAKEN = ("busy", "in use", "Need a root block node")  # the last one: another job has put a node above the disk's
+
 Arrived = Callable[[DiskId], int]  # bytes of a disk that have arrived at the target so far
 
 
@@ -132,7 +134,7 @@ class QemuStream:
         return [job for job in wire.one("query-jobs") if job["id"] in mine]
 
     def _explained(self, refused: CommandRefused) -> HvbackupError:
-        if "busy" not in refused.reason and "in use" not in refused.reason:
+        if not any(word in refused.reason for word in _TAKEN):
             return refused
         return Busy(
             f"QEMU at {self._set.path}: {refused.reason}; a stream and another job exclude each other: "

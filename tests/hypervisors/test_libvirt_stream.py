@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import StreamBroken, UsageError
+from hvbackup.errors import Busy, StreamBroken, UsageError
 from hvbackup.model import SECOND, DiskId, Instant, LeaseId
 from hvbackup.protect.events import Rhythm
 from hvbackup.protect.protection import Protection
@@ -21,7 +22,7 @@ from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import BLOCK
-from tests.hypervisors.libvirtd import LibvirtMachine, machine
+from tests.hypervisors.libvirtd import SIZE, LibvirtMachine, machine
 from tests.hypervisors.test_libvirt_cycles import ours
 
 pytestmark = pytest.mark.real
@@ -144,3 +145,42 @@ def test_what_no_mirror_sends_is_refused_by_name(libvirtd: Libvirtd) -> None:
         with pytest.raises(UsageError, match=r"nvram.*--disk"):
             hypervisor.stream(found, LeaseId("l"))
         assert not vm.leftovers()
+
+
+def test_jobs_of_libvirt_and_a_stream_exclude_each_other(vm: LibvirtMachine, store: Store, tmp_path: Path) -> None:
+    protection = protection_of(store, vm, tmp_path)
+    life = begun(protection)
+    vm.write("vda", 0, b"1" * 4096)
+    server = f"<server transport='unix' socket='{vm.folder / 'other.sock'}'/>"
+    disk = "<disk name='vda' backup='yes' type='file'><scratch file='SCRATCH'/></disk>".replace(
+        "SCRATCH", str(tmp_path / "scratch")
+    )
+    others = "<disk name='vdb' backup='no'/>"
+    snapshot = f"<disk name='vda' snapshot='external'><source file='{tmp_path / 'above'}'/></disk>"
+    no = "<disk name='vdb' snapshot='no'/>"
+    for refused in (
+        lambda: vm.domain.backupBegin(
+            f"<domainbackup mode='pull'>{server}<disks>{disk}{others}</disks></domainbackup>", None
+        ),
+        lambda: vm.domain.snapshotCreateXML(
+            f"<domainsnapshot><disks>{snapshot}{no}</disks></domainsnapshot>",
+            libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY,
+        ),
+        lambda: vm.resize("vda", 2 * SIZE),
+    ):
+        with pytest.raises(libvirt.libvirtError, match=r"busy|in use|already running"):
+            refused()
+        vm.write("vda", 4096, b"2" * 4096)
+        life.step()
+    life.close()
+    assert_is_the_disk(vm, store, protection)
+    copy = f"<disk type='file'><source file='{tmp_path / 'copy'}'/><driver type='qcow2'/></disk>"
+    vm.domain.blockCopy("vda", copy, {}, libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB)
+    with pytest.raises(Busy):
+        begun(protection)
+    vm.domain.blockJobAbort("vda")
+    vm.write("vda", 8192, b"3" * 4096)
+    again = begun(protection)
+    again.close()
+    assert_is_the_disk(vm, store, protection)
+    assert not ours(vm)
