@@ -1,15 +1,17 @@
 """A machine under continuous protection for half an hour: is memory flat, lag bounded, nothing left open?
 
     python labs/soak.py [--minutes 30] [--rate 500] [--every 1s] [--fold 5m] [--window 10m]
+    python labs/soak.py --stream [--minutes 30] [--rate 500] [--fold 5m] [--window 10m]        every write
 
 The machine is a qemu-storage-daemon with one 1 GiB disk, and the guest an NBD client that writes 4 KiB at random places.  Every
 ten seconds the worker's memory, threads and open files are looked at, and its lag; a line of figures a minute, a summary at the
-end, and all rows in `.lab/figures/soak.csv`.
+end, and all rows in `.lab/figures/soak.csv` (of a stream: `soak-stream.csv`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -31,6 +33,18 @@ from labs.bench.cycles import Load, daemon
 
 LOOK_SECONDS = 10.0
 FIGURES = Path(__file__).resolve().parent.parent / ".lab" / "figures"
+
+
+def anonymous_mib(program: str, parent: int) -> float:
+    """Memory of a process's children of this name: of a stream's target, of QEMU."""
+    total = 0
+    for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # threads come and go
+            for pid in tasks.read_text().split():
+                status = Path(f"/proc/{pid}/status").read_text().splitlines()
+                if program[:15] == status[0].split()[1]:
+                    total += sum(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    return round(total / 1024, 1)
 
 
 class Watched:
@@ -73,7 +87,7 @@ class Watched:
             "peak_mib": kib["VmHWM"] // 1024,
             "threads": int(said["Threads"]),
             "open_files": len(list((proc / "fd").iterdir())),
-            "moments": len(told),
+            "moments": sum(e.get("writes", 1) for e in told),
             "lag_median_s": lags[len(lags) // 2],
             "lag_worst_s": lags[-1],
             "cycle_median_s": seconds[len(seconds) // 2],
@@ -81,6 +95,8 @@ class Watched:
             "journal_files": len(journal),
             "points": sum(e["event"] == "folded" for e in self.events),
             "troubles": sum(e["event"] == "trouble" for e in self.events),
+            "target_mib": anonymous_mib("hvbackup-target", self.process.pid),
+            "qemu_mib": anonymous_mib("qemu-storage-daemon", os.getpid()),
         }
 
     def end(self) -> int:
@@ -93,7 +109,8 @@ def soak(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with daemon(folder) as monitor:
         client = NbdClient.open(f"nbd+unix:///vda?socket={folder / 'guest.sock'}")
-        worker = Watched(folder, monitor, ["--every", args.every, "--fold", args.fold, "--window", args.window])
+        rhythm = ["--stream"] if args.stream else ["--every", args.every]
+        worker = Watched(folder, monitor, [*rhythm, "--fold", args.fold, "--window", args.window])
         worker.wait_begun()
         began = time.monotonic()
         with Load(client, args.rate) as load:
@@ -115,7 +132,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The second quarter against the last one: what warms up is done by then."""
     quarter = max(1, len(rows) // 4)
     early, late = rows[quarter : 2 * quarter], rows[-quarter:]
-    names = ("anonymous_mib", "rss_mib", "open_files", "threads")
+    names = ("anonymous_mib", "rss_mib", "open_files", "threads", "target_mib", "qemu_mib")
     means = {n: [round(sum(r[n] for r in part) / len(part), 1) for part in (early, late)] for n in names}
     return {
         **means,
@@ -133,13 +150,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--rate", type=int, default=500)
     parser.add_argument("--every", default="1s")
+    parser.add_argument("--stream", action="store_true", help="every write, instead of a moment now and then")
     parser.add_argument("--fold", default="5m")
     parser.add_argument("--window", default="10m")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hvbackup-soak-") as name:
         rows = soak(Path(name), args)
     FIGURES.mkdir(parents=True, exist_ok=True)
-    with (FIGURES / "soak.csv").open("w", newline="") as file:
+    with (FIGURES / f"soak{'-stream' if args.stream else ''}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
