@@ -30,7 +30,8 @@ from hvbackup.hypervisors.guestagent import (
 )
 from hvbackup.hypervisors.qemu_freeze import _CHARDEV
 
-PATIENCE_SECONDS = 1.0  # with an agent that says nothing
+PATIENCE_SECONDS = 60.0  # with an agent that answers
+HASTY_SECONDS = 3.0  # with one that says nothing: each test of it takes so long
 
 FREEZE, THAW, STATUS = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-status"
 Answer = (
@@ -156,7 +157,7 @@ def test_no_rubbish_on_the_line_is_taken_for_an_answer(tmp_path_factory: pytest.
 )
 def test_what_an_agent_may_do_wrong(start: Callable[..., Agent], answer: Answer, message: str) -> None:
     agent = start(guest_fsfreeze_status=answer)
-    with GuestAgent(agent.path, PATIENCE_SECONDS) as found, pytest.raises(HostUnreachable, match=message) as caught:
+    with GuestAgent(agent.path, HASTY_SECONDS) as found, pytest.raises(HostUnreachable, match=message) as caught:
         found.frozen()
     assert str(agent.path) in str(caught.value)
 
@@ -165,7 +166,7 @@ def test_what_an_agent_may_do_wrong(start: Callable[..., Agent], answer: Answer,
 def test_an_agent_that_does_not_even_synchronise(start: Callable[..., Agent], answer: Answer) -> None:
     agent = start(guest_sync_delimited=answer)
     with pytest.raises(HostUnreachable, match=f"{agent.path}.*(in time|closed)"):
-        GuestAgent(agent.path, PATIENCE_SECONDS)
+        GuestAgent(agent.path, HASTY_SECONDS)
 
 
 @pytest.mark.parametrize("answer", [7, [], {"supported_commands": 1}, {"supported_commands": [1, {"name": 3}]}])
@@ -194,7 +195,7 @@ def test_somebody_else_has_the_agent(start: Callable[..., Agent]) -> None:
         GuestAgent(agent.path, PATIENCE_SECONDS),
         pytest.raises(HostUnreachable, match="another program holds its socket"),
     ):
-        GuestAgent(agent.path, PATIENCE_SECONDS)
+        GuestAgent(agent.path, HASTY_SECONDS)
 
 
 # --- freezing, by the guard ----------------------------------------------------------------------------------------------
