@@ -128,6 +128,7 @@ def configuration(tree: Path) -> None:
         put(unit, tree / "usr/lib/systemd/system" / unit.name)
     if (PACKAGING / "config.toml").exists():
         put(PACKAGING / "config.toml", tree / "etc/hvbackup/config.toml")
+        (tree / "etc/hvbackup").chmod(0o700)  # passwords of mail servers, and keys
     for name in ("prometheus-alerts.yml", "grafana-dashboard.json"):
         put(PACKAGING / name, tree / "usr/share/hvbackup" / name)
 
