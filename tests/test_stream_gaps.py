@@ -23,7 +23,7 @@ from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store
 from tests.hypervisors.daemon import Daemon
 from tests.scribe import Scribe
-from tests.test_stream_qemu import SIZES, daemon, every_moment, images, on_disk, protection_of, rhythm, store
+from tests.test_stream_qemu import SIZES, begun, daemon, every_moment, images, on_disk, protection_of, rhythm, store
 from tests.test_stream_traps import Running, troubles
 
 __all__ = ["daemon", "store"]
@@ -148,3 +148,22 @@ def test_what_changes_while_the_point_is_made_may_be_too_much_as_well(
         made_of = next(m for m in every_moment(history) if m.seq > point.seq)
         assert made_of.t == point.t, "the point is a moment between two gaps"
         scribe.verify(images(history, made_of))
+
+
+def test_a_burst_that_is_larger_than_the_budget_is_no_gap(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """A point covers it, and its file goes as soon as there is another one."""
+    limits = Limits(0, 2 * MiB)
+    protection = protection_of(store, daemon, dataclasses.replace(rhythm(tmp_path), limits=limits))
+    life, machine = begun(protection), protection.setting.machine.id
+    with daemon.guest("vda") as client:
+        client.write(0, os.urandom(3 * MiB))
+        life.step()
+        assert journal_bytes(store, machine) > limits.budget_bytes
+        client.write(0, os.urandom(4096))
+        life._kept_up = 0.0  # a second later
+        life.step()
+        assert journal_bytes(store, machine) <= limits.budget_bytes
+    life.close()
+    history = History(store, machine)
+    assert images(history, every_moment(history)[-1]) == on_disk(tmp_path)
+    assert not daemon.leftovers()
