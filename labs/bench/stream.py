@@ -268,7 +268,7 @@ def _send_paced(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=20000, help="writes of each measurement; a quarter at depth 1")
+    parser.add_argument("--count", type=int, default=150000, help="writes of each measurement; a quarter at depth 1")
     parser.add_argument("--seconds", type=float, default=6, help="of each stretch at the offered rate; 0: leave it out")
     parser.add_argument("--only", default=",".join(KINDS))
     args = parser.parse_args()
