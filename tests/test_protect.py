@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import HostUnreachable, JournalGap, NotFound
+from hvbackup.errors import HostUnreachable, JournalGap, NotFound, SpaceExhausted
 from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.leases import Leases
-from hvbackup.model import SECOND, DiskId, Instant, KiB, MachineId
+from hvbackup.model import SECOND, DiskId, Instant, KiB, MachineId, Outcome
 from hvbackup.moments import rfc3339
-from hvbackup.protect import beginning
+from hvbackup.protect import beginning, points
 from hvbackup.protect.cycles import OneByOne
 from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, JournalStalled, Rhythm, TrackerLied, Trouble
 from hvbackup.protect.protection import Protection
@@ -178,10 +178,26 @@ def test_a_budget_makes_points_early_and_is_kept(world: World) -> None:
     view.read_into(0, memoryview(out))
 
 
-def test_a_budget_too_small_opens_a_gap_and_says_so(world: World) -> None:
+def test_a_budget_smaller_than_a_cycle_is_relieved_by_points(world: World) -> None:
+    """Each cycle is held by a point: only the newest ones are over the budget, and nothing is refused."""
+
+    def removed(events: list[Event]) -> bool:
+        return sum(e.removed_bytes > 0 for e in events if isinstance(e, Folded)) >= 3
+
+    events = run_until(world, Limits(0, 30 * KiB), removed)
+    assert removed(events)
+    assert not [e for e in events if isinstance(e, Trouble)]
+    assert journal_bytes(world.store, world.machine.id) <= 2000 * KiB  # the newest cycles
+
+
+def test_a_budget_that_no_point_relieves_opens_a_gap_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(events: list[Event]) -> bool:
         return any(isinstance(e, Trouble) and "journal-budget" in str(e.error) for e in events)
 
+    def full(*_: object) -> Outcome:
+        raise SpaceExhausted("No room for a point")
+
+    monkeypatch.setattr(points, "fold", full)
     assert refused(run_until(world, Limits(0, 30 * KiB), refused))
 
 
