@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ from hvbackup.cli.progress import Progress
 
 if TYPE_CHECKING:
     from hvbackup.service.backup import Planned, Run
-    from hvbackup.service.inventory import History
+    from hvbackup.service.inventory import History, Inventory
 
+LAST = 1000  # points that are listed; reading them takes a quarter of a second
 SOURCES = """\
 sources:
   qemu:/run/vm/qmp.sock                  the machine of a running QEMU
@@ -59,7 +61,23 @@ def add(verbs: Verbs) -> None:
     verb.set_defaults(run=backup)
     verb = add_verb(verbs, "points", "list what can be recovered")
     verb.add_argument("machine", nargs="?", default="", metavar="MACHINE", help="only this one")
+    verb.add_argument(
+        "--last",
+        type=_number,
+        default=LAST,
+        metavar="N",
+        help=f"at most the newest N points in all ({LAST}); a number, or all",
+    )
     verb.set_defaults(run=points)
+
+
+def _number(text: str) -> int:
+    """How many points are listed."""
+    if text == "all":
+        return sys.maxsize
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of points; write 100, or all")
+    return int(text)
 
 
 def _add_freezing(verb: argparse.ArgumentParser) -> None:
@@ -166,11 +184,18 @@ def points(args: argparse.Namespace, out: Out) -> int:
     """`hvbackup points [MACHINE]`."""
     from hvbackup.service import look, shapes
 
-    found = look.points(session_of(args), args.machine)
+    found = look.points(session_of(args), args.machine, args.last)
     shown = [shapes.point(p) for h in found.machines for p in h.points]
-    out.answer({"points": shown, "notes": found.notes}, _point_lines(found.machines))
+    answer = {"points": shown, "total": found.total, "notes": found.notes}
+    out.answer(answer, [*_point_lines(found.machines), *_more_lines(found)])
     out.warn_all(found.notes)
     return 0
+
+
+def _more_lines(found: Inventory) -> list[str]:
+    """How many points were left out."""
+    more = found.total - len(found.notes) - sum(len(h.points) for h in found.machines)
+    return [f"and {count(more, 'older point')}: name a machine, or use --last N or --last all"] if more > 0 else []
 
 
 def _point_lines(machines: list[History]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Inventory:
 
     machines: list[History] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # every point that can't be read
+    total: int = 0  # of points there are, also where only some were read
 
     def machine(self, name: str) -> History:
         """The machine people call `name`: its id or its newest name.  Raises NotFound, UsageError when two have it."""
@@ -55,7 +57,23 @@ def machine_of(store: Store, name: str) -> Machine:
 def history_of(store: Store, name: str) -> History:
     """The machine people call `name` with its points; of all others, only the newest point is read.  Raises as `machine_of`."""
     folder = store.ring.machine_name(machine_of(store, name).id)
-    return _inventory(store, [folder]).machines[0]
+    return _inventory(store, [store.point_paths(folder)]).machines[0]
+
+
+def newest(store: Store, name: str, last: int) -> Inventory:
+    """The newest points of all machines, or of one, at most `last` in all: no others are read.  Raises as `machine_of`.
+
+    How many there are and how old each is, their names say.
+    """
+    folders = [store.ring.machine_name(machine_of(store, name).id)] if name else store.machine_folders()
+    every = [store.point_paths(folder) for folder in folders]
+    total = sum(map(len, every))
+    if total > last:
+        chosen = set(heapq.nlargest(last, (path for paths in every for path in paths), key=_time_of))
+        every = [[path for path in paths if path in chosen] for paths in every]
+    found = _inventory(store, every)
+    found.total = total
+    return found
 
 
 def heads(store: Store) -> Inventory:
@@ -82,14 +100,15 @@ def _time_of(path: str) -> Instant:
 
 def inventory(store: Store) -> Inventory:
     """Every machine of the store with its points."""
-    return _inventory(store, store.machine_folders())
+    return _inventory(store, [store.point_paths(folder) for folder in store.machine_folders()])
 
 
-def _inventory(store: Store, folders: Sequence[str]) -> Inventory:
-    found = Inventory()
-    for folder in folders:
+def _inventory(store: Store, folders: Sequence[Sequence[str]]) -> Inventory:
+    """The machines whose points have these paths, each with its own."""
+    found = Inventory(total=sum(map(len, folders)))
+    for paths in folders:
         good, damaged = [], []
-        for path in store.point_paths(folder):
+        for path in paths:
             try:
                 good.append(store.load_point(path))
             except StoreDamage as e:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvbackup.model import Instant, MachineId
-from hvbackup.service.inventory import History, Inventory, heads, history_of, inventory
+from hvbackup.service.inventory import History, Inventory, heads, inventory, newest
 from hvbackup.service.session import Session
 from hvbackup.store.catalog.catalog import Catalog
 from hvbackup.store.check.ledger import Ledger, debt
@@ -67,13 +68,10 @@ class Overview:
     protected: Mapping[MachineId, Protected] = field(default_factory=dict)  # machines that have a journal
 
 
-def points(session: Session, machine: str = "") -> Inventory:
-    """The points of all machines, or of one.  Raises NotFound."""
+def points(session: Session, machine: str = "", last: int = sys.maxsize) -> Inventory:
+    """The newest points of all machines, or of one, at most `last` in all.  Raises NotFound."""
     with session.open() as store:
-        if not machine:
-            return inventory(store)
-        one = history_of(store, machine)
-        return Inventory([one], list(one.damaged))
+        return newest(store, machine, last)
 
 
 def status(session: Session, now: Instant, *, every: bool = False) -> Overview:

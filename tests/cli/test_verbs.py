@@ -186,6 +186,32 @@ def test_an_answer_that_cannot_be_written_is_a_failure(stored: World) -> None:
     assert (ran.returncode, ran.stderr) == (1, b"hvbackup: error: Cannot write the answer: No space left on device\n")
 
 
+def test_points_are_listed_from_the_newest_on_and_no_others_are_read(stored: World) -> None:
+    """A list that grows for years costs what is shown of it."""
+    source = f"image:{stored.folder}/disk.raw"
+    for name in ("web1", "db1", "web1", "db1"):
+        make_disk(stored.folder / f"{name}.raw", 65536)
+        stored.done("backup", source if name == "web1" else f"image:{stored.folder}/db1.raw", "--name", name)
+    every = stored.done("points", "--last", "all", "--json").json
+    assert (len(every["points"]), every["total"]) == (5, 5)
+    times = sorted(p["time"] for p in every["points"])
+    oldest = next(p["id"] for p in every["points"] if p["time"] == times[0])
+    [path] = [p for p in (stored.store / "points").rglob("*") if p.name.endswith(oldest)]
+    path.write_bytes(b"")
+    few = stored.done("points", "--last", "3", "--json").json
+    assert [p["machine"]["name"] for p in few["points"]] == ["db1", "db1", "web1"], "by machine, as ever"
+    assert sorted(p["time"] for p in few["points"]) == times[-3:]
+    assert (few["total"], few["notes"]) == (5, []), "what is not shown is not read either"
+    assert "and 2 older points" in stored.done("points", "--last", "3").out
+    one = stored.done("points", "web1", "--last", "1", "--json").json
+    assert (len(one["points"]), one["total"]) == (1, 3)
+    ran = stored.run("points")
+    assert "older point" not in ran.out, "one that can't be read is no older one"
+    assert "can't be read" in ran.err or path.name in ran.err
+    for wrong in ("0", "-1", "some"):
+        assert "is no number of points" in stored.refused(2, "points", f"--last={wrong}")
+
+
 def test_names_are_shown_whatever_they_hold(stored: World) -> None:
     nasty = "w\x1b[31mé☃"
     stored.done("backup", f"image:{stored.folder}/disk.raw", "--name", nasty)
