@@ -104,6 +104,7 @@ class Desk:
     port: int = 0  # of the network, once we listen
     audited: list[dict[str, Any]] = field(default_factory=list)
     _audit_lock: threading.Lock = field(default_factory=threading.Lock)
+    _provider_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def audit(self, caller: Caller, what: str, status: str, machine: str = "", **more: Any) -> None:
         """The call is in the chain of records of the store it concerns, or else of the first one, when this returns."""
@@ -136,6 +137,16 @@ class Desk:
         if opened and opened.estate:
             return opened.estate
         return next((o.estate for o in self.keeper.stores.values() if o.estate), None)
+
+    def who_vouches(self) -> Provider:
+        """The provider as it is configured now: one for everybody, who wait for it in turn.  Raises NotFound."""
+        settings = self.keeper.settings.provider
+        if not settings.issuer:
+            raise NotFound("There is no [provider] in the configuration")
+        with self._provider_lock:
+            if self.provider is None or self.provider.settings != settings:
+                self.provider = Provider(settings)
+            return self.provider
 
     def session(self, caller: Caller, store: str = "") -> Session:
         """A store (the first one for nothing), opened for somebody.  Raises NotFound."""

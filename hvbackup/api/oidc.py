@@ -23,7 +23,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ from urllib.parse import quote, urlencode, urlsplit
 from hvbackup import config
 from hvbackup.auth import Refused
 from hvbackup.configuration import ProviderSettings
-from hvbackup.errors import HostUnreachable, HvbackupError
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError
 
 BACK = "/login/provider/back"
 COOKIE = "__Host-hvbackup-provider"
 ASK_SECONDS = 10.0
+ASKING_MAX = 4  # logins that wait for the provider at once: no more threads of the API are held by one that hangs
 ANSWER_BYTES = 1 << 20
 LOGIN_SECONDS = 600.0  # for a person to answer the provider
 KNOWN_SECONDS = 3600.0  # what a provider says of itself
@@ -111,9 +113,10 @@ class Provider:
     def __init__(self, settings: ProviderSettings) -> None:
         self.settings = settings
         self._known: tuple[float, dict[str, Any]] | None = None
+        self._asking = threading.BoundedSemaphore(ASKING_MAX)
 
     def address(self, login: Login) -> str:
-        """Where the browser is sent.  Raises HostUnreachable, HvbackupError."""
+        """Where the browser is sent.  Raises Busy, HostUnreachable, HvbackupError."""
         challenge = _text(hashlib.sha256(login.verifier.encode()).digest())
         ask = {
             "response_type": "code",
@@ -129,7 +132,7 @@ class Provider:
         return f"{place}{'&' if urlsplit(place).query else '?'}{urlencode(ask)}"
 
     def name(self, code: str, login: Login) -> str:
-        """Whom the provider named.  Raises Refused, HostUnreachable, HvbackupError."""
+        """Whom the provider named.  Raises Refused, Busy, HostUnreachable, HvbackupError."""
         ask = {
             "grant_type": "authorization_code",
             "code": code,
@@ -155,11 +158,11 @@ class Provider:
         """What an identity token says.  Raises Refused unless it was signed by the provider, for us, and is not too old."""
         import jwt
 
+        place = self._endpoint("jwks_uri")
         try:
-            keys = jwt.PyJWKClient(
-                self._endpoint("jwks_uri"), timeout=ASK_SECONDS, ssl_context=self._trust(), cache_keys=False
-            )
-            key = keys.get_signing_key_from_jwt(token)
+            keys = jwt.PyJWKClient(place, timeout=ASK_SECONDS, ssl_context=self._trust(), cache_keys=False)
+            with self._turn():
+                key = keys.get_signing_key_from_jwt(token)
             found: dict[str, Any] = jwt.decode(
                 token, key, algorithms=list(ALGORITHMS), audience=self.settings.client, issuer=self.settings.issuer,
                 leeway=LEEWAY_SECONDS, options={"require": ["exp", "iat", "iss", "aud", "sub", "nonce"]},
@@ -173,7 +176,7 @@ class Provider:
         return found
 
     def _endpoint(self, what: str) -> str:
-        """An address of the provider.  Raises HostUnreachable, HvbackupError."""
+        """An address of the provider.  Raises Busy, HostUnreachable, HvbackupError."""
         if self._known is None or time.monotonic() - self._known[0] > KNOWN_SECONDS:
             said = self._asked(self.settings.issuer.rstrip("/") + "/.well-known/openid-configuration")
             if said.get("issuer") != self.settings.issuer:
@@ -187,11 +190,11 @@ class Provider:
         return place
 
     def _asked(self, place: str, data: bytes | None = None, more: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """A JSON object from the provider.  Raises HostUnreachable, Refused."""
+        """A JSON object from the provider.  Raises Busy, HostUnreachable, Refused."""
         headers = {"Accept": "application/json", **(more or {})}
         request = urllib.request.Request(place, data, headers)
         try:
-            with self._opener().open(request, timeout=ASK_SECONDS) as answer:
+            with self._turn(), self._opener().open(request, timeout=ASK_SECONDS) as answer:
                 said = json.loads(answer.read(ANSWER_BYTES))
         except urllib.error.HTTPError as e:
             raise Refused(f"{urlsplit(place).netloc} answered {e.code} {e.reason}") from e
@@ -200,6 +203,17 @@ class Provider:
         if not isinstance(said, dict):
             raise HostUnreachable(f"{urlsplit(place).netloc} does not answer as a provider")
         return said
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """We may wait for the provider while the context lasts.  Raises Busy when enough others do."""
+        if not self._asking.acquire(blocking=False):
+            who = urlsplit(self.settings.issuer).netloc
+            raise Busy(f"{who} is slow to answer, and others wait for it; try again in a moment")
+        try:
+            yield
+        finally:
+            self._asking.release()
 
     def _opener(self) -> urllib.request.OpenerDirector:
         return urllib.request.build_opener(urllib.request.HTTPSHandler(context=self._trust()), _Straight())

@@ -24,7 +24,7 @@ from hvbackup.api.timeline import band
 from hvbackup.auth import Permission, Refused, TooMany
 from hvbackup.daemon import rows
 from hvbackup.daemon.rows import Row, Standing
-from hvbackup.errors import HvbackupError, NotFound, UsageError
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.model import Instant
 from hvbackup.moments import rfc3339
 
@@ -202,7 +202,7 @@ def login(request: Request, desk: TheDesk, fields: Form) -> Response:
 def to_provider(desk: TheDesk, to: Annotated[str, Query(max_length=200)] = "/") -> Response:
     """Off to who says who somebody is."""
     login, cookie = desk.logins.begin(_within(to))
-    answer = RedirectResponse(_provider(desk).address(login), 303)
+    answer = RedirectResponse(desk.who_vouches().address(login), 303)
     # It comes back from another site, which a strict cookie would not.
     answer.set_cookie(
         oidc.COOKIE, cookie, secure=True, httponly=True, samesite="lax", path="/", max_age=int(oidc.LOGIN_SECONDS)
@@ -224,14 +224,16 @@ def from_provider(
         to = login.to
         if error or not code:
             raise Refused(f"The provider refused: {error or 'it gave no code'}")
-        name = _provider(desk).name(code, login)
+        name = desk.who_vouches().name(code, login)
         principal = desk.accounts.signed_on(name)
         desk.logins.end(login)
     except TooMany as e:
         return _login_page(request, 429, to, str(e))
     except HvbackupError as e:
-        desk.accounts.guard.failed(keys)
         people.refused(desk, name, address, e)
+        if isinstance(e, (Busy, HostUnreachable)):  # no fault of who comes in
+            return _login_page(request, 409 if isinstance(e, Busy) else 502, to, str(e))
+        desk.accounts.guard.failed(keys)
         return _login_page(request, 401, to, str(e))
     desk.accounts.guard.succeeded(keys)
     cookie, _, _ = people.begun(desk, principal, address)
@@ -240,16 +242,6 @@ def from_provider(
     people.set_cookie(answer, cookie)
     answer.delete_cookie(oidc.COOKIE, secure=True, httponly=True, samesite="lax", path="/")
     return answer
-
-
-def _provider(desk: Desk) -> oidc.Provider:
-    """As it is configured now.  Raises NotFound."""
-    settings = desk.keeper.settings.provider
-    if not settings.issuer:
-        raise NotFound("There is no [provider] in the configuration")
-    if desk.provider is None or desk.provider.settings != settings:
-        desk.provider = oidc.Provider(settings)
-    return desk.provider
 
 
 def _within(to: str) -> str:

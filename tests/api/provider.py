@@ -33,6 +33,9 @@ class Provider:
     key: Any = field(default_factory=lambda: rsa.generate_private_key(65537, 2048))
     codes: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    hangs: str = ""  # what it does not answer until `wakes` is set
+    wakes: threading.Event = field(default_factory=threading.Event)
+    waiting: list[str] = field(default_factory=list)  # what it was asked while it hung
     stolen: list[str] = field(default_factory=list)
 
     def known(self) -> dict[str, Any]:
@@ -127,6 +130,7 @@ def answering(provider: Provider) -> Iterator[Provider]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
+            self.hang(parts.path)
             if parts.path == "/authorize":
                 ask = {k: v[0] for k, v in parse_qs(parts.query).items()}
                 self.send_response(303)
@@ -142,6 +146,7 @@ def answering(provider: Provider) -> Iterator[Provider]:
                 self.say(provider.known())
 
         def do_POST(self) -> None:
+            self.hang(self.path)
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             said = provider.token({k: v[0] for k, v in parse_qs(body).items()}, self.headers["Authorization"] or "")
             if provider.flaw == "sends our secret on":
@@ -150,6 +155,11 @@ def answering(provider: Provider) -> Iterator[Provider]:
                 self.end_headers()
             else:
                 self.say(said or {"error": "invalid_grant"}, 200 if said else 400)
+
+        def hang(self, path: str) -> None:
+            if provider.hangs and path.startswith(provider.hangs):
+                provider.waiting.append(path)
+                provider.wakes.wait(60)
 
         def say(self, value: dict[str, Any], status: int = 200) -> None:
             text = json.dumps(value).encode()
@@ -168,6 +178,7 @@ def answering(provider: Provider) -> Iterator[Provider]:
     try:
         yield provider
     finally:
+        provider.wakes.set()
         server.shutdown()
         thread.join()
         server.server_close()

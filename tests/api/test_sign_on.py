@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import httpx
 import pytest
 
 from hvbackup.api.gate import COOKIE
+from hvbackup.api.oidc import ASKING_MAX, LOGIN_SECONDS, Logins
 from hvbackup.api.oidc import COOKIE as COOKIE_OF_LOGIN
-from hvbackup.api.oidc import LOGIN_SECONDS, Logins
 from hvbackup.auth import Refused, Role
 from hvbackup.configuration import ProviderSettings
 from hvbackup.errors import UsageError
@@ -165,6 +167,53 @@ def test_the_provider_may_be_away(site: Site, provider: Provider) -> None:
     assert "does not answer as a provider" in answer.text
     site.keeper.settings = replace(site.keeper.settings, provider=ProviderSettings())
     assert site.client().get("/login/provider").status_code == 404
+
+
+@pytest.mark.parametrize("hangs", ["/.well-known", "/token", "/keys"])
+def test_a_provider_that_hangs_holds_few_and_the_others_are_told(
+    site: Site, provider: Provider, hangs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each login that waits holds a thread of the API, which everybody else needs as well."""
+    monkeypatch.setattr("hvbackup.api.oidc.ASK_SECONDS", 60.0)
+    clients = [site.client() for _ in range(3 * ASKING_MAX)]
+    begins = hangs == "/.well-known"
+    places = ["/login/provider" if begins else sent(client) for client in clients]
+    provider.hangs = hangs
+
+    def ask(client: httpx.Client, place: str) -> httpx.Response:
+        return client.get(place, follow_redirects=False)
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        try:
+            asked = [pool.submit(ask, *each) for each in zip(clients, places, strict=True)]
+            refused = [f.result() for f in islice(as_completed(asked, timeout=60), 2 * ASKING_MAX)]
+            assert len(provider.waiting) <= ASKING_MAX
+            assert site.client("viewer").get("/api/v1/machines").status_code == 200
+        finally:
+            provider.wakes.set()
+        answers = [f.result(60).status_code for f in asked]
+    assert {a.status_code for a in refused} == {409}
+    assert all("try again in a moment" in a.text for a in refused)
+    assert (303 if begins else 200) in answers, "who waited comes in"
+    provider.hangs = ""
+    assert site.client().get("/login/provider", follow_redirects=False).status_code == 303, "each gives its turn back"
+    assert clients[0].get(sent(clients[0])).status_code == 200, "who was told to try again was taken for no guesser"
+
+
+def test_a_provider_that_does_not_answer_is_nobodys_guess(
+    site: Site, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvbackup.api.oidc.ASK_SECONDS", 0.2)
+    client = site.client()
+    back = sent(client)
+    provider.hangs = "/token"
+    for _ in range(8):
+        answer = client.get(back)
+        assert answer.status_code == 502
+        assert "does not answer as a provider" in answer.text
+        assert site.desk.audited[-1]["status"].startswith("refused")
+    provider.hangs = ""
+    assert client.get(sent(client)).status_code == 200
 
 
 def test_no_password_fits_who_has_none(site: Site) -> None:
