@@ -18,10 +18,8 @@ from hvbackup.errors import HvbackupError
 from hvbackup.jobs import State
 from hvbackup.metrics import MachineSample, ServiceSample, StoreSample
 from hvbackup.model import SECOND
-from hvbackup.service import look
 
 SLOW_SECONDS = 300.0  # between two looks at what a store's files take and how it grows
-CLOSE_SECONDS = 60.0
 KINDS = ("packs", "journals", "points", "runs")
 CHECKS = ("check", "deep check")
 GROWTH = """
@@ -69,18 +67,12 @@ class Figures:
                 slow.thread.start()
             return slow
 
-    def close(self) -> None:
-        """No look is under way any more: a process that ends in the middle of DuckDB's own code is aborted."""
-        for slow in list(self._of.values()):
-            if slow.thread:
-                slow.thread.join(CLOSE_SECONDS)
-
 
 def _look(keeper: Keeper, name: str, slow: Slow) -> None:
-    session = keeper.stores[name].session
-    slow.sizes = {kind: _room(session.places.store / kind) for kind in KINDS}
+    store = keeper.stores[name].session.places.store
+    slow.sizes = {kind: _room(store / kind) for kind in KINDS}
     try:
-        slow.growth = look.sql(session, GROWTH).rows
+        slow.growth = keeper.questions.ask("sql", *keeper.store_words(name), "--", GROWTH)["rows"]
     except (HvbackupError, OSError):  # another process has the catalog, or there is no room for it: next time
         slow.looked = time.monotonic() - SLOW_SECONDS + 30
 

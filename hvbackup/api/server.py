@@ -44,11 +44,11 @@ def answering(keeper: Keeper) -> Iterator[Desk]:
     try:
         yield desk
     finally:
+        keeper.questions.close()  # else who waits for an answer would hold up our end
         for server, thread in servers:
             server.should_exit = True
             thread.join(STOP_SECONDS + 2)
         (keeper.places.run / SOCKET).unlink(missing_ok=True)
-        scrape.figures.close()
 
 
 class Local:

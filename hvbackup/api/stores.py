@@ -19,7 +19,7 @@ from hvbackup.daemon.rows import Row
 from hvbackup.errors import NotFound
 from hvbackup.model import Instant
 from hvbackup.moments import rfc3339
-from hvbackup.service import look, recovery, retention, shapes
+from hvbackup.service import recovery, retention, shapes
 
 router = APIRouter(prefix="/api/v1", tags=["service"])
 outside = APIRouter(tags=["service"])
@@ -71,10 +71,9 @@ def known_store(desk: Desk, name: str) -> str:
 @router.post("/sql")
 def sql(desk: TheDesk, caller: Everything, order: Question) -> dict[str, Any]:
     """Ask the index of a store, in SQL that only reads."""
-    session = desk.keeper.stores[known_store(desk, order.store)].session
+    words = desk.keeper.store_words(known_store(desk, order.store))
     with audited(desk, caller, "sql", store=order.store, query=order.query[:500]):
-        found = look.sql(session, order.query)
-    return {"columns": found.columns, "rows": found.rows, "notes": list(found.notes)}
+        return desk.keeper.questions.ask("sql", *words, "--", order.query)
 
 
 @router.get("/policies")

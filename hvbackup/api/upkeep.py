@@ -5,7 +5,6 @@ Nothing here takes a path of this host or gives one a new meaning: other stores 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query
@@ -20,8 +19,7 @@ from hvbackup.configuration import Problems
 from hvbackup.errors import UsageError
 from hvbackup.jobs import Task
 from hvbackup.schedule import stretch
-from hvbackup.service import audit, retention, shapes_retention, stats, stores
-from hvbackup.store.keep.retention import Policy
+from hvbackup.service import audit, retention, shapes_retention, stores
 
 router = APIRouter(prefix="/api/v1", tags=["upkeep"])
 Reader = Annotated[Caller, Depends(needs(Permission.READ, everything=True))]
@@ -117,6 +115,11 @@ class Size(Order):
     machines: list[Line] = Field(default_factory=list, max_length=10_000)
     every: Stretch | None = None
     window: Stretch | None = None
+
+    def words(self) -> list[str]:
+        """As options."""
+        rules = [f"--keep-{rule}={n}" for rule, n in self.keep.items()]
+        return [*rules, *(f"--every={v}" for v in [self.every] if v), *(f"--window={v}" for v in [self.window] if v)]
 
 
 class NewStore(Order):
@@ -291,16 +294,16 @@ def store_stats(
     desk: TheDesk, caller: Reader, store: Store, days: Annotated[int, Query(ge=1, le=3650)] = 30
 ) -> dict[str, Any]:
     """What each machine costs, how the store grows, and when its disk is full."""
-    return stats.stats_shape(stats.stats(desk.session(caller, store), [], desk.keeper.clock(), days))
+    desk.session(caller, store)
+    return desk.keeper.questions.ask("stats", f"--days={days}", *desk.keeper.store_words(store))
 
 
 @router.post("/stores/{store}/size")
 def size(desk: TheDesk, caller: Reader, store: Store, order: Size) -> dict[str, Any]:
     """How much room a policy needs."""
-    every, window = (stretch(v) if v else 0 for v in (order.every, order.window))
-    policy = replace(Policy(zone=desk.keeper.zone), **{str(rule): n for rule, n in order.keep.items()})  # type: ignore[arg-type]
-    found = stats.size(desk.session(caller, store), order.machines, policy, window, every, desk.keeper.clock())
-    return stats.sized_shape(found)
+    desk.session(caller, store)
+    words = [*order.words(), *desk.keeper.store_words(store), "--", *order.machines]
+    return desk.keeper.questions.ask("size", *words)
 
 
 @router.get("/stores/{store}/records")

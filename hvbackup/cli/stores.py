@@ -385,7 +385,7 @@ def sql(args: argparse.Namespace, out: Out) -> int:
 
     found = look.sql(session_of(args), args.query)
     cells = [["" if cell is None else str(cell) for cell in row] for row in found.rows]
-    out.answer({"columns": found.columns, "rows": found.rows}, table(found.columns, cells))
+    out.answer({"columns": found.columns, "rows": found.rows, "notes": list(found.notes)}, table(found.columns, cells))
     out.warn_all(found.notes)
     return 0
 

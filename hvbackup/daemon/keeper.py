@@ -20,6 +20,7 @@ from hvbackup.config import KeyOptions, Places, private
 from hvbackup.configuration import Configuration
 from hvbackup.daemon import channels, rows, tasks
 from hvbackup.daemon.discovery import Discovery
+from hvbackup.daemon.questions import Questions
 from hvbackup.daemon.rows import Row
 from hvbackup.daemon.workers import Wanted, Workers
 from hvbackup.errors import HvbackupError
@@ -68,6 +69,7 @@ class Keeper:
         self.environment = _environment(places)
         self.jobs = Jobs(places.state / "jobs", clock, self.environment)
         self.workers = Workers(places, self.environment)
+        self.questions = Questions(self.environment)
         self.stores = self._sessions()
         first = self.store_words(next(iter(self.settings.stores)))
         self.discovery = Discovery(first, self.environment, kept=places.state / "machines.json")
@@ -154,6 +156,7 @@ class Keeper:
 
     def close(self) -> None:
         """Workers and jobs go on; nothing else of us is left."""
+        self.questions.close()
         self.discovery.close()
         for opened in self.stores.values():
             if opened.estate:

@@ -13,7 +13,6 @@ import pytest
 from starlette.testclient import TestClient
 
 from hvbackup import config
-from hvbackup.api import scrape
 from hvbackup.api.app import create
 from hvbackup.api.gate import Desk
 from hvbackup.api.server import Local
@@ -92,7 +91,7 @@ def made_site(folder: Path) -> Iterator[Site]:
         world.done("backup", f"image:{folder / file}.raw", "--name", name)
     (world.configuration / "config.toml").write_text(CONFIG.format(folder=folder))
     keeper = Keeper(config.places(environment=world.environment, root=False), KeyOptions())
-    keeper.environment = keeper.discovery.environment = world.environment
+    keeper.environment = keeper.discovery.environment = keeper.questions.environment = world.environment
     keeper.jobs._environment = world.environment
     end = time.monotonic() + 180
     while len([r for r in keeper.rows() if r.source]) < 3:
@@ -107,5 +106,4 @@ def made_site(folder: Path) -> Iterator[Site]:
     for role in (Role.VIEWER, Role.ADMIN):
         found.tokens[f"{role} of web"] = accounts.add_token(f"{role} of web", role, ["tag:web"], 0)[1]
     yield found
-    scrape.figures.close()
     keeper.close()

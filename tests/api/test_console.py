@@ -91,7 +91,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     past(world, str(folder / "db.raw"), "db1", guest_files(folder))
     keeper = Keeper(config.places(environment=world.environment, root=False), KeyOptions())
     keeper.environment = keeper.discovery.environment = keeper.workers.environment = world.environment
-    keeper.jobs._environment = dict(world.environment)
+    keeper.jobs._environment = keeper.questions.environment = dict(world.environment)
     stop = threading.Event()
     looping = threading.Thread(target=lambda: [(keeper.step(), time.sleep(0.3)) for _ in iter(stop.is_set, True)])
     with answering(keeper) as desk:

@@ -127,7 +127,7 @@ def test_status_tells_of_machines_and_the_store(stored: World) -> None:
 
 def test_sql_asks_the_index(stored: World) -> None:
     answer = stored.done("sql", "select name, size from points", "--json").json
-    assert answer == {"columns": ["name", "size"], "rows": [["web1", 2_000_384]]}
+    assert answer == {"columns": ["name", "size"], "rows": [["web1", 2_000_384]], "notes": []}
     assert "read-only" in stored.refused(2, "sql", "drop table points")
 
 
