@@ -72,6 +72,7 @@ rpo = "4m"
 [store.main]
 check = ""
 reclaim = ""
+regroup = ""
 """
 
 

@@ -72,8 +72,10 @@ def test_a_service_that_was_killed_finds_its_jobs_again(world: World) -> None:
     jobs.submit(backup(world))
     running = jobs.submit(MAP)
     jobs.step(Limits(total=0))
+    failing = jobs.get(lasting.id).process
     del jobs
-    time.sleep(2)
+    assert failing
+    assert failing.wait(60.0)
     again = jobs_of(world)
     assert [j.task.kind for j in again.open()] == ["map", "backup", "map"]
     until(again, lambda: again.get(lasting.id).state is State.FAILED)

@@ -42,6 +42,7 @@ machines = ["nosuch"]
 [store.main]
 path = "{folder}/store"
 check = ""
+regroup = ""
 """
 
 

@@ -64,6 +64,7 @@ schedule = "Mon..Fri 22:00"
 rpo = "80h"
 [store.main]
 check = ""
+regroup = ""
 """
 
 

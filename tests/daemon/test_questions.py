@@ -90,7 +90,10 @@ def test_the_end_leaves_nobody_waiting_and_nothing_running(held: World) -> None:
 @pytest.mark.timeout(300)
 def test_the_service_asks_the_index_in_another_process_and_ends_at_once(held: World) -> None:
     """DuckDB aborts a process that ends while it works: no part of it is ever in the service."""
-    configure(held, '[policy.all]\nmachines = ["*"]\nschedule = "*-02-29"\n[store.main]\ncheck = ""\n')
+    configure(
+        held,
+        '[policy.all]\nmachines = ["*"]\nschedule = "*-02-29"\n[store.main]\ncheck = ""\nreclaim = ""\nregroup = ""\n',
+    )
     served = Served(held)
     places = config.places(environment=held.environment, root=False)
     until(lambda: served.said("Ready"))

@@ -32,6 +32,7 @@ rpo = "2h"
 [store.main]
 check = ""
 reclaim = ""
+regroup = ""
 """
 
 

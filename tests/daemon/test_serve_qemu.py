@@ -22,6 +22,8 @@ from tests.hypervisors.daemon import Daemon, make_image, node
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
+# What stores do by themselves on some day of the week, tests leave to no calendar.
+IDLE = '[store.main]\ncheck = ""\nreclaim = ""\nregroup = ""\n'
 BOTH = """
 [source.a]
 uri = "qemu:{folder}/a/qmp.sock"
@@ -33,6 +35,7 @@ name = "db1"
 discover = "3s"
 prune = "5s"
 [store.main]
+check = ""
 reclaim = "6s"
 regroup = "6s"
 [policy.continuous]
@@ -142,7 +145,7 @@ def test_one_service_on_a_host_and_a_broken_start_is_refused(world: World) -> No
 
 
 def test_the_command_line_asks_the_service_and_works_without_it(world: World) -> None:
-    quiet = BOTH.replace('reclaim = "6s"', 'reclaim = ""\ncheck = ""').replace('regroup = "6s"', 'regroup = ""')
+    quiet = BOTH.replace('reclaim = "6s"', 'reclaim = ""').replace('regroup = "6s"', 'regroup = ""')
     configure(world, quiet.replace("[service]", '[service]\nlisten = "127.0.0.1:0"'))
     served = Served(world)
     until(lambda: served.said("Ready"))
@@ -161,7 +164,8 @@ def test_the_command_line_asks_the_service_and_works_without_it(world: World) ->
 def test_a_backup_is_made_by_the_service_where_one_runs(world: World, tmp_path: Path) -> None:
     configure(
         world,
-        '[source.b]\nuri = "qemu:{folder}/b/qmp.sock"\nname = "db1"\n[policy.p]\nmachines = ["*"]\nschedule = "*-02-29"\n',
+        '[source.b]\nuri = "qemu:{folder}/b/qmp.sock"\nname = "db1"\n[policy.p]\nmachines = ["*"]\nschedule = "*-02-29"\n'
+        + IDLE,
     )
     source = f"qemu:{tmp_path / 'b/qmp.sock'}"
     with machine(tmp_path / "b") as b:
@@ -206,7 +210,7 @@ def test_a_backup_is_made_by_the_service_where_one_runs(world: World, tmp_path: 
 
 
 def test_systemd_is_told(world: World, tmp_path: Path) -> None:
-    configure(world, "")
+    configure(world, IDLE)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(120)

@@ -33,6 +33,7 @@ rpo = "60s"
 [store.main]
 check = ""
 reclaim = ""
+regroup = ""
 """
 
 
