@@ -43,6 +43,14 @@ SERVICE: tuple[Planted, ...] = (
         False,
     ),
     (
+        "service: a provider that hangs holds every thread",
+        OIDC,
+        "        if not self._asking.acquire(blocking=False):\n",
+        "        if not self._asking.acquire():\n",
+        (f"{TEST_SIGN_ON}test_a_provider_that_hangs_holds_few_and_the_others_are_told",),
+        True,
+    ),
+    (
         "service: guessers not slowed down",
         AUTH,
         "        if wait > 0:\n            raise TooMany(wait)\n",

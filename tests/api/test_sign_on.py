@@ -186,7 +186,7 @@ def test_a_provider_that_hangs_holds_few_and_the_others_are_told(
     with ThreadPoolExecutor(len(clients)) as pool:
         try:
             asked = [pool.submit(ask, *each) for each in zip(clients, places, strict=True)]
-            refused = [f.result() for f in islice(as_completed(asked, timeout=60), 2 * ASKING_MAX)]
+            refused = [f.result() for f in islice(as_completed(asked, timeout=30), 2 * ASKING_MAX)]
             assert len(provider.waiting) <= ASKING_MAX
             assert site.client("viewer").get("/api/v1/machines").status_code == 200
         finally:
