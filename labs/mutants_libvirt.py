@@ -5,6 +5,7 @@ from __future__ import annotations
 from labs.mutants_forgetting import Planted
 
 TRAPS = "tests/hypervisors/test_libvirt_traps.py::"
+TLS = "tests/hypervisors/test_libvirt_tls.py::"
 PULL, REST = "hvbackup/hypervisors/libvirt_pull.py", "hvbackup/hypervisors/libvirt_rest.py"
 WATCHDOG = "hvbackup/hypervisors/libvirt_watchdog.py"
 
@@ -36,8 +37,8 @@ LIBVIRT: tuple[Planted, ...] = (
     (
         "libvirt: nobody looks after the scratch",
         WATCHDOG,
-        "        if folder and free_bytes(folder) <= int(reserve_bytes):\n",
-        "        if folder and free_bytes(folder) < 0:\n",
+        "        if is_here and free_bytes(folder) <= int(reserve_bytes):\n",
+        "        if is_here and free_bytes(folder) < 0:\n",
         (f"{TRAPS}test_a_scratch_that_runs_full_costs_the_snapshot_and_not_the_guest",),
         False,
     ),
@@ -52,8 +53,8 @@ LIBVIRT: tuple[Planted, ...] = (
     (
         "libvirt: QEMU formats scratch while others may look",
         PULL,
-        "        if not room.where.local:\n            return False\n        for w in wanted:\n",
-        "        return False\n        for w in wanted:\n",
+        "        for path, size in sizes.items():\n            Path(",
+        "        return False\n        for path, size in sizes.items():\n            Path(",
         ("tests/hypervisors/test_libvirt_looks.py::test_whoever_looks_while_backups_begin_does_no_harm",),
         False,
     ),
@@ -63,6 +64,22 @@ LIBVIRT: tuple[Planted, ...] = (
         '            if name.endswith(".scratch"):\n',
         "            if not name:\n",
         (f"{TRAPS}test_a_backup_whose_process_was_killed_is_ended_by_its_watchdog",),
+        False,
+    ),
+    (
+        "libvirt: QEMU of another host formats scratch while others may look",
+        PULL,
+        'return "" not in sizes and libvirt_away.put(',
+        'return "" in sizes and libvirt_away.put(',
+        (f"{TLS}test_whoever_looks_while_backups_begin_on_another_host_does_no_harm",),
+        False,
+    ),
+    (
+        "libvirt: scratch on another host forgotten with its machine",
+        "hvbackup/hypervisors/libvirt.py",
+        "            libvirt_away.remove(self.host, folder)\n",
+        "",
+        (f"{TLS}test_scratch_of_a_machine_that_is_gone_is_removed_with_its_lease",),
         False,
     ),
     (

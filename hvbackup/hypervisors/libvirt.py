@@ -32,6 +32,7 @@ from types import TracebackType
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
 from hvbackup.hypervisors import (
     Can,
+    libvirt_away,
     libvirt_cycles,
     libvirt_rest,
     libvirt_sidecar,
@@ -133,6 +134,7 @@ class LibvirtHypervisor:
         except NotFound:
             pass  # with the domain all that was made of it is gone, but for files of ours
         for folder in folders:
+            libvirt_away.remove(self.host, folder)
             room.remove(folder)
 
     def cycles(self, machine: Machine, lease: LeaseId) -> LibvirtCycles:

@@ -15,10 +15,13 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from xml.sax.saxutils import escape
 
 import libvirt
 import libvirt_qemu
@@ -30,6 +33,7 @@ T = TypeVar("T")
 REPLY_SECONDS = 20.0
 BEGIN_SECONDS = 75.0  # libvirt itself waits 30 s for its own lock, and freezes and formats for several disks after that
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 5, 3
+_PIECE_BYTES = 256 * 1024  # of a file that is carried over
 
 OFF_LINE, UNSUPPORTED, LOCKED = (
     libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
@@ -145,6 +149,14 @@ class Host:
     def networks(self) -> Sequence[str]:
         """The names of its virtual networks."""
         return self.call("listing networks", lambda c: [str(n.name()) for n in c.listAllNetworks()])
+
+    def put_file(self, path: str, content: bytes, uid: int, gid: int) -> None:
+        """A new file on the daemon's host, for this user only.  Raises LibvirtRefused where its storage can't do that."""
+        self.call("a new volume", lambda c: _put(c, path, content, uid, gid))
+
+    def remove_file(self, path: str) -> None:
+        """There is no such file on the daemon's host; idempotent.  Raises LibvirtRefused."""
+        self.call("removing a volume", lambda c: _remove(c, path))
 
     def watch(self, happened: Callable[[Happening], None], lost: Callable[[], None]) -> Callable[[], None]:
         """Be told what happens to domains, and of the end of the connection; what is returned ends that."""
@@ -371,6 +383,57 @@ def _deregister(connection: libvirt.virConnect, ids: Sequence[int]) -> None:
     for number in ids:
         connection.domainEventDeregisterAny(number)
     connection.unregisterCloseCallback()
+
+
+@contextmanager
+def _pool(connection: libvirt.virConnect, folder: str) -> Iterator[libvirt.virStoragePool]:
+    """A folder as a storage pool: the one that it is already, or one that is forgotten afterwards.  Files stay."""
+    found = None
+    with suppress(libvirt.libvirtError):
+        found = connection.storagePoolLookupByTargetPath(folder)
+    if found is not None:
+        yield found
+        return
+    name, target = f"hvb-{uuid.uuid4().hex[:12]}", f"<target><path>{escape(folder)}</path></target>"
+    made = connection.storagePoolCreateXML(f"<pool type='dir'><name>{name}</name>{target}</pool>", 0)
+    try:
+        yield made
+    finally:
+        made.destroy()
+
+
+def _put(connection: libvirt.virConnect, path: str, content: bytes, uid: int, gid: int) -> None:
+    folder, _, name = path.rpartition("/")
+    owner = f"<permissions><mode>0600</mode><owner>{uid}</owner><group>{gid}</group></permissions>"
+    target = f"<target><format type='raw'/>{owner}</target>"
+    size = f"<capacity>{len(content)}</capacity><allocation>0</allocation>"
+    with _pool(connection, folder) as pool:
+        volume = pool.createXML(f"<volume><name>{escape(name)}</name>{size}{target}</volume>", 0)
+        stream = connection.newStream(0)
+        volume.upload(stream, 0, len(content), 0)
+        try:
+            for at in range(0, len(content), _PIECE_BYTES):
+                _send(stream, content[at : at + _PIECE_BYTES])
+        except BaseException:
+            stream.abort()
+            raise
+        stream.finish()
+
+
+def _send(stream: libvirt.virStream, piece: bytes) -> None:
+    while piece:
+        piece = piece[stream.send(piece) :]
+
+
+def _remove(connection: libvirt.virConnect, path: str) -> None:
+    folder, _, name = path.rpartition("/")
+    with _pool(connection, folder) as pool:
+        pool.refresh(0)  # a pool that was there already may not know what has come since
+        try:
+            pool.storageVolLookupByName(name).delete(0)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

@@ -24,6 +24,7 @@ from hvbackup.errors import Busy, HostUnreachable, HvbackupError, NotFound, Read
 from hvbackup.hypervisors import (
     FrozenDisk,
     Standstill,
+    libvirt_away,
     libvirt_freeze,
     libvirt_host,
     libvirt_lineage,
@@ -40,7 +41,7 @@ from hvbackup.hypervisors.libvirt_watch import LibvirtWatch
 from hvbackup.hypervisors.libvirt_xml import DomainDisk, Wanted
 from hvbackup.hypervisors.qemu_fleeced import FleecedDisk
 from hvbackup.hypervisors.qemu_names import LeaseNames
-from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
+from hvbackup.hypervisors.qemu_scratch import empty_qcow2, write_empty_qcow2
 from hvbackup.hypervisors.qmp import Peer
 from hvbackup.model import Consistency, Disk, DiskId, Instant, LeaseId, Machine, MachineConfig, Token
 
@@ -221,7 +222,7 @@ class Pull:
             )
             try:
                 wanted = self._wanted(ask, opened)
-                formatted = self._formatted(wanted)
+                formatted = self._formatted(wanted, opened.folder)
                 backup = libvirt_xml.backup(line.server, wanted, self._skipped)
                 self._domain.begin_backup(backup, checkpoint if ask.recorded else "", formatted=formatted)
             except LibvirtRefused as refused:
@@ -248,19 +249,19 @@ class Pull:
             for d in ask.disks
         ]
 
-    def _formatted(self, wanted: Sequence[Wanted]) -> bool:
-        """Empty scratch is there when this returns; False leaves it to libvirt, where the machine is on another host.
+    def _formatted(self, wanted: Sequence[Wanted], folder: Path) -> bool:
+        """Empty scratch is there when this returns; False leaves it to libvirt, where another host's storage can't be used.
 
         libvirt has QEMU format it, and 7.2 fails an assertion, which is the end of the guest, when anybody lists its nodes
         meanwhile: whoever asks libvirt for the size of a disk.
         """
-        room = self._room
+        room, sizes = self._room, {w.scratch: self._domain.capacity(w.target) for w in wanted}
         if not room.where.local:
-            return False
-        for w in wanted:
-            path = Path(w.scratch)
-            path.unlink(missing_ok=True)  # of a try that was refused
-            write_empty_qcow2(path, self._domain.capacity(w.target), Peer(0, room.uid, room.gid))
+            images = {path: empty_qcow2(size) for path, size in sizes.items()}
+            return "" not in sizes and libvirt_away.put(room, self._domain.host, folder, images)
+        for path, size in sizes.items():
+            Path(path).unlink(missing_ok=True)  # of a try that was refused
+            write_empty_qcow2(Path(path), size, Peer(0, room.uid, room.gid))
         return True
 
     def _explained(self, refused: LibvirtRefused) -> HvbackupError:
@@ -302,6 +303,7 @@ class Pull:
     def _end(self, opened: _Open) -> None:
         try:
             self._end_job(opened.names.prefix)
+            libvirt_away.remove(self._domain.host, opened.folder)
             self._room.remove(opened.folder)
         except HostUnreachable:
             opened.watch.abandon()

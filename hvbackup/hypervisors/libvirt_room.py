@@ -80,7 +80,8 @@ class Room:
         """Nobody else of ours on this host begins a snapshot of the machine, or looks at its disks, meanwhile.  Raises Busy.
 
         libvirt would let a second backup wait for half a minute before it refuses.  And where it has QEMU format scratch (on
-        another host) a look at that moment makes QEMU 7.2 fail an assertion (qcow2_get_specific_info): the end of the guest.
+        another host whose storage we can't use) a look at that moment makes QEMU 7.2 fail an assertion
+        (qcow2_get_specific_info): the end of the guest.
         """
         with Files(self.runtime).owner(f"libvirt-{machine}.lock", f"Machine {machine}", wait_seconds=wait_seconds):
             yield

@@ -17,13 +17,12 @@ class LibvirtWatch(Watch):
     """One watchdog process, which speaks to libvirt."""
 
     def __init__(self, room: Room, domain: Domain, prefix: str, folder: Path) -> None:
-        looked_at = str(folder) if room.where.local else ""
         arguments = [
             os.pathsep.join(sys.path),
             domain.host.uri,
             domain.uuid,
             prefix,
-            looked_at,
-            str(room.limits.scratch_reserve_bytes),
+            str(folder),
+            str(room.limits.scratch_reserve_bytes) if room.where.local else "",
         ]
         self.start([sys.executable, "-I", "-S", str(_PROGRAM), *arguments])

@@ -3,7 +3,7 @@
     python -I -S libvirt_watchdog.py PATH URI UUID PREFIX FOLDER RESERVE_BYTES
 
 When a block can't be kept any more, QEMU fails the guest's write or stops the machine.  So the backup is ended before the room
-runs out, and as soon as nobody is left to read it.  FOLDER is empty where the scratch is on another host: then only that a
+runs out, and as soon as nobody is left to read it.  RESERVE_BYTES is empty where the scratch is on another host: then only that a
 machine stands still tells that there is no room.  A byte on standard input ends the watchdog, the end of input means that its
 parent died.  What it did is said on standard output.
 
@@ -40,18 +40,19 @@ else:
 def main(argv: Sequence[str]) -> int:
     """Look until told to stop or until something has to be done; then do it."""
     path, uri, uuid, prefix, folder, reserve_bytes = argv
+    is_here = bool(reserve_bytes)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # who ends a whole service wants us to let go of the guest first
     while True:
-        readable = select.select([0], [], [], LOOK_SECONDS if folder else REMOTE_LOOK_SECONDS)[0]
+        readable = select.select([0], [], [], LOOK_SECONDS if is_here else REMOTE_LOOK_SECONDS)[0]
         if readable and os.read(0, 1):
             return 0
         if readable:
             break
-        if folder and free_bytes(folder) <= int(reserve_bytes):
+        if is_here and free_bytes(folder) <= int(reserve_bytes):
             say(f"scratch directory {os.path.dirname(folder)} ran full")
             break
-        if not folder and stands(domain(path, uri, uuid)):
+        if not is_here and stands(domain(path, uri, uuid)):
             say("the machine stopped because there was no room left for its scratch")
             break
     let_go(domain(path, uri, uuid), prefix, folder)
@@ -83,14 +84,18 @@ def let_go(machine: Domain, prefix: str, folder: str) -> None:
 
     When the folder is gone somebody else released the snapshot, or is about to.
     """
+    import contextlib
+    from pathlib import Path
+
     from hvbackup.errors import HvbackupError, NotFound
+    from hvbackup.hypervisors import libvirt_away
 
     end = time.monotonic() + GIVE_UP_SECONDS
-    while time.monotonic() < end and (not folder or os.path.isdir(folder)):
+    while time.monotonic() < end and os.path.isdir(folder):
         try:
-            end_backup(machine, prefix)
-        except NotFound:
-            return remove_scratch(folder)
+            with contextlib.suppress(NotFound):
+                end_backup(machine, prefix)
+            libvirt_away.remove(machine.host, Path(folder))
         except HvbackupError:
             time.sleep(RETRY_SECONDS)
         else:
@@ -100,8 +105,6 @@ def let_go(machine: Domain, prefix: str, folder: str) -> None:
 
 def remove_scratch(folder: str) -> None:
     """The scratch in the folder is gone: libvirt removes what it made itself, and only that."""
-    if not folder:
-        return
     try:
         for name in os.listdir(folder):
             if name.endswith(".scratch"):

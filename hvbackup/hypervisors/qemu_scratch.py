@@ -13,6 +13,17 @@ _CLUSTER = 64 * KiB
 
 
 def write_empty_qcow2(path: Path, size: int, peer: Peer) -> None:
+    """An empty image that is its peer's only."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(fd, empty_qcow2(size), 0)
+        if os.geteuid() == 0:
+            os.fchown(fd, peer.uid, peer.gid)
+    finally:
+        os.close(fd)
+
+
+def empty_qcow2(size: int) -> bytes:
     """A qcow2 image (version 3) in which nothing is allocated, as `qemu-img create` would make it."""
     l1_entries = -(-size // (_CLUSTER * (_CLUSTER // 8)))
     l1_clusters = -(-l1_entries * 8 // _CLUSTER)
@@ -38,13 +49,7 @@ def write_empty_qcow2(path: Path, size: int, peer: Peer) -> None:
         4,
         104,
     )
-    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, used * _CLUSTER)
-        os.pwrite(fd, header, 0)
-        os.pwrite(fd, struct.pack(">Q", 2 * _CLUSTER), _CLUSTER)
-        os.pwrite(fd, b"\0\1" * used, 2 * _CLUSTER)
-        if os.geteuid() == 0:
-            os.fchown(fd, peer.uid, peer.gid)
-    finally:
-        os.close(fd)
+    image = bytearray(used * _CLUSTER)
+    for at, part in ((0, header), (_CLUSTER, struct.pack(">Q", 2 * _CLUSTER)), (2 * _CLUSTER, b"\0\1" * used)):
+        image[at : at + len(part)] = part
+    return bytes(image)

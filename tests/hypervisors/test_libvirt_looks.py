@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hvbackup.errors import Busy
+from hvbackup.hypervisors.libvirt import LibvirtHypervisor
 from hvbackup.hypervisors.libvirt_host import Domain
 from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import LeaseId, MiB
@@ -27,25 +28,30 @@ def test_whoever_looks_while_backups_begin_does_no_harm(libvirtd: Libvirtd) -> N
         vm = Watched(libvirtd, Path(folder))
         leaving.callback(vm.remove)
         vm.define().start()
-        pid, stop, looks = vm.qemu_pid(), threading.Event(), [0]
-        strangers = [threading.Thread(target=look, args=(vm, stop, looks)) for look in (_ask_libvirt, _ask_qemu)]
+        begin_while_others_look(vm, vm.hypervisor())
+
+
+def begin_while_others_look(vm: Watched, hypervisor: LibvirtHypervisor) -> None:
+    """Backups begin again and again, and the machine outlives it."""
+    pid, stop, looks = vm.qemu_pid(), threading.Event(), [0]
+    strangers = [threading.Thread(target=look, args=(vm, stop, looks)) for look in (_ask_libvirt, _ask_qemu)]
+    for stranger in strangers:
+        stranger.start()
+    try:
+        [found] = hypervisor.machines()
+        for number in range(ROUNDS):
+            lease = LeaseId(f"l{number}")
+            with hypervisor.snapshot(found, lease, {}, None) as frozen:
+                assert len(frozen.disks) == 2
+            hypervisor.release(found, lease, [])
+    finally:
+        stop.set()
         for stranger in strangers:
-            stranger.start()
-        try:
-            found, hypervisor = Cycle(vm).machine(), vm.hypervisor()
-            for number in range(ROUNDS):
-                lease = LeaseId(f"l{number}")
-                with hypervisor.snapshot(found, lease, {}, None) as frozen:
-                    assert len(frozen.disks) == 2
-                hypervisor.release(found, lease, [])
-        finally:
-            stop.set()
-            for stranger in strangers:
-                stranger.join(20)
-        assert vm.domain.isActive()
-        assert vm.qemu_pid() == pid
-        assert looks[0] > ROUNDS
-        assert not vm.leftovers()
+            stranger.join(20)
+    assert vm.domain.isActive()
+    assert vm.qemu_pid() == pid
+    assert looks[0] > ROUNDS
+    assert not vm.leftovers()
 
 
 class Watched(LibvirtMachine):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
+import os
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import libvirt
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,10 +25,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hvbackup.errors import HostUnreachable, UsageError
 from hvbackup.hypervisors.libvirt import LibvirtHypervisor, Settings
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
+from hvbackup.hypervisors.libvirt_watch import LibvirtWatch
 from hvbackup.model import Continuity, LeaseId
 from labs.libvirtd import Libvirtd, daemon
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine
+from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine, wait_until
+from tests.hypervisors.test_libvirt_looks import Watched, begin_while_others_look
 from tests.ports import free_port
 
 pytestmark = pytest.mark.real
@@ -82,9 +91,12 @@ class Far:
     client: Path
     nbd_port: int
 
-    def hypervisor(self, vm: LibvirtMachine, client: Path | None = None) -> LibvirtHypervisor:
+    def uri(self, vm: LibvirtMachine, client: Path | None = None) -> str:
         uri = f"qemu+tls://localhost:{self.port}/system?pkipath={self.pki}&domain={vm.uuid}&nbd-port={self.nbd_port}"
-        where = LibvirtUri.parse(f"{uri}&tls-certificates={client or self.client}")
+        return f"{uri}&tls-certificates={client or self.client}"
+
+    def hypervisor(self, vm: LibvirtMachine, client: Path | None = None) -> LibvirtHypervisor:
+        where = LibvirtUri.parse(self.uri(vm, client))
         settings = Settings(60.0, 60.0, 0)
         return LibvirtHypervisor(where, STORE, scratch_dir=vm.folder / "s", runtime=vm.folder / "r", settings=settings)
 
@@ -111,6 +123,15 @@ def vm(far: Far) -> Iterator[LibvirtMachine]:
         yield made.define()
 
 
+def scratch(vm: LibvirtMachine) -> list[Path]:
+    """What lies beside the images, on the machine's host."""
+    return sorted(vm.folder.glob("*.scratch"))
+
+
+def pools(far: Far) -> list[str]:
+    return [pool.name() for pool in far.libvirtd.connection().listAllStoragePools()]
+
+
 def test_a_machine_of_another_host_is_read_over_tls(far: Far, vm: LibvirtMachine) -> None:
     vm.start()
     vm.hypervisor = lambda **_: far.hypervisor(vm)  # type: ignore[assignment,misc]
@@ -123,10 +144,93 @@ def test_a_machine_of_another_host_is_read_over_tls(far: Far, vm: LibvirtMachine
     cycle.capture(lambda frozen: vm.write("vda", 0, b"meanwhile" * BLOCK))
     assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
     assert vm.path("vda").parent == vm.path("vdb").parent
-    assert not [p for p in vm.folder.iterdir() if "scratch" in p.name]
+    assert not scratch(vm)
     cycle.capture()
     assert cycle.equal()
     assert len(vm.leftovers()) == 2
+
+
+def test_whoever_looks_while_backups_begin_on_another_host_does_no_harm(far: Far, tmp_path: Path) -> None:
+    """QEMU 7.2 fails an assertion when its nodes are listed while it formats scratch, which ends the guest."""
+    with tempfile.TemporaryDirectory(prefix="hvt-") as folder, contextlib.ExitStack() as leaving:
+        vm = Watched(far.libvirtd, Path(folder))
+        leaving.callback(vm.remove)
+        vm.define().start()
+        begin_while_others_look(vm, far.hypervisor(vm))
+        assert not scratch(vm)
+        assert not pools(far)
+
+
+def test_scratch_on_another_host_is_ours_and_goes_with_its_lease(far: Far, vm: LibvirtMachine) -> None:
+    vm.start()
+    hypervisor = far.hypervisor(vm)
+    [found] = hypervisor.machines()
+    for there in ("no pool", "a pool"):
+        if there == "a pool":
+            target = f"<target><path>{vm.folder}</path></target>"
+            pool = vm.connection.storagePoolCreateXML(f"<pool type='dir'><name>kept</name>{target}</pool>", 0)
+        with hypervisor.snapshot(found, LeaseId("l"), {}, None):
+            assert [p.name.rpartition("-")[2] for p in scratch(vm)] == ["vda.scratch", "vdb.scratch"]
+            assert all(p.stat().st_mode & 0o077 == 0 for p in scratch(vm))
+        assert not scratch(vm)
+        hypervisor.release(found, LeaseId("l"), [])
+        assert not vm.leftovers()
+    assert pools(far) == ["kept"], "a pool that was there stays, and ours do not"
+    pool.destroy()
+
+
+def test_a_host_whose_storage_is_not_for_us_formats_scratch_itself(far: Far, vm: LibvirtMachine) -> None:
+    vm.start()
+    hypervisor = far.hypervisor(vm)
+    [found] = hypervisor.machines()
+    target = f"<target><path>{vm.folder}</path></target>"
+    pool = vm.connection.storagePoolDefineXML(f"<pool type='dir'><name>off</name>{target}</pool>", 0)
+    with hypervisor.snapshot(found, LeaseId("l"), {}, None) as frozen:
+        assert len(frozen.disks) == 2
+        assert scratch(vm)
+    hypervisor.release(found, LeaseId("l"), [])
+    assert not scratch(vm)
+    assert not vm.leftovers()
+    pool.undefine()
+
+
+def test_scratch_on_another_host_goes_when_its_process_dies(far: Far, vm: LibvirtMachine) -> None:
+    vm.start()
+    code = (
+        "import os; from tests.hypervisors.libvirtd import *; from pathlib import Path\n"
+        "from hvbackup.hypervisors.libvirt import *; from hvbackup.model import LeaseId\n"
+        f"h = LibvirtHypervisor(LibvirtUri.parse({far.uri(vm)!r}), {STORE!r}, "
+        f"scratch_dir=Path({str(vm.folder / 's')!r}), runtime=Path({str(vm.folder / 'r')!r}))\n"
+        "f = h.snapshot(h.machines()[0], LeaseId('dead'), {}, None).__enter__()\n"
+        f"assert len(list(Path({str(vm.folder)!r}).glob('*.scratch'))) == 2\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_until(lambda: not scratch(vm))
+    wait_until(lambda: vm.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+    hypervisor = far.hypervisor(vm)
+    hypervisor.release(hypervisor.machines()[0], LeaseId("dead"), [])
+    assert not vm.leftovers()
+
+
+def test_scratch_of_a_machine_that_is_gone_is_removed_with_its_lease(far: Far, vm: LibvirtMachine) -> None:
+    """Machine and watchdog died together, as when both hosts lose their power."""
+    vm.start()
+    hypervisor = far.hypervisor(vm)
+    [found] = hypervisor.machines()
+    watches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LibvirtWatch, "start", lambda self, command, fds=(): watches.append(command))
+        hypervisor.snapshot(found, LeaseId("l"), {}, None).__enter__()
+    assert watches
+    os.kill(vm.qemu_pid(), signal.SIGKILL)
+    wait_until(lambda: not vm.domain.isActive())
+    vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+    assert scratch(vm)
+    hypervisor.release(found, LeaseId("l"), [])
+    assert not scratch(vm)
+    assert not list((vm.folder / "s").iterdir())
 
 
 def test_nobody_reads_without_a_certificate(far: Far, vm: LibvirtMachine, tmp_path: Path) -> None:
