@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from hvbackup import memory
 from hvbackup.errors import HvbackupError, Interrupted
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, DiskId, Instant, Outcome, Token
@@ -148,6 +149,7 @@ class Points:
         assert point is not None  # every other way out of `fold` raises
         removed = self.trim()
         merge(s.store, s.machine.id)
+        memory.give_back()
         return outcome, Folded(point, time.monotonic() - began, removed)
 
     def trim(self) -> int:

@@ -76,7 +76,7 @@ def protecting(session: Session, request: Request, report: OnEvent) -> Iterator[
 
     Raises StoreMissing, KeyRefused, Busy, UsageError, HostUnreachable before anything begins.
     """
-    memory.give_back()
+    memory.keep_little()
     with ExitStack() as stack:
         store = stack.enter_context(session.open())
         store.writing.wait_seconds, store.cache_bytes = WRITING_SECONDS, CACHE_BYTES
