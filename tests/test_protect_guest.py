@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -11,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -29,6 +31,7 @@ from labs.guest import Console, Guest, LabDisk, make_disk, verify_on_host
 from labs.guest_root import add_program, enter
 from tests.hypervisors.daemon import SETTINGS, only
 from tests.protecting import Worker
+from tests.test_stream_kills import StreamWorker
 
 pytestmark = [pytest.mark.real, pytest.mark.guest]
 
@@ -235,25 +238,96 @@ done; } | chroot /root /bin/sqlite3 -batch /root-db/db >/dev/ttyS1 2>&1 & echo s
 """
 
 
+Known = dict[int, tuple[int, int]]  # moment -> transactions that were acknowledged by then, and that may have been made
+
+
+class Acks:
+    """How many transactions had been acknowledged at any time, as seen from outside of the guest while this lasts."""
+
+    LOOK_SECONDS = 0.005
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest, self._stop = guest, threading.Event()
+        self.looks: list[tuple[int, int, int]] = []  # when it began, when it had ended, and what it saw
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Acks:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(120)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.LOOK_SECONDS):
+            began, seen = time.time_ns(), self._guest.acked()
+            self.looks.append((began, time.time_ns(), seen))
+
+    def by(self, t: int) -> int:
+        """So many certainly were at `t`."""
+        return max((seen for _, ended, seen in self.looks if ended <= t), default=0)
+
+    def after(self, t: int) -> int:
+        """No more were at `t`."""
+        return next(seen for began, _, seen in self.looks if began >= t)
+
+    def news(self) -> list[int]:
+        """Times at which one that was just acknowledged was seen."""
+        return [ended for (_, _, old), (_, ended, new) in itertools.pairwise(self.looks) if new > old]
+
+
+def tagged(guest: Guest, worker: Worker, rng: random.Random, count: int) -> Known:
+    """Moments that somebody asks for, now and then."""
+    known = {}
+    for number in range(count):
+        time.sleep(rng.random() * 0.5)
+        before = guest.acked()
+        done = worker.run("tag", "lab", f"moment {number}", "--json")
+        assert done.returncode == 0, done.stderr
+        known[int(json.loads(done.stdout)["seq"])] = (before, guest.acked() + 1)
+    return known
+
+
+def written(history: History, acks: Acks, rng: random.Random, count: int) -> Known:
+    """Of a stream: half at any time, a quarter when an acknowledgement was just seen, and a quarter a write before those."""
+    assert history.last
+    seqs, known = history.moments[0].tolist(), {}
+    news = [t for t in acks.news() if t < history.last.t]
+    seen = rng.sample(news, count // 4)
+    times = [rng.randrange(acks.looks[0][1], news[-1]) for _ in range(count - 2 * len(seen))]
+    for t in [*times, *seen]:
+        moment = history.at(Instant(t))
+        known[moment.seq] = (acks.by(t), acks.after(moment.t) + 1)
+        if t in seen:
+            earlier = history.by_seq(seqs[seqs.index(moment.seq) - 1])
+            known.setdefault(earlier.seq, (acks.by(earlier.t), acks.after(earlier.t) + 1))
+    return known
+
+
 @pytest.mark.timeout(600)
-def test_a_database_opens_at_every_moment_with_exactly_what_was_committed(folder: Path) -> None:
-    prove_database(folder, 12)
+@pytest.mark.parametrize(("stream", "count"), [(False, 12), (True, 50)], ids=["cycles", "stream"])
+def test_a_database_opens_at_every_moment_with_exactly_what_was_committed(
+    folder: Path, stream: bool, count: int
+) -> None:
+    prove_database(folder, count, stream=stream)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_database_at_fifty_moments(folder: Path) -> None:
-    prove_database(folder, 50)
+@pytest.mark.parametrize(("stream", "count"), [(False, 50), (True, 500)], ids=["cycles", "stream"])
+def test_a_database_at_many_moments(folder: Path, stream: bool, count: int) -> None:
+    prove_database(folder, count, stream=stream)
 
 
-def prove_database(folder: Path, count: int) -> None:
+def prove_database(folder: Path, count: int, *, stream: bool) -> None:
     """SQLite with a write-ahead log, on ext4, in a guest: each commit is acknowledged when sqlite3 says so."""
     init(folder / "store", None)
     root = folder / "root"
     add_program(root, Path(program("sqlite3")), "/bin/sqlite3")
     (root / "root-db").mkdir()
     disks = [make_disk(folder / "root.raw", 64 * MiB, "raw", content=root), make_disk(folder / "db.qcow2", SIZE)]
-    rng, known = random.Random(3), {}
+    rng = random.Random(3)
     with Guest(folder / "g", disks) as guest:
         enter(guest, "/dev/vda")
         guest.sh("mount /dev/vdb /root/root-db")
@@ -263,20 +337,22 @@ def prove_database(folder: Path, count: int) -> None:
         guest.acks_path.write_bytes(b"")
         guest.sh(SQL)
         guest.wait_acked(5)
-        worker = Worker(folder, f"qemu:{guest.qmp_path}", name="")
+        worker = (StreamWorker if stream else Worker)(folder, f"qemu:{guest.qmp_path}", name="")
         worker.wait_for("begun")
-        for number in range(count):
-            time.sleep(rng.random() * 0.5)
-            before = guest.acked()
-            done = worker.run("tag", "lab", f"moment {number}", "--json")
-            assert done.returncode == 0, done.stderr
-            known[int(json.loads(done.stdout)["seq"])] = (before, guest.acked())
-        assert worker.end(signal.SIGTERM) == 0
+        with Acks(guest) as acks:
+            known = {} if stream else tagged(guest, worker, rng, count)
+            guest.wait_acked(guest.acked() + (4 * count if stream else 0))
+            assert worker.end(signal.SIGTERM) == 0
+            guest.wait_acked(guest.acked() + 1)
     with Store.open(folder / "store", folder / "state2", []) as store:
         history = History(store, MachineId(guest.uuid))
-        for seq, (low, high) in known.items():
-            assert low <= transactions(folder, history, history.by_seq(seq)) <= high + 1
-    assert len({low for low, _ in known.values()}) > count // 2, "it committed all the time"
+        known = known or written(history, acks, rng, count)
+        held = []
+        for seq, (low, high) in sorted(known.items()):
+            held.append(transactions(folder, history, history.by_seq(seq)))
+            assert low <= held[-1] <= high, seq
+    assert held == sorted(held)
+    assert len(set(held)) > count // 2, "it committed all the time"
 
 
 def transactions(folder: Path, history: History, moment: Moment) -> int:
