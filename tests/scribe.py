@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hvbackup.errors import HostUnreachable
 from hvbackup.nbd.client import NbdClient
@@ -66,6 +67,7 @@ class Scribe:
         self.log: list[tuple[str, int]] = [("", 0)]  # number n is entry n
         self.acked = 0
         self.latencies: list[float] = []
+        self.answered = [0.0]  # when number n was
         self._metronome = Metronome()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -112,23 +114,34 @@ class Scribe:
                 clients.pop(disk, None)
                 self._stop.wait(0.05)
                 continue
+            self.answered.append(time.monotonic())
             self.acked = number
-            self.latencies.append(time.monotonic() - began)
+            self.latencies.append(self.answered[-1] - began)
             due = max(due + 1 / self.rate, began)
             self._stop.wait(max(0.0, due - time.monotonic()))
         for client in clients.values():
             client.close()
 
-    def verify(self, images: Mapping[str, bytes | bytearray]) -> int:
-        """The n of which the images are a prefix; an assertion when there is none."""
-        cells = {disk: np.frombuffer(image, np.uint64).reshape(-1, BLOCK // 8) for disk, image in images.items()}
-        n = max(int(c[:, 0].max()) for c in cells.values())
+    def verify(
+        self, images: Mapping[str, bytes | bytearray], over: Mapping[str, bytes | bytearray] | None = None
+    ) -> int:
+        """The n of which the images are a prefix, on disks that held `over` (else zeroes); an assertion when there is none."""
+        cells = {disk: _cells(image) for disk, image in images.items()}
+        n = max(int(c[self._ours(c), 0].max(initial=0)) for c in cells.values())
         assert n < len(self.log), "a number nobody wrote"
         for disk, c in cells.items():
-            expected = np.zeros(len(c), np.uint64)
-            for number, (where, block) in enumerate(self.log[: n + 1]):
-                if where == disk and number:
-                    expected[block] = number
-            wrong = np.flatnonzero((c != expected[:, None] * self._factors).any(axis=1))
+            last = {block: number for number, (where, block) in enumerate(self.log[: n + 1]) if where == disk}
+            expected = _cells(over[disk]).copy() if over else np.zeros_like(c)
+            expected[list(last)] = np.array(list(last.values()), np.uint64)[:, None] * self._factors
+            wrong = np.flatnonzero((c != expected).any(axis=1))
             assert not len(wrong), f"{disk}: {len(wrong)} blocks are not of the first {n} writes, such as {wrong[:3]}"
         return n
+
+    def _ours(self, cells: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which blocks may be of this scribe: with noise, none of another's are."""
+        ours: NDArray[np.bool_] = cells[:, 1] == cells[:, 0] * self._factors[1]
+        return ours
+
+
+def _cells(image: bytes | bytearray) -> NDArray[np.uint64]:
+    return np.frombuffer(image, np.uint64).reshape(-1, BLOCK // 8)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import pytest
 from hvbackup.config import places
 from hvbackup.errors import JournalGap
 from hvbackup.model import Instant, MiB
+from hvbackup.protect.journaling import STALL_SECONDS
 from hvbackup.store.journal.history import Gap, History, Moment
 from hvbackup.store.store import Store, init
 from hvbackup.target.ring import find
@@ -212,6 +214,7 @@ def test_tests_that_are_killed_leave_no_process_behind(tmp_path: Path) -> None:
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 _NO_LOG_FLUSH = 2
+FSYNC_SECONDS = 0.1  # as `--fsync` says when nothing is said
 
 
 def cut_power(disk: Path) -> None:
@@ -249,8 +252,17 @@ def ring_of(store: Path, machine: str) -> Path:
     return places().rings / f"{name.hexdigest()[:24]}.ring"
 
 
-def power_cut(folder: Path, rng: random.Random) -> int:
-    """One host that loses its power while a guest writes; how many of the answered writes are lost, which were not durable."""
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one power cut has taken."""
+
+    lost: int  # writes that had been answered; none of them was durable
+    seconds: float  # how long ago the oldest of them was, when the power went
+    told_seconds: float  # the longest lag of which the worker had told
+
+
+def power_cut(folder: Path, rng: random.Random) -> Cut:
+    """One host that loses its power while a guest writes, and goes on afterwards."""
     with small_disk(folder, "disk", 1024 * MiB) as disk:
         machine = two_disks(folder, disk.path).start()
         init(disk.path / "store", None)
@@ -263,11 +275,12 @@ def power_cut(folder: Path, rng: random.Random) -> int:
                 path = ring_of(disk.path / "store", source)
                 ring = Durable(path)
                 time.sleep(rng.random())
-                durable, told = ring.number(), [e for e in worker.events if e["event"] == "moment"][-1]
+                durable, told = ring.number(), [e for e in worker.events if e["event"] == "moment"]
                 answered = scribe.acked
                 assert machine.process
                 machine.process.send_signal(signal.SIGSTOP)  # a guest without power sees no error
                 cut_power(disk.path)
+                cut = time.monotonic()
                 ring.close()
                 machine.kill()
                 worker.end(signal.SIGKILL)
@@ -279,20 +292,39 @@ def power_cut(folder: Path, rng: random.Random) -> int:
         try:
             again = StreamWorker(folder, source, environment=kept)
             again.wait_for("begun")
+            with Scribe(machine, SIZES, 600, seed=rng.getrandbits(32), noise=True) as following:
+                following.wait(100)
             assert again.end(signal.SIGTERM) == 0
             with Store.open(disk.path / "store", folder / "state2", []) as store:
                 history = History(store, next(iter(store.points())).machine.id)
                 offered = every_moment(history)
-                assert told["seq"] in {m.seq for m in offered}
+                assert told[-1]["seq"] in {m.seq for m in offered}
                 recorded = scribe.verify(images(history, last_recorded(history)))
                 assert durable <= recorded <= scribe.acked + 1, (durable, recorded, answered)
+                assert_prefixes(history, scribe, following, rng)
                 assert images(history, offered[-1]) == on_disk(disk.path), "whatever the disks have lost"
-                gap = gap_of_the_last_life(history)
-                with pytest.raises(JournalGap):
-                    history.at(Instant((gap.start + gap.end) // 2))
         finally:
             machine.kill()
-        return max(0, answered - recorded)
+        lags = [float(e["lag_seconds"]) for e in told]
+        age = cut - scribe.answered[recorded + 1] if recorded < answered else 0.0
+        assert age < FSYNC_SECONDS + max(STALL_SECONDS, *lags), "nothing was told of a disk that is so slow"
+        return Cut(max(0, answered - recorded), age, max(lags))
+
+
+def assert_prefixes(history: History, scribe: Scribe, following: Scribe, rng: random.Random) -> None:
+    """What is offered from before a cut is so of what was written before, and what is from after it, of that; nothing between."""
+    gap, offered = gap_of_the_last_life(history), every_moment(history)
+    before = rng.sample(old := [m for m in offered if m.t <= gap.start], min(3, len(old)))
+    held = [scribe.verify(images(history, m)) for m in sorted(before, key=lambda m: m.seq)]
+    assert held == sorted(held)
+    new = [m for m in offered if m.t >= gap.end]
+    over = images(history, new[0])
+    picked = sorted([*rng.sample(new, 3), new[-1]], key=lambda m: m.seq)
+    held = [following.verify(images(history, m), over) for m in picked]
+    assert held == sorted(held)
+    assert held[-1] == following.acked
+    with pytest.raises(JournalGap):
+        history.at(Instant((gap.start + gap.end) // 2))
 
 
 def remount(folder: Path, path: Path) -> None:
@@ -307,12 +339,12 @@ def remount(folder: Path, path: Path) -> None:
     subprocess.run(["mount", "-o", "loop", str(again), str(path)], check=True, timeout=120)
 
 
-def power_cuts(count: int, rng: random.Random) -> list[int]:
-    lost = []
+def power_cuts(count: int, rng: random.Random) -> list[Cut]:
+    cuts = []
     for _ in range(count):
         with tempfile.TemporaryDirectory(prefix="hvp-") as name:
-            lost.append(power_cut(Path(name), rng))
-    return lost
+            cuts.append(power_cut(Path(name), rng))
+    return cuts
 
 
 @needs_mount
@@ -325,6 +357,8 @@ def test_power_cuts_take_only_what_was_not_durable() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_power_cuts_take_only_what_was_not_durable() -> None:
-    lost = power_cuts(100, random.Random(random.SystemRandom().getrandbits(32)))
+    seed = random.SystemRandom().getrandbits(32)
+    cuts = power_cuts(100, random.Random(seed))
     FIGURES.mkdir(parents=True, exist_ok=True)
-    (FIGURES / "power-cuts-stream.txt").write_text(f"answered writes lost at each of {len(lost)} power cuts: {lost}\n")
+    lines = [f"{c.lost} answered writes lost, {c.seconds:.3f} s old at most, {c.told_seconds:.3f} s told" for c in cuts]
+    (FIGURES / "power-cuts-stream.txt").write_text("\n".join([f"seed {seed}", *lines, ""]))
