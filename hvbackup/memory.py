@@ -8,6 +8,7 @@ goes back by itself: one small thing that lives on behind all that a fold has us
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 from hvbackup.model import KiB
 
@@ -18,8 +19,7 @@ LARGE_BYTES = 512 * KiB  # buffers at least this large are mapped, and unmapped 
 
 def keep_little() -> None:
     """From now on threads share their arenas, and large buffers are returned when freed; nothing happens without glibc."""
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
+    mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is None:
         return
     for option, value in ((_M_ARENA_MAX, ARENAS), (_M_MMAP_THRESHOLD, LARGE_BYTES), (_M_TRIM_THRESHOLD, LARGE_BYTES)):
@@ -28,6 +28,12 @@ def keep_little() -> None:
 
 def give_back() -> None:
     """Every page that holds nothing is the system's when this returns: after work that needed a lot; likewise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """Loaded once: each time makes classes of its own."""
+    return ctypes.CDLL(None)
