@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
+import socket
 import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +185,23 @@ def test_a_webhook_is_signed_and_one_that_refuses_does_not_stop_the_others() -> 
             hook.send([Message("raised", LATE, Instant(5))])
         assert "secret" not in str(refused.value)
     assert [name for name, _ in failures] == ["dead"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another /dev takes root")
+def test_syslog(tmp_path: Path) -> None:
+    """A line for each, with the priority by which a host sorts them."""
+    code = (
+        "from hvbackup.notify import *\n"
+        f"Syslog().send([Message('raised', {LATE!r}, 0), Message('raised', {FULL!r}, 0), Message('ended', {FULL!r}, 0)])"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        log.settimeout(60)
+        enter = 'mount --bind "$1" /dev; exec "$2" -c "$3"'
+        command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", enter, "-", tmp_path]
+        subprocess.run([*command, sys.executable, code], check=True, timeout=120)
+        lines = [log.recv(2000).decode() for _ in range(3)]
+    assert [line.partition(">")[0] for line in lines] == ["<28", "<26", "<28"], "a daemon's warning, alert, and its end"
+    assert all(" hvbackup[" in line for line in lines)
+    assert f"ALARM (warning) web1: {LATE.text} What to do: {LATE.fix}" in lines[0]
+    assert "OVER (critical) store: 2 % are free" in lines[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ from hvbackup.errors import HvbackupError, UsageError
 SOCKET = "api.sock"  # in the run directory
 START_SECONDS = 30.0
 STOP_SECONDS = 3
+log = logging.getLogger("hvbackup.api")
 
 
 @contextmanager
@@ -41,6 +43,7 @@ def answering(keeper: Keeper) -> Iterator[Desk]:
         listener = network(keeper.settings.service.listen)
         desk.port = listener.getsockname()[1]
         servers.append(_serve(made, listener, _files(keeper)))
+        log.info("API and console: https://%s:%d", *_name(listener))
     try:
         yield desk
     finally:
@@ -66,6 +69,13 @@ class Local:
 def _files(keeper: Keeper) -> tuple[Path, Path]:
     s = keeper.settings.service
     return (Path(s.certificate), Path(s.key)) if s.certificate else tls.certificate(keeper.places.configuration)
+
+
+def _name(listener: socket.socket) -> tuple[str, int]:
+    """Where a browser finds us."""
+    host, port = listener.getsockname()[:2]
+    anywhere = host in ("0.0.0.0", "::")
+    return socket.getfqdn() if anywhere else f"[{host}]" if ":" in host else host, port
 
 
 def local(path: Path) -> socket.socket:

@@ -140,9 +140,9 @@ def duration(seconds: float) -> str:
     return " ".join(f"{n} {unit}" for n, unit in parts[first : first + 2] if n)
 
 
-def count(n: int, noun: str) -> str:
+def count(n: int, noun: str, several: str = "") -> str:
     """`1 disk`, `2 disks`."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    return f"{n} {noun}" if n == 1 else f"{n} {several or noun + 's'}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:

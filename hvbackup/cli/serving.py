@@ -86,7 +86,7 @@ def check(args: argparse.Namespace, out: Out) -> int:
         out.answer({"ok": False, "problems": e.found}, e.found)
         return out.fail(e)
     names = [str(f) for f in configuration.files(folder)]
-    figures = f"{count(len(found.sources), 'source')}, {len(found.policies)} policies"
+    figures = f"{count(len(found.sources), 'source')}, {count(len(found.policies), 'policy', 'policies')}"
     out.answer(
         {"ok": True, "problems": [], "files": names}, [f"{', '.join(names) or 'No file'}: {figures}, no mistakes"]
     )

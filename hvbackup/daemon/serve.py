@@ -57,7 +57,9 @@ def _loop(keeper: Keeper, told: _Told) -> None:
     alive = 0.0
     keeper.refresh()
     systemd.notify("READY=1")
-    log.info("Ready: %d sources, %d policies", len(keeper.settings.sources), len(keeper.settings.policies))
+    log.info("Ready: sources %d, policies %d", len(keeper.settings.sources), len(keeper.settings.policies))
+    if not keeper.settings.sources:
+        log.warning("Nothing is protected: no [source.NAME] in %s", keeper.places.configuration / "config.toml")
     while not told.end:
         if told.reload:
             told.reload = False
@@ -110,3 +112,4 @@ def log_to_stderr() -> None:
     under_systemd = "JOURNAL_STREAM" in os.environ
     handler.setFormatter(_Journal("%(message)s") if under_systemd else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says besides is of itself
