@@ -60,7 +60,7 @@ rpo = "1m"
 keep = {{hourly = 48, daily = 14}}
 [policy.daily]
 machines = ["db*"]
-schedule = "Mon..Fri 22:00"
+schedule = "*-02-29"
 rpo = "80h"
 [store.main]
 check = ""
