@@ -8,12 +8,12 @@ once, when somebody first looks at it.
 from __future__ import annotations
 
 import mmap
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from hvbackup.errors import StoreDamage
@@ -23,7 +23,7 @@ PAGE_BYTES = 64 * 1024
 
 def sums_of(body: bytes | memoryview) -> NDArray[np.uint32]:
     """The checksums of a body, one for each page."""
-    return np.array([zlib.crc32(body[at : at + PAGE_BYTES]) for at in range(0, len(body), PAGE_BYTES)], np.uint32)
+    return np.array([crc32(body[at : at + PAGE_BYTES]) for at in range(0, len(body), PAGE_BYTES)], np.uint32)
 
 
 class Checked:
@@ -36,7 +36,7 @@ class Checked:
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._body = memoryview(self._map)[head : head + size]
         sums = memoryview(self._map)[head + size :]
-        if zlib.crc32(sums) != sums_crc:
+        if crc32(sums) != sums_crc:
             raise self.damaged()
         self._sums = np.frombuffer(sums, np.uint32)
         self._seen = bytearray(len(self._sums))
@@ -50,7 +50,7 @@ class Checked:
         for page in range((start - self._head) // PAGE_BYTES, -(-(end - self._head) // PAGE_BYTES)):
             if not self._seen[page]:
                 at = page * PAGE_BYTES
-                if zlib.crc32(self._body[at : at + PAGE_BYTES]) != int(self._sums[page]):
+                if crc32(self._body[at : at + PAGE_BYTES]) != int(self._sums[page]):
                     raise self.damaged()
                 self._seen[page] = 1
 

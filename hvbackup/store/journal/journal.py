@@ -163,9 +163,10 @@ class LogWriter:
         head = f.FRAME.pack(
             f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, plain, flags, t, time.monotonic_ns()
         )
-        payload: tuple[bytes | bytearray | memoryview, ...] = facts.tobytes(), data
+        rows = facts.tobytes()
+        payload: tuple[bytes | bytearray | memoryview, ...] = rows, data
         if self._cipher:
-            payload = (self._sealed(self._cipher, b"".join(payload), head, stored),)
+            payload = (self._sealed(self._cipher, rows, data, head, stored),)
         elif plain < COPIED_BYTES:
             payload = (b"".join(payload),)
         self._append(f.with_crc(head, *payload), *payload)
@@ -173,14 +174,18 @@ class LogWriter:
         self.next += len(facts)
         return self.next - 1
 
-    def _sealed(self, cipher: AESGCM, plain: bytes, head: bytes, stored: int) -> bytes | memoryview:
-        """Encrypted; small frames into memory that is used again: mapping some anew costs as much as the cipher."""
+    def _sealed(
+        self, cipher: AESGCM, facts: bytes, data: bytes | bytearray | memoryview, head: bytes, stored: int
+    ) -> bytes | memoryview:
+        """Encrypted; small frames in memory that is used again: mapping some anew costs as much as the cipher."""
         nonce, bound = self._ordinal.to_bytes(12, "little"), self._bind + head
         if stored > KEPT_BYTES:
-            return cipher.encrypt(nonce, plain, bound)
-        if len(self._buffer) < stored:
-            self._buffer = bytearray(stored)
-        out = memoryview(self._buffer)[:stored]
+            return cipher.encrypt(nonce, b"".join((facts, data)), bound)
+        size = len(facts) + len(data)
+        if len(self._buffer) < size + stored:
+            self._buffer = bytearray(2 * KEPT_BYTES if stored > COPIED_BYTES else 2 * COPIED_BYTES)
+        plain, out = memoryview(self._buffer)[:size], memoryview(self._buffer)[size:][:stored]
+        plain[: len(facts)], plain[len(facts) :] = facts, data
         cipher.encrypt_into(nonce, plain, bound, out)
         return out
 

@@ -14,13 +14,13 @@ import itertools
 import json
 import os
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from hvbackup.errors import HvbackupError
@@ -201,7 +201,7 @@ class Cache:
                 magic, length, crc = _HEAD.unpack(head[: _HEAD.size])
                 text = head[_HEAD.size : _HEAD.size + length]
                 text += file.read(max(0, length - len(text)))
-            if magic != _MAGIC or zlib.crc32(text) != crc:
+            if magic != _MAGIC or crc32(text) != crc:
                 return None
             value = json.loads(text)
             if value["of"] != of_bytes or value["size"] != size:
@@ -224,7 +224,7 @@ class Cache:
                 at += len(body[-1])
             sums = sums or sums_of(b"".join(body)).tobytes()
             about = {
-                "crc": zlib.crc32(sums),
+                "crc": crc32(sums),
                 "head": head,
                 "body": total,
                 "of": of_bytes,
@@ -236,7 +236,7 @@ class Cache:
             head = -(-(_HEAD.size + len(text) + 64) // _PAGE) * _PAGE
         try:
             with self._state.new() as file:
-                file.write((_HEAD.pack(_MAGIC, len(text), zlib.crc32(text)) + text).ljust(head, b"\0"))
+                file.write((_HEAD.pack(_MAGIC, len(text), crc32(text)) + text).ljust(head, b"\0"))
                 for part in [*body, sums]:
                     file.write(part)
                 file.commit(f"{self._folder}/{name}{SUFFIX}")
