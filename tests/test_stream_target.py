@@ -83,7 +83,11 @@ def test_no_number_is_torn_between_the_two_that_look_at_it(tmp_path: Path) -> No
     ring.close()
 
 
-def test_what_was_answered_is_in_the_ring_in_its_order_round_and_round(target: Target) -> None:
+@pytest.mark.parametrize("looked_at", [5, rings.LOOKED_AT_ROWS])
+def test_what_was_answered_is_in_the_ring_in_its_order_round_and_round(
+    target: Target, monkeypatch: pytest.MonkeyPatch, looked_at: int
+) -> None:
+    monkeypatch.setattr(rings, "LOOKED_AT_ROWS", looked_at)
     rng, written, row, at = random.Random(1), [], 0, 0
     with NbdClient.open(uri(target)) as one, NbdClient.open(uri(target, "vdb")) as two:
         for _ in range(400):

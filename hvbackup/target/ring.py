@@ -59,7 +59,8 @@ _MAGIC = 0x31676E5262766800
 _HEADER_BYTES = 4096
 _ROW_PER_BYTES = 1024  # room for as many rows as there would be writes of this size
 _MADE = struct.Struct("<QQQ16sQ")  # magic, rows_max, data_max, id, pid
-_SMALL_BYTES = 1024  # a batch holds so many rows at most as if each had this much: what waits is looked at once
+_SMALL_BYTES = 1024  # a batch holds so many rows at most as if each had this much
+LOOKED_AT_ROWS = 16384  # at once: what numpy costs a call is more than what it costs a row
 # Which words of 8 bytes of the header are what: 8 of heads and state, two tails, four counters of each disk.
 _PID, _HEADS, _STATE, _WHY_BROKEN, _TAILS, _DISKS = 5, 8, 11, 12, 16, 24
 
@@ -133,20 +134,21 @@ class Ring:
 
     def batches(self, after: int, after_data: int, max_bytes: int, until: int | None = None) -> Iterator[Batch]:
         """What came after these rows and bytes, until now or a row, in pieces of about `max_bytes`.  The tail stays."""
-        end = self.heads.rows if until is None else until
+        end, rows_max = self.heads.rows if until is None else until, max(1, max_bytes // _SMALL_BYTES)
         while after < end:
-            batch = self._batch(after, after_data, end, max_bytes)
-            yield batch
-            after, after_data = batch.row_end, batch.data_end
-
-    def _batch(self, first: int, at: int, until: int, max_bytes: int) -> Batch:
-        rows = self._some_rows(first, min(until - first, self.rows_max, max(1, max_bytes // _SMALL_BYTES)))
-        sizes = np.where(rows["kind"] == DATA, rows["length"], 0).astype(np.int64)
-        ends = np.cumsum(sizes)
-        count = max(1, int(ends.searchsorted(max_bytes, side="right")))
-        rows, total = rows[:count], int(ends[count - 1])
-        rows["pos"] = ends[:count] - sizes[:count]
-        return Batch(rows, self._bytes(at, total), first + count, at + total)
+            rows = self._some_rows(after, min(end - after, self.rows_max, LOOKED_AT_ROWS))
+            sizes = np.where(rows["kind"] == DATA, rows["length"], 0).astype(np.int64)
+            ends = np.cumsum(sizes)
+            starts, first = ends - sizes, 0
+            while first < len(rows):
+                base = int(starts[first])
+                fits = int(ends.searchsorted(base + max_bytes, side="right"))
+                last = max(first + 1, min(fits, first + rows_max, len(rows)))
+                batch, at, total = rows[first:last], after_data + base, int(ends[last - 1]) - base
+                batch["pos"] = starts[first:last] - base
+                yield Batch(batch, self._bytes(at, total), after + last, at + total)
+                first = last
+            after, after_data = after + len(rows), after_data + int(ends[-1])
 
     def _some_rows(self, first: int, count: int) -> Rows:
         """A copy of so many rows, which begin again at the front of the ring when they come to its end."""
