@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,32 @@ def test_each_write_is_a_moment_in_a_log_and_in_a_segment(store: Store, tmp_path
     assert told.stream
     assert told.stream.rows == 50
     rec.close()
+    guest.ring.close()
+
+
+@pytest.mark.timeout(120)  # who waits for a seal here waits for ever
+def test_who_appends_does_not_wait_for_logs_that_wait_to_be_sealed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_empty_point(store, SIZE)
+    monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 16 * KiB)
+    seal, sealing = recorder.seal, threading.Event()
+    monkeypatch.setattr(recorder, "seal", lambda *words: sealing.wait() and seal(*words))
+    guest = Guest(rings.make(tmp_path / "ring", 256 * KiB))
+    rec = Recorder(store, MACHINE, DISKS)
+    rec.begin_stream(guest.ring.id)
+    at = (0, 0)
+    for _ in range(recorder.SEALING_MAX + 5):
+        guest.write(8)
+        at = take(rec, guest.ring, at, each=True)
+    folder = store.ring.machine_name(MACHINE)
+    assert len(journal.list_files(store.files, folder)) == recorder.SEALING_MAX + 1, "the last one grows"
+    last = rec.last
+    assert whole(History(store, MACHINE), last) == guest.images[-1]
+    sealing.set()
+    rec.close()
+    assert whole(History(store, MACHINE), last) == guest.images[-1]
+    assert {n.suffix for n in journal.list_files(store.files, folder)} == {journal.SEGMENT}
     guest.ring.close()
 
 

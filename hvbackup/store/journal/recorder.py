@@ -30,6 +30,9 @@ from hvbackup.store.store import Store
 SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a crash to well under a second
 SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
 SEALING_MAX = 4  # logs that wait to be sealed: each costs a reader as much memory
+LOG_MAX_BYTES = (
+    512 * MiB
+)  # a log grows to this while so many wait: who appends must not wait for them, for the guest does not
 CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 
 
@@ -169,8 +172,15 @@ class Recorder:
         if self._log is None:
             return
         self._log.sync()
-        if self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS:
+        due = self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS
+        if due and (self._log.size >= LOG_MAX_BYTES or not self._is_behind()):
             self.rotate()
+
+    def _is_behind(self) -> bool:
+        """Whether as many logs wait to be sealed as may."""
+        while self._sealing and not self._sealing[0].is_alive():
+            self._sealing.popleft()
+        return len(self._sealing) >= SEALING_MAX
 
     def _clock_step(self, t: Instant) -> dict[str, Any]:
         """What to tell when the wall clock went another way than the monotonic one."""
