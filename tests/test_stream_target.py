@@ -120,6 +120,26 @@ def test_times_never_stand_still(target: Target) -> None:
     assert (np.diff(rows["t"]) > 0).all()
 
 
+def test_it_lets_qemu_go_on_while_many_writes_come_and_comes_at_once_where_few_do(tmp_path: Path) -> None:
+    target = Target([Export("vda", SIZE)], tmp_path / "ring", tmp_path / "t", 32 * MiB)
+    many = b"".join(request(protocol.WRITE, 0, 512, cookie=n) + bytes(512) for n in range(2000))
+    with RawClient(uri(target)) as client:
+        client.open(b"vda")
+        end = time.monotonic() + 60
+        while os.sched_getscheduler(target.pid) != os.SCHED_BATCH:
+            assert time.monotonic() < end
+            client.send(many)
+            for _ in range(2000):
+                assert client.simple()[0] == 0
+            heads = target.ring.heads
+            target.ring.free(heads.rows, heads.data)
+        while os.sched_getscheduler(target.pid) != os.SCHED_OTHER:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert not target.ring.heads.broken
+    target.close()
+
+
 def test_a_full_ring_answers_and_keeps_nothing_more(target: Target) -> None:
     with NbdClient.open(uri(target)) as client:
         for n in range(300):
