@@ -86,9 +86,11 @@ def test_a_machine_of_another_host_is_read_through_ssh(libvirtd: Libvirtd, ssh: 
             )
 
         vm.hypervisor = hypervisor  # type: ignore[method-assign]
-        cycle = Cycle(vm)
+        cycle, seen = Cycle(vm), list[str]()
         vm.write("vda", 0, b"first" * BLOCK)
-        cycle.capture()
+        cycle.capture(lambda _: seen.extend(p.name for p in vm.folder.glob("*.scratch")))
+        assert len(seen) == 2, "scratch is beside the images, written by us"
+        assert not vm.connection.listAllStoragePools(), "through a pool that was there for a moment"
         assert cycle.images.pop("nvram") == (vm.folder / "vars.fd").read_bytes()  # type: ignore[call-overload]
         assert cycle.equal()
         cycle.images["nvram"] = bytearray((vm.folder / "vars.fd").read_bytes())  # type: ignore[index]
