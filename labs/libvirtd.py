@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import libvirt
 
 _START = """\
 set -e
+[ -z "$3" ] || echo "$3" >/proc/sys/kernel/hostname
 while read -r _ _ _ _ where rest; do  # file systems of other tests, which would stay alive here when they are unmounted there
     case "$rest" in *" - "*" /dev/loop"*) case "$where" in "${TMPDIR:-/tmp}"/*) umount -l "$where" || true;; esac;; esac
 done </proc/self/mountinfo
@@ -31,7 +33,7 @@ for group in libvirt-qemu kvm; do grep -q "^$group:" "$1/group" || echo "$group:
 mount --bind "$1/passwd" /etc/passwd; mount --bind "$1/group" /etc/group
 mount --bind "$1/etc" /etc/libvirt; mount --bind "$1/lib" /var/lib/libvirt; mount --bind "$1/run" /run/libvirt
 mount --bind "$1/log" /var/log/libvirt; mount --bind "$2" /var/cache/libvirt
-shift 2
+shift 3
 exec /usr/sbin/libvirtd "$@"
 """
 # Standard input ends when our process does.  What is ended is what a pid file names and still is what it was.
@@ -48,10 +50,13 @@ START_SECONDS = 180.0
 
 
 class Libvirtd:
-    """One daemon."""
+    """One daemon; with a hostname, it takes itself for one of another host."""
 
-    def __init__(self, folder: Path, qemu_conf: str = "", libvirtd_conf: str = "", *options: str) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, qemu_conf: str = "", libvirtd_conf: str = "", *options: str, hostname: str = ""
+    ) -> None:
+        self.folder, self._hostname = folder, hostname
+        libvirtd_conf += f'host_uuid = "{uuid.uuid4()}"\n' if hostname else ""
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -72,9 +77,9 @@ class Libvirtd:
 
     def start(self) -> Libvirtd:
         """It answers when this returns."""
-        command = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "slave"]
+        command = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--uts", "--propagation", "slave"]
         command += ["bash", "-c", _START, "libvirtd"]
-        command += [str(self.folder), str(_cache())]
+        command += [str(self.folder), str(_cache()), self._hostname]
         self._guard = self._guard or subprocess.Popen(
             ["bash", "-c", _GUARD, "libvirtd-guard", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -144,10 +149,10 @@ def _cache() -> Path:
 
 
 @contextlib.contextmanager
-def daemon(*arguments: str) -> Iterator[Libvirtd]:
+def daemon(*arguments: str, hostname: str = "") -> Iterator[Libvirtd]:
     """A daemon for as long as the context lasts."""
     folder = Path(tempfile.mkdtemp(prefix="hvt-lv-"))
-    made = Libvirtd(folder / "d", *arguments)
+    made = Libvirtd(folder / "d", *arguments, hostname=hostname)
     try:
         yield made.start()
     finally:
