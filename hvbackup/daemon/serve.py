@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 
 from hvbackup.config import KeyOptions, Places, private
+from hvbackup.daemon import log as lines
 from hvbackup.daemon import systemd
 from hvbackup.daemon.keeper import Keeper
 from hvbackup.errors import HvbackupError
@@ -32,7 +30,7 @@ def no_front(_: Keeper) -> AbstractContextManager[object]:
 
 def serve(places: Places, keys: KeyOptions, front: Front = no_front) -> None:
     """Keep machines protected until told to end.  Raises Problems in the configuration, Busy when a service runs already."""
-    log_to_stderr()
+    lines.begin()
     private(places.run)
     with Files(places.run).owner("service.lock", "The service of this host"), _signals() as told:
         keeper = Keeper(places, keys)
@@ -92,24 +90,3 @@ def _signals() -> Iterator[_Told]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-class _Journal(logging.Formatter):
-    """Lines that journald files by their priority, with the machine and the run they are about."""
-
-    LEVELS = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = next((p for level, p in self.LEVELS if record.levelno >= level), 7)
-        fields = {k.upper(): v for k in ("machine", "run", "point") if (v := getattr(record, k, ""))}
-        more = f" {json.dumps(fields)}" if fields else ""
-        return f"<{priority}>{super().format(record)}{more}".replace("\n", " ")
-
-
-def log_to_stderr() -> None:
-    """Log lines go to stderr: to journald under systemd, else with the time in front."""
-    handler = logging.StreamHandler(sys.stderr)
-    under_systemd = "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(_Journal("%(message)s") if under_systemd else logging.Formatter("%(asctime)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says besides is of itself
