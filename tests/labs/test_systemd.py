@@ -122,6 +122,9 @@ def test_under_a_systemd(tmp_path: Path) -> None:
         (root / "etc/hvbackup/conf.d/wrong.toml").unlink()
         host.run("systemctl", "reload", "hvbackup")
         assert "The configuration was reloaded" in host.run("journalctl", "-u", "hvbackup")
+        host.wait("a job in the journal", lambda: host.run("journalctl", "-F", "HVBACKUP_RUN").split())
+        run_id = host.run("journalctl", "-F", "HVBACKUP_RUN").split()[0]
+        assert run_id in host.run("journalctl", "-u", "hvbackup", f"HVBACKUP_RUN={run_id}")
 
         extra = root / "etc/systemd/system/hvbackup.service.d/hurry.conf"
         extra.parent.mkdir()
