@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, Route, expect, sync_playwright
 
 from hvbackup import config
 from hvbackup.api import orders
@@ -187,6 +187,13 @@ def enter(page: Page, name: str = "ann") -> None:
     expect(page.get_by_role("heading", level=1)).to_be_visible()
 
 
+def hold_back(page: Page, what: str) -> list[Route]:
+    """Requests for it wait in the list that is returned."""
+    held: list[Route] = []
+    page.route(what, lambda route: held.append(route))  # playwright takes no method of C
+    return held
+
+
 def shot(page: Page, name: str) -> None:
     """For people to look at, where they asked for it."""
     if SHOTS:
@@ -225,9 +232,21 @@ def test_a_person_restores_a_machine_to_a_moment(page: Page, console: Console) -
     page.get_by_role("button", name="hour", exact=True).click()
     shot(page, "machine")
     page.get_by_label("A time to go to").fill("-10s")
-    page.get_by_role("button", name="Go", exact=True).click()
-    expect(page.locator("#detail")).to_contain_text("at risk")
     form = page.locator("form.do[data-action=restore]")
+    before = form.locator("input[name=at]").input_value()
+    held = hold_back(page, "**/at?time=*")
+    page.get_by_role("button", name="Go", exact=True).click()
+    wait(lambda: held or page.wait_for_timeout(50))
+    expect(form.get_by_role("button", name="Restore")).to_be_disabled()
+    assert form.locator("input[name=at]").input_value() == "", (
+        "nobody restores the moment at which the cursor was before"
+    )
+    for answer in held:
+        answer.continue_()
+    page.unroute_all()
+    expect(page.locator("#detail")).to_contain_text("at risk")
+    expect(form.get_by_role("button", name="Restore")).to_be_enabled()
+    assert form.locator("input[name=at]").input_value() != before
     seq = form.locator("input[name=at]").input_value()
     assert seq.startswith("seq:")
     form.get_by_label("To folder").fill("back")

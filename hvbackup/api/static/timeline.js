@@ -115,6 +115,12 @@
   }
   function look(t) {
     cursor = Math.min(Math.max(t, whole.first - pad), end);
+    found = null; // nothing is ordered for a moment at which the cursor is no more
+    asked++;
+    const d = new Date(cursor);
+    title.textContent = `${day(d)} ${clock(d, false)}`;
+    detail.textContent = "…";
+    forms();
     draw();
     clearTimeout(timer);
     timer = setTimeout(async () => {
