@@ -70,7 +70,7 @@ def resumed(setting: Setting, recorder: Recorder, history: History, why: str) ->
         return None
     setting.leases.settle(setting.hypervisor, setting.machine)
     life = _life(setting, recorder, point, tokens, "resumed", last)
-    life.gap = {"from": int(last.t), "why": why}
+    life.gap, recorder.newest = {"from": int(last.t), "why": why}, last
     try:
         _catch_up(life)
     except ContinuityLost:

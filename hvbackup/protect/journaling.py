@@ -19,6 +19,7 @@ from hvbackup.store.journal.recorder import Recorder
 
 STALL_SECONDS = 1.0
 READING_SECONDS = 30.0  # what is read between cycles keeps nobody waiting, and takes as long as a view takes to open
+SEALING_SECONDS = 20.0  # a set that is larger than a log waits as long for earlier ones to be sealed
 QUEUED_BYTES = 8 * MiB  # bounds memory: a cycle reads no faster than the disk writes
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class Journaling:
         self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview
     ) -> None:
         """As of a recorder, later.  Raises JournalStalled, and what an earlier call has led to."""
+        self._until_sealed()
         self._put(lambda: self.recorder.write(disk, t, extents, data), len(data))
 
     def zero(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]]) -> None:
@@ -86,6 +88,14 @@ class Journaling:
             self._queue.append((work, size))
             self._queued_bytes += size
             self._changed.notify_all()
+
+    def _until_sealed(self) -> None:
+        """No log that ends has to wait for others, which takes longer than any write."""
+        end = time.monotonic() + SEALING_SECONDS
+        while self.recorder.must_wait:
+            if time.monotonic() > end:
+                raise JournalStalled(f"The journal's disk has sealed nothing for {SEALING_SECONDS:g} s")
+            time.sleep(STALL_SECONDS / 100)
 
     def _wait(self, seconds: float) -> None:
         """For the other thread to get on.  Raises JournalStalled when what it does takes longer."""

@@ -179,7 +179,7 @@ class History:
         seqs = np.concatenate([none, *(run.summary.seqs() for run in self.runs)])
         times = np.maximum.accumulate(np.concatenate([none, *(run.summary.times() for run in self.runs)]))
         sure = np.ones(len(seqs), np.bool_)
-        for doubt in self.told.doubts:
+        for doubt in self.told.withheld:
             sure &= (seqs <= doubt.after) | (seqs > doubt.until)
         return seqs[sure], times[sure]
 
@@ -196,7 +196,7 @@ class History:
 
     def doubt_of(self, seq: int) -> Doubt | None:
         """Why a moment is not offered although it was recorded."""
-        return next((d for d in self.told.doubts if d.holds(seq)), None)
+        return next((d for d in self.told.withheld if d.holds(seq)), None)
 
     def _sure(self, found: Moment | None) -> Moment | None:
         """The moment itself, or the newest one before it that is in no doubt."""

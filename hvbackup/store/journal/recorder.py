@@ -4,6 +4,11 @@
 that was replaced and does not know it is fenced off.  Facts are appended in sets, a barrier closes a set, and only then is there
 a new moment; of the writes of a stream each is one.  A log is sealed when it is old or large enough; sealing runs on a thread
 of its own.
+
+A set may be larger than a log: what changed while the first point of a large machine was made, say.  Then the log ends within the
+set, with a barrier that says so and is no moment (`part`), and the set goes on in the next one.  So nobody, who writes, seals or
+reads, ever holds more than one log in memory.  Should we die, what was written of the set stays, and does no harm: the next life
+goes on from the moment before it, and whatever it reads lies over it.
 """
 
 from __future__ import annotations
@@ -24,16 +29,18 @@ from hvbackup.store.journal import journal
 from hvbackup.store.journal.history import FANOUT, History
 from hvbackup.store.journal.journal import FOLDER, LOG, Facts, LogWriter, Name
 from hvbackup.store.journal.segment import write_segment
-from hvbackup.store.journal.told import Doubt, carried
+from hvbackup.store.journal.told import Doubt, Moment, carried
 from hvbackup.store.store import Store
 
 SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a crash to well under a second
 SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
+FLUSH_BYTES = 16 * MiB  # of a set are on their way to the disk at most: a barrier has no more to wait for
 SEALING_MAX = 4  # logs that wait to be sealed: each costs a reader as much memory
 LOG_MAX_BYTES = (
     512 * MiB
 )  # a log grows to this while so many wait: who appends must not wait for them, for the guest does not
 CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
+GOES_ON = "a set that is larger than a file of the journal goes on in the next one"
 
 
 def settle(store: Store, machine: MachineId) -> None:
@@ -68,11 +75,13 @@ class Recorder:
         # One number is left out: the point that a new life begins with takes it, and no moment before has it.
         self._next = (self._end(names[-1]) if names else 0) + 1
         self.doubts: list[Doubt] = []  # repeated at the head of each file
+        self.newest = Moment(self._next - 1, Instant(0))  # what a set follows; whoever knows the moment says which
         self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
         self.clock_stepped = False  # the wall clock jumped in this epoch: ages mean nothing until somebody confirms it
         self._clock: tuple[int, int] | None = None  # wall and monotonic time of the newest barrier
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
+        self._flushed = 0  # bytes of the log
         self._sealing: deque[threading.Thread] = deque()
         self._sealed = 0
         self._position: dict[str, Any] = {}  # how far the ring of a stream has been taken into the journal
@@ -100,14 +109,40 @@ class Recorder:
 
     def _table(self) -> dict[str, Any]:
         disks = [{"number": i, "id": d.id, "size": d.size, "sector": d.sector} for i, d in enumerate(self.disks)]
-        return {"disks": disks, "epoch": self.epoch, **carried(self.doubts), **self._carried, **self._streamed()}
+        # Nothing is told of a ring before its writes are moments: whoever finds it would take them for some.
+        stream = {**self._carried, **self._streamed()} if self._carried else {}
+        return {"disks": disks, "epoch": self.epoch, **carried(self.doubts), **stream}
 
     def _open(self, t: Instant) -> LogWriter:
         if self._log is None:
             self._log = LogWriter(self._store.files, self._store.ring, self._folder, self.epoch, self._next)
-            self._began = t
+            self._began, self._flushed = t, 0
             self._log.note(t, self._table(), barrier=False)
         return self._log
+
+    def _in_set(self, t: Instant) -> LogWriter:
+        """Where the next facts of a set go."""
+        log = self._open(t)
+        if log.size >= LOG_MAX_BYTES or (log.size >= SEGMENT_MAX_BYTES and not self._is_behind()):
+            self._part(log, t)
+            return self._open(t)
+        if log.size - self._flushed >= FLUSH_BYTES:
+            log.sync()
+            self._flushed = log.size
+        return log
+
+    def _part(self, log: LogWriter, t: Instant) -> None:
+        """The log ends here, and the set does not."""
+        doubt = {"after": self.newest.seq, "start": int(self.newest.t), "why": GOES_ON}
+        log.note(t, {"part": True, "doubt": doubt}, barrier=True)
+        log.sync()
+        self.rotate()
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether whoever appends to a set had better wait until a log is sealed.  From any thread."""
+        log, waiting = self._log, sum(thread.is_alive() for thread in tuple(self._sealing))
+        return log is not None and log.size >= LOG_MAX_BYTES // 2 and waiting >= SEALING_MAX
 
     def write(
         self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview
@@ -118,7 +153,7 @@ class Recorder:
         facts["t"], facts["disk"], facts["kind"] = t, self._numbers[disk], f.FACT_DATA
         facts["offset"], facts["length"] = rows[:, 0], rows[:, 1]
         facts["pos"] = np.cumsum(rows[:, 1]) - rows[:, 1]
-        self._open(t).append(facts, data, t, barrier=False)
+        self._in_set(t).append(facts, data, t, barrier=False)
 
     def zero(self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]]) -> None:
         """Facts of one set: these extents (offset, length) read as zeroes."""
@@ -126,7 +161,7 @@ class Recorder:
         facts["t"], facts["disk"], facts["kind"] = t, self._numbers[disk], f.FACT_ZERO
         rows = np.array(extents, np.uint64).reshape(-1, 2)
         facts["offset"], facts["length"] = rows[:, 0], rows[:, 1]
-        self._open(t).append(facts, b"", t, barrier=False)
+        self._in_set(t).append(facts, b"", t, barrier=False)
 
     def barrier(self, t: Instant, tokens: Mapping[DiskId, Token], **more: Any) -> int:
         """The set is closed: its state is a durable moment when this returns the moment's sequence number.
@@ -140,6 +175,7 @@ class Recorder:
         value = {**named, **self._clock_step(t), **self._streamed(), **more}
         seq = self._open(t).note(t, value, barrier=True)
         self.sync(t)
+        self.newest = Moment(seq, t)
         return seq
 
     # -- streams -----------------------------------------------------------------------------------------------------------
@@ -158,11 +194,14 @@ class Recorder:
         Else they are part of a set.  Returns the sequence number of the last one.
         """
         t = Instant(int(facts["t"][-1]))
-        log = self._open(t)
+        log = self._open(t) if each else self._in_set(t)
         if each and (step := self._clock_step(t)):
             log.note(t, step, barrier=True)
         self._position["rows"] += len(facts)
-        return log.append(facts, data, t, barrier=each, each=each)
+        seq = log.append(facts, data, t, barrier=each, each=each)
+        if each:
+            self.newest = Moment(seq, t)
+        return seq
 
     def _streamed(self) -> dict[str, Any]:
         return {"stream": dict(self._position)} if self._position else {}
@@ -172,6 +211,7 @@ class Recorder:
         if self._log is None:
             return
         self._log.sync()
+        self._flushed = self._log.size
         due = self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS
         if due and (self._log.size >= LOG_MAX_BYTES or not self._is_behind()):
             self.rotate()

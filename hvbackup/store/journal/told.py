@@ -91,6 +91,7 @@ class Told:
     clocks: list[ClockStep] = field(default_factory=list)
     commons: list[Common] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
+    parts: list[Doubt] = field(default_factory=list)  # barriers within a set, which end a file and are no moments
     good: Moment | None = None  # the newest moment at which the tracker's word was tested
     tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
     tokens_seq: int = -1
@@ -108,7 +109,11 @@ class Told:
         if "sampled" in value or "base" in value:
             self.good = Moment(seq, Instant(t))
         if doubt := value.get("doubt"):
-            self._doubt(Doubt(**{"until": seq, "end": t, **doubt}))
+            found = Doubt(**{"until": seq, "end": t, **doubt})
+            if value.get("part"):
+                self._part(found)
+            else:
+                self._doubt(found)
         if gap := value.get("gap"):
             self._gap(Gap(Instant(gap["from"]), Instant(gap.get("to", t)), gap["why"]))
         if mark := value.get("mark"):
@@ -134,6 +139,12 @@ class Told:
         self.commons = [c for c in self.commons if not doubt.holds(c.seq)]
         self._gap(Gap(doubt.start, Instant(doubt.end + 1), doubt.why))
 
+    def _part(self, part: Doubt) -> None:
+        """One that follows the same moment as the last one does says more of the same set."""
+        if self.parts and self.parts[-1].after == part.after:
+            self.parts.pop()
+        self.parts.append(part)
+
     def _gap(self, gap: Gap) -> None:
         """One that begins where the last one does says more of the same."""
         if self.gaps and self.gaps[-1].start == gap.start:
@@ -143,6 +154,11 @@ class Told:
     def consistency(self, seq: int) -> Consistency:
         """How much the guest knew of a moment."""
         return next((Consistency(m.consistency) for m in self.marks if m.seq == seq), Consistency.CRASH)
+
+    @property
+    def withheld(self) -> list[Doubt]:
+        """Barriers that are not offered."""
+        return [*self.doubts, *self.parts]
 
     @property
     def distrusted(self) -> bool:
