@@ -86,6 +86,7 @@ class Options:
     source: str = ""  # how to reach the hypervisor again, for the lease
     consistency: Consistency | None = None  # the least wanted; None: the best there is
     name: str = ""  # what people call the machine, if not what the platform says
+    fine: bool = False  # many small sets follow: checkpoints are to be as fine as the platform can
     full: bool = False  # read and compare everything, whatever the tracker says
     sample_blocks: int = SAMPLE_BLOCKS
     seq: int | None = None  # of the machine's journal: every fact up to this one is in the point, and none after it
@@ -137,7 +138,7 @@ def _captured(
     try:
         parent = store.parent(machine.id, writer)
         since = {} if parent is None or options.full else {d.disk.id: d.token for d in parent.disks if d.token}
-        with hypervisor.snapshot(machine, lease.id, since, options.consistency) as frozen:
+        with hypervisor.snapshot(machine, lease.id, since, options.consistency, fine=options.fine) as frozen:
             _stood_still(frozen, parent if options.consistency is None else None, outcome)
             roots = take_in(store, writer, frozen, parent, since, options, outcome, lambda: leases.renew(lease))
         t = _after(parent, frozen.t, outcome)

@@ -222,13 +222,22 @@ class Hypervisor(Protocol):
         """Every machine this source can see.  Raises HostUnreachable."""
 
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> AbstractContextManager[Frozen]:
         """Freeze all disks of the machine at one moment.
 
         Leaving the context ends the frozen view; checkpoints stay until `release`.  CRASH leaves the guest alone, FILESYSTEM
         and APPLICATION are the least wanted, None is the best that works: where a guest can't be frozen the point says so in
-        a note.  A frozen guest goes on before this returns.  Raises HostUnreachable, Busy, NotFound, UsageError.
+        a note.  A frozen guest goes on before this returns.  `fine`: checkpoints are to tell writes of a few KiB apart, where the
+        platform can; a plain backup, which reads whole blocks of a store anyway, needs no such.
+
+        Raises HostUnreachable, Busy, NotFound, UsageError.
         """
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:

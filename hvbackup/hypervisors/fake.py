@@ -42,6 +42,7 @@ from hvbackup.model import (
 )
 
 TOKEN_KIND = "fake-checkpoint"
+FINE = 4 * KiB  # grain of a fine checkpoint
 
 Action = BaseException | Callable[[], object]
 
@@ -68,6 +69,7 @@ class Tracking(enum.Enum):
 @dataclass(slots=True)
 class _Checkpoint:
     size: int
+    grain: int
     dirty: NDArray[np.bool_]
     inconsistent: bool = False
 
@@ -94,14 +96,14 @@ class FakeDisk:
             raise ValueError(f"Write past the end of a disk of {self.size} bytes")
         self.content[offset : offset + len(data)] = data
         self._mark(offset, len(data))
-        self._allocated[self._cells(offset, len(data))] = True
+        self._allocated[_cells(offset, len(data), self.grain)] = True
 
     def discard(self, offset: int, length: int) -> None:
         """The guest discards: the bytes read as zero, and whole grains are no longer allocated."""
         self.content[offset : offset + length] = bytes(length)
         self._mark(offset, length)
         for start, count in extents.shrink(extents.spans([(offset, length)]), self.grain, self.size).tolist():
-            self._allocated[self._cells(start, count)] = False
+            self._allocated[_cells(start, count, self.grain)] = False
 
     def resize(self, size: int) -> None:
         """The administrator resizes; trackers do not record the new tail as changed, as real ones don't."""
@@ -109,7 +111,7 @@ class FakeDisk:
         self.size = size
         self._allocated = _resized(self._allocated, self._grains())
         for checkpoint in self.checkpoints.values():
-            checkpoint.dirty = _resized(checkpoint.dirty, self._grains())
+            checkpoint.dirty = _resized(checkpoint.dirty, -(-size // checkpoint.grain))
 
     def lose_tracking(self) -> None:
         """A new life that remembers no checkpoint."""
@@ -120,9 +122,10 @@ class FakeDisk:
         for checkpoint in self.checkpoints.values():
             checkpoint.inconsistent = True
 
-    def begin_checkpoint(self, name: str) -> None:
-        """Record changes under this name from now on."""
-        self.checkpoints[name] = _Checkpoint(self.size, np.zeros(self._grains(), np.bool_))
+    def begin_checkpoint(self, name: str, grain: int | None = None) -> None:
+        """Record changes under this name from now on, in grains of so many bytes."""
+        grain = grain or self.grain
+        self.checkpoints[name] = _Checkpoint(self.size, grain, np.zeros(-(-self.size // grain), np.bool_))
 
     def allocated(self) -> Spans:
         """What has ever been written and not discarded, in whole grains."""
@@ -132,13 +135,10 @@ class FakeDisk:
         if self.tracking is not Tracking.HONEST:
             return
         for checkpoint in self.checkpoints.values():
-            checkpoint.dirty[self._cells(offset, length)] = True
+            checkpoint.dirty[_cells(offset, length, checkpoint.grain)] = True
 
     def _grains(self) -> int:
         return -(-self.size // self.grain)
-
-    def _cells(self, offset: int, length: int) -> slice:
-        return slice(offset // self.grain, -(-(offset + length) // self.grain) if length else offset // self.grain)
 
 
 @dataclass(slots=True)
@@ -223,12 +223,18 @@ class FakeHypervisor:
 
     @contextmanager
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> Generator[FakeFrozen]:
         found = self._wanted(machine, consistency)
         self.reached("snapshot")
         with self._lock:
-            frozen = self._freeze(found, lease, since, consistency)
+            frozen = self._freeze(found, lease, since, consistency, FINE if fine else None)
         try:
             yield frozen
         except (Killed, GeneratorExit):  # dead, or dropped without leaving
@@ -263,12 +269,17 @@ class FakeHypervisor:
         return found
 
     def _freeze(
-        self, found: FakeMachine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None = None
+        self,
+        found: FakeMachine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        wanted: Consistency | None = None,
+        grain: int | None = None,
     ) -> FakeFrozen:
         name = f"{self._prefix}safe-{next(self._unique)}"
         asked = since if self.order is Order.AT_START else None
         frozen = FakeFrozen(self, found, Instant(self._clock()), wanted)
-        frozen.disks = [FakeFrozenDisk(frozen, DiskId(i), disk, name, asked) for i, disk in found.disks.items()]
+        frozen.disks = [FakeFrozenDisk(frozen, DiskId(i), disk, name, asked, grain) for i, disk in found.disks.items()]
         self.open_snapshots[found.id, lease] = frozen
         return frozen
 
@@ -309,7 +320,13 @@ class FakeFrozenDisk:
     """One disk at the moment of the snapshot: a copy of everything that matters."""
 
     def __init__(
-        self, frozen: FakeFrozen, disk_id: DiskId, live: FakeDisk, name: str, asked: Mapping[DiskId, Token] | None
+        self,
+        frozen: FakeFrozen,
+        disk_id: DiskId,
+        live: FakeDisk,
+        name: str,
+        asked: Mapping[DiskId, Token] | None,
+        grain: int | None = None,
     ) -> None:
         self.frozen = frozen
         self.disk = Disk(disk_id, live.size, live.sector, f"fake:{frozen.machine.id}/{disk_id}")
@@ -319,10 +336,10 @@ class FakeFrozenDisk:
         self._bound = asked is not None
         self._asked = asked.get(disk_id) if asked is not None else None
         self._past = {
-            n: (c.size, _spans_of(c.dirty, live.grain, live.size), c.inconsistent) for n, c in live.checkpoints.items()
+            n: (c.size, _spans_of(c.dirty, c.grain, live.size), c.inconsistent) for n, c in live.checkpoints.items()
         }
         if live.tracking is not Tracking.ABSENT:
-            live.begin_checkpoint(name)
+            live.begin_checkpoint(name, grain)
             self.token = Token(TOKEN_KIND, name, f"size={live.size}")
 
     def changes(self, since: Token | None) -> Changes:
@@ -374,6 +391,10 @@ class FakeReader:
 
     def close(self) -> None:
         self._closed = True
+
+
+def _cells(offset: int, length: int, grain: int) -> slice:
+    return slice(offset // grain, -(-(offset + length) // grain) if length else offset // grain)
 
 
 def _spans_of(cells: NDArray[np.bool_], grain: int, size: int) -> Spans:

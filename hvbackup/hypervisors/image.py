@@ -61,7 +61,13 @@ class ImageSource:
 
     @contextmanager
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> Generator[ImageFrozen]:
         if consistency not in (None, Consistency.CRASH):
             raise UsageError(

@@ -114,9 +114,15 @@ class LibvirtHypervisor:
         return [machine for machine in seen if machine is not None]
 
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> AbstractContextManager[LibvirtFrozen]:
-        return _Snapshot(self, machine, lease, since, consistency)
+        return _Snapshot(self, machine, lease, since, consistency, fine)
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
         room = self._room()
@@ -125,8 +131,10 @@ class LibvirtHypervisor:
         try:
             domain = self.domain(machine)
             if domain.active():
-                self._release_cycles(room, domain, [f for f in folders if libvirt_cycles.left_over(f)], lease, keeping)
-                Pull(room, domain, machine).release(room.prefix(lease), folders, keeping)
+                pull = Pull(room, domain, machine)
+                pull.end_job(room.prefix(lease))
+                self._release_cycles(room, domain, [f for f in folders if room.is_marked(f)], lease, keeping)
+                pull.release(folders, keeping)
             else:
                 for folder in folders:
                     qemunbd.release(room.base, folder.name)
@@ -183,14 +191,15 @@ class LibvirtHypervisor:
         return domain
 
     def begin(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None, fine: bool
     ) -> LibvirtFrozen:
         """The moment, for `_Snapshot`."""
         domain, room = self.domain(machine), self._room()
         seen = self.look(domain)
         room.refuse_second(machine)
         if seen.active:
-            return Pull(room, domain, machine).begin(seen, lease, since, wanted)
+            record = libvirt_cycles.record if fine and self.where.local else None
+            return Pull(room, domain, machine, record).begin(seen, lease, since, wanted)
         return libvirt_rest.begin(room, seen, lease, since, wanted)
 
     def look(self, domain: Domain) -> Seen:
@@ -237,8 +246,9 @@ class _Snapshot(AbstractContextManager[LibvirtFrozen]):
         lease: LeaseId,
         since: Mapping[DiskId, Token],
         wanted: Consistency | None,
+        fine: bool,
     ) -> None:
-        self._begin: Callable[[], LibvirtFrozen] = lambda: hypervisor.begin(machine, lease, since, wanted)
+        self._begin: Callable[[], LibvirtFrozen] = lambda: hypervisor.begin(machine, lease, since, wanted, fine)
         self._frozen: LibvirtFrozen | None = None
 
     def __enter__(self) -> LibvirtFrozen:

@@ -47,10 +47,9 @@ from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting, seats_of
 from hvbackup.hypervisors.qemu_graph import BlockGraph, Drive
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND
-from hvbackup.hypervisors.qmp import Peer, Qmp
+from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.model import Disk, DiskId, LeaseId, Machine, Token
 
-MARKER = "through-qmp"  # in the folder of a lease
 _START_SECONDS = 20.0
 _REPLY_SECONDS = 30.0
 
@@ -200,7 +199,7 @@ def prepare(
             "Convert them, or protect the others with --disk"
         )
     room.make(folder)
-    (folder / MARKER).touch(0o600)
+    room.mark(folder)
     monitor = Monitor(domain, names.folder(seen.machine.id))
     try:
         with monitor.connect() as qmp:
@@ -228,6 +227,21 @@ def prepare(
         lambda disk: lineages[disk.id].life(disk.size),
     )  # fmt: skip
     return Prepared(setting, monitor, drives, server, lineages)
+
+
+def record(room: Room, domain: Domain, seen: Seen, folder: Path, checkpoint: str, targets: Collection[str]) -> bool:
+    """Whether a fine checkpoint of these disks records from here on; libvirt knows nothing of it until it is told."""
+    room.mark(folder)
+    monitor = Monitor(domain, f"{folder.name}-fine")
+    try:
+        with monitor.connect() as qmp:
+            drives = [drive for drive in drives_of(qmp, seen) if drive.disk.id in targets]
+            qmp.command("transaction", actions=qemu_fleece.recording(drives, checkpoint))
+    except CommandRefused:
+        return False  # libvirt's own is better than none
+    finally:
+        monitor.close()
+    return True
 
 
 def drives_of(qmp: Qmp, seen: Seen) -> Sequence[Drive]:
@@ -278,8 +292,3 @@ def release(
             qemu_fleece.remove_folders(qmp, folders)
     finally:
         monitor.close()
-
-
-def left_over(folder: Path) -> bool:
-    """Whether a lease had cycles, which may have left something inside QEMU."""
-    return (folder / MARKER).exists()

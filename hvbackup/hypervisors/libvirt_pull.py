@@ -6,6 +6,9 @@
     3 the job has begun              job, scratch, the new checkpoint          the watchdog ends both; release
     4 the job has ended              the new checkpoint, a folder              release
 
+Where many small sets follow, the checkpoint is a fine one that QEMU is given by itself, a moment before the job: what it names is
+more than what changed since, never less.  libvirt's own would have the grain of the image's clusters.
+
 libvirt knows checkpoints by names and bitmaps by checkpoints.  Where it lost one (a transient domain, a daemon without its state,
 a machine that was off and backed up from its images), the bitmap is still in the image: our token names it, libvirt is told of it
 again, and looks whether it is there and whole.  What it can't find is compared.
@@ -90,6 +93,7 @@ class _Ask:
     since: Mapping[DiskId, Token]
     checkpoint: str
     doubts: dict[str, str]
+    recording: bool = False  # the checkpoint is there already
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -102,11 +106,15 @@ class _Ask:
         return "" if self.doubts[target] else self.since[DiskId(target)].value
 
 
+Record = Callable[[Room, Domain, Seen, Path, str, Collection[str]], bool]
+
+
 class Pull:
     """Snapshots of one running domain."""
 
-    def __init__(self, room: Room, domain: Domain, machine: Machine) -> None:
-        self._room, self._domain, self._machine = room, domain, machine
+    def __init__(self, room: Room, domain: Domain, machine: Machine, record: Record | None = None) -> None:
+        """`record` makes fine checkpoints; None leaves them to libvirt."""
+        self._room, self._domain, self._machine, self._record = room, domain, machine, record
 
     # --- a snapshot begins and ends ------------------------------------------------------------------------------------
 
@@ -142,6 +150,8 @@ class Pull:
         if room.where.local:
             qemu_fleece.refuse_full(opened.folder, room.limits.scratch_reserve_bytes)
         ask = self._ask(seen, since)
+        if self._record and ask.recorded:
+            ask.recording = self._record(room, self._domain, seen, opened.folder, ask.checkpoint, ask.recorded)
         line = open_line(room, opened.folder, names)
         beside: list[FrozenDisk] = []
 
@@ -217,14 +227,15 @@ class Pull:
     def _begin(self, ask: _Ask, opened: _Open, line: Line) -> None:
         """The job runs, and the checkpoint records.  A bitmap that libvirt finds broken is given up, and the disk compared."""
         for _ in range(len(ask.disks) + 2 + PORTS):
+            targets = [] if ask.recording else ask.recorded
             checkpoint = libvirt_xml.checkpoint(
-                ask.checkpoint, ask.recorded, [d.target for d in ask.disks if d.target not in ask.recorded]
+                ask.checkpoint, targets, [d.target for d in ask.disks if d.target not in targets]
             )
             try:
                 wanted = self._wanted(ask, opened)
                 formatted = self._formatted(wanted, opened.folder)
                 backup = libvirt_xml.backup(line.server, wanted, self._skipped)
-                self._domain.begin_backup(backup, checkpoint if ask.recorded else "", formatted=formatted)
+                self._domain.begin_backup(backup, checkpoint if targets else "", formatted=formatted)
             except LibvirtRefused as refused:
                 if not line.another_port(refused.words) and not _given_up(ask, refused):
                     raise self._explained(refused) from refused
@@ -302,9 +313,10 @@ class Pull:
 
     def _end(self, opened: _Open) -> None:
         try:
-            self._end_job(opened.names.prefix)
+            self.end_job(opened.names.prefix)
             libvirt_away.remove(self._domain.host, opened.folder)
-            self._room.remove(opened.folder)
+            if not self._room.is_marked(opened.folder):  # else `release` looks into QEMU first
+                self._room.remove(opened.folder)
         except HostUnreachable:
             opened.watch.abandon()
             raise
@@ -314,7 +326,7 @@ class Pull:
             if opened.line:
                 opened.line.close()
 
-    def _end_job(self, prefix: str) -> None:
+    def end_job(self, prefix: str) -> None:
         """No backup with this prefix is open, and the machine runs as it did."""
         with contextlib.suppress(NotFound):  # it is gone, and the job with it
             if self._is_open(prefix):
@@ -329,9 +341,8 @@ class Pull:
 
     # --- release -------------------------------------------------------------------------------------------------------
 
-    def release(self, prefix: str, folders: Sequence[Path], keeping: Collection[str]) -> None:
-        """What `Hypervisor.release` promises, of a running domain."""
-        self._end_job(prefix)
+    def release(self, folders: Sequence[Path], keeping: Collection[str]) -> None:
+        """What `Hypervisor.release` promises, of a running domain whose job has ended."""
         for folder in filter(qemu_freeze.left_over, folders):
             libvirt_freeze.thaw(self._domain, folder, self._room.freezing)
         names = self._room.names
@@ -371,7 +382,7 @@ def _given_up(ask: _Ask, refused: LibvirtRefused) -> bool:
                 "the machine was not stopped cleanly, or its disk was replaced"
             )
         return bool(trusted)
-    if ask.recorded and ("bitmap" in refused.words or "qcow2 v2" in refused.words):
+    if ask.recorded and not ask.recording and ("bitmap" in refused.words or "qcow2 v2" in refused.words):
         ask.notes.append(f"Changes can't be recorded, so the next capture compares every disk: {refused.words}")
         ask.checkpoint = ""
         return True

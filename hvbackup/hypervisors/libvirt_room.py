@@ -20,6 +20,7 @@ from hvbackup.hypervisors.qemu_names import LeaseNames, StoreNames
 from hvbackup.hypervisors.qmp import Peer
 from hvbackup.model import LeaseId, Machine, MachineId
 
+MARKER = "through-qmp"  # in the folder of a lease that made something inside QEMU, of which libvirt knows nothing
 BEGIN_WAIT_SECONDS = 30.0  # for a look, or the beginning of another snapshot
 
 
@@ -65,6 +66,14 @@ class Room:
         if not folder.parent.exists():
             folder.parent.mkdir(parents=True, mode=0o711)
         qemu_server.make_folder(folder, Peer(0, self.uid, self.gid))
+
+    def mark(self, folder: Path) -> None:
+        """What is made from here on may be inside QEMU alone: `release` has to look there."""
+        (folder / MARKER).touch(0o600)
+
+    def is_marked(self, folder: Path) -> bool:
+        """Whether a lease may have left something inside QEMU."""
+        return (folder / MARKER).exists()
 
     def remove(self, folder: Path) -> None:
         """The folder is gone with everything in it."""

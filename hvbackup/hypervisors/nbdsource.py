@@ -60,7 +60,13 @@ class NbdSource:
 
     @contextmanager
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> Generator[NbdFrozen]:
         if consistency not in (None, Consistency.CRASH):
             raise UsageError(

@@ -103,10 +103,17 @@ class QemuHypervisor:
             return [self._look(qmp).machine]
 
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> AbstractContextManager[QemuFrozen]:
         return _Snapshot(
-            lambda: self._begin(machine, lease, since, consistency), lambda f: self._end(f.names, f.folder, f.watch)
+            lambda: self._begin(machine, lease, since, consistency, fine),
+            lambda f: self._end(f.names, f.folder, f.watch),
         )
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:
@@ -170,7 +177,7 @@ class QemuHypervisor:
     # --- a snapshot begins and ends ---------------------------------------------------------------------------------
 
     def _begin(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None
+        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], wanted: Consistency | None, fine: bool
     ) -> QemuFrozen:
         names = self._names.of(lease)
         folder = self._scratch_dir / names.folder(machine.id)
@@ -186,7 +193,7 @@ class QemuHypervisor:
         watch = Watch(self.path, names.prefix, folder, self._settings.scratch_reserve_bytes)
         try:
             with self._connect() as qmp:
-                return self._freeze(qmp, names, folder, seen, since, watch, plan)
+                return self._freeze(qmp, names, folder, seen, since, watch, plan, fine)
         except BaseException:
             self._end(names, folder, watch)
             raise
@@ -200,6 +207,7 @@ class QemuHypervisor:
         since: Mapping[DiskId, Token],
         watch: Watch,
         plan: qemu_freeze.Plan,
+        fine: bool,
     ) -> QemuFrozen:
         qemu_fleece.refuse_full(folder, self._settings.scratch_reserve_bytes)
         for index, drive in enumerate(seen.drives):
@@ -209,9 +217,9 @@ class QemuHypervisor:
         server = qemu_server.start(qmp, folder, seen.line, self._names)
         checkpoint = self._names.new_checkpoint()
         # All writes in flight are waited for, on every disk.
-        seconds = self._settings.settle_seconds
+        seconds, grain = self._settings.settle_seconds, qemu_fleece.FINE_BYTES if fine else qemu_fleece.GRAIN_BYTES
         moment = qemu_freeze.moment(
-            plan, folder, lambda: qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint, seconds)
+            plan, folder, lambda: qemu_fleece.freeze(qmp, names, seen.drives, old, checkpoint, seconds, grain)
         )
         notes = [*seen.notes, *moment.notes]
         # Labelled when it is certain to be over: nothing the guest wrote after `t` is in it.

@@ -36,7 +36,6 @@ from hvbackup.model import (
     Disk,
     DiskId,
     Instant,
-    KiB,
     Machine,
     MachineConfig,
     Token,
@@ -44,7 +43,7 @@ from hvbackup.model import (
 from hvbackup.nbd.client import NbdClient
 from hvbackup.nbd.uri import NbdUri
 
-GRAIN_BYTES = 4 * KiB
+GRAIN_BYTES = qemu_fleece.FINE_BYTES
 _DIRTY = 1
 
 

@@ -28,7 +28,8 @@ from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
 from hvbackup.hypervisors.qmp import CommandRefused, Qmp
 from hvbackup.model import DiskId, KiB
 
-GRAIN_BYTES = 64 * KiB  # of a checkpoint: the block of a store, so a finer one would read nothing less
+GRAIN_BYTES = 64 * KiB  # of a checkpoint for backups: the block of a store, so a finer one would read nothing less
+FINE_BYTES = 4 * KiB  # for cycles and streams, which read what has changed and no more
 _POLL_SECONDS = 0.01
 
 Action = Mapping[str, Any]
@@ -70,15 +71,20 @@ def freeze(
     since: Mapping[DiskId, Bitmap],
     checkpoint: str,
     seconds: float,
+    grain: int = GRAIN_BYTES,
 ) -> Sequence[str]:
-    """The moment, from which `checkpoint` records.  Returns notes.  Raises Busy when another job holds a disk."""
+    """The moment, from which `checkpoint` records, in grains of so many bytes.  Returns notes.
+
+    Raises Busy when another job holds a disk.
+    """
     persistent = {drive.disk.id for drive in drives if drive.keeps_bitmaps}
     try:
-        qmp.command("transaction", seconds, actions=_actions(names, drives, since, checkpoint, persistent))
+        actions = _actions(names, drives, since, checkpoint, grain, persistent)
+        qmp.command("transaction", seconds, actions=actions)
     except CommandRefused as refused:
         if "persistent" not in refused.reason:
             raise _explained(refused, qmp) from refused
-        qmp.command("transaction", seconds, actions=_actions(names, drives, since, checkpoint, set()))
+        qmp.command("transaction", seconds, actions=_actions(names, drives, since, checkpoint, grain, set()))
         return [f"Checkpoints of this run won't survive a stop of the machine: {refused.reason}"]
     return []
 
@@ -88,13 +94,14 @@ def _actions(
     drives: Sequence[Drive],
     since: Mapping[DiskId, Bitmap],
     checkpoint: str,
+    grain: int,
     persistent: Collection[DiskId],
 ) -> Sequence[Action]:
     actions: list[Action] = []
     for index, drive in enumerate(drives):
         node = drive.node
         stays = drive.disk.id in persistent
-        actions.append(_add(node, checkpoint, GRAIN_BYTES, persistent=stays))
+        actions.append(_add(node, checkpoint, grain, persistent=stays))
         if (old := since.get(drive.disk.id)) is not None:
             actions.append(_add(node, names.merged, old.granularity, disabled=True))
             merge = {"node": node, "target": names.merged, "bitmaps": [old.name]}
@@ -103,6 +110,11 @@ def _actions(
         # A job that broke off stays to be seen: `auto-dismiss` would let it vanish like one that never was.
         actions.append({"type": "blockdev-backup", "data": {**backup, "auto-dismiss": False}})
     return actions
+
+
+def recording(drives: Sequence[Drive], checkpoint: str) -> Sequence[Action]:
+    """A fine checkpoint of these disks, and nothing else."""
+    return [_add(drive.node, checkpoint, FINE_BYTES, persistent=drive.keeps_bitmaps) for drive in drives]
 
 
 def _add(node: str, name: str, granularity: int, **flags: bool) -> Action:

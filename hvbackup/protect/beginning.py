@@ -96,7 +96,8 @@ def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
     """A life that begins with a point, which compares what it must."""
     told, last = (history := History(setting.store, setting.machine.id)).told, history.last
     with setting.writing:
-        options = replace(setting.options, seq=recorder.last, full=setting.options.full or told.distrusted)
+        full = setting.options.full or told.distrusted
+        options = replace(setting.options, seq=recorder.last, full=full, fine=True)
         outcome = capture(setting.store, setting.hypervisor, setting.machine, options)
     point = outcome.point
     assert point is not None  # every other way out of `capture` raises

@@ -44,9 +44,15 @@ class ChosenDisks:
 
     @contextmanager
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> Iterator[Frozen]:
-        with self._whole.snapshot(machine, lease, since, consistency) as frozen:
+        with self._whole.snapshot(machine, lease, since, consistency, fine=fine) as frozen:
             chosen = replace(frozen.machine, disks=self._chosen(frozen.machine))
             left_out = [d.disk.id for d in frozen.disks if d.disk.id not in self._disks]
             notes = [*frozen.notes, *(f"Disk {disk} was left out, as asked" for disk in left_out)]

@@ -161,13 +161,19 @@ class HookedHypervisor:
 
     @contextmanager
     def snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> Iterator[Frozen]:
         self._ours.add(lease)
         with contextlib.ExitStack() as stack:
             notes: list[str] = []
             with self._around(machine, lease, notes):
-                frozen = stack.enter_context(self.whole.snapshot(machine, lease, since, consistency))
+                frozen = stack.enter_context(self.whole.snapshot(machine, lease, since, consistency, fine=fine))
             yield cast(Frozen, _Noted(frozen, notes)) if notes else frozen
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:

@@ -72,10 +72,10 @@ class Cycle:
         [machine] = self.rig.hypervisor().machines()
         return machine
 
-    def capture(self, during: Callable[[Frozen], object] = lambda frozen: None) -> None:
-        """One whole capture, committed."""
+    def capture(self, during: Callable[[Frozen], object] = lambda frozen: None, *, fine: bool = False) -> None:
+        """One whole capture, committed; `fine`: as for a protection."""
         hypervisor, machine, lease = self.rig.hypervisor(), self.machine(), self.lease()
-        with hypervisor.snapshot(machine, lease, self.tokens, None) as frozen:
+        with hypervisor.snapshot(machine, lease, self.tokens, None, fine=fine) as frozen:
             during(frozen)
             images = {disk.disk.id: self.fold(disk) for disk in frozen.disks}
             tokens = {disk.disk.id: disk.token for disk in frozen.disks if disk.token is not None}

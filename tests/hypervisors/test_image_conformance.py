@@ -27,8 +27,8 @@ SIZES = {"vda": 32 * BLOCK, "vdb": 17 * BLOCK + 512}  # the second ends inside a
 class UndyingSource(ImageSource):
     """Snapshots that are dropped without leaving stay open, as those of a process that was stopped; see `abandon`."""
 
-    def snapshot(self, *arguments: Any) -> AbstractContextManager[ImageFrozen]:
-        context = super().snapshot(*arguments)
+    def snapshot(self, *arguments: Any, **more: Any) -> AbstractContextManager[ImageFrozen]:
+        context = super().snapshot(*arguments, **more)
         UndyingSource.kept.append(context)
         return context
 

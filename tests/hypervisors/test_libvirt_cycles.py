@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hvbackup.errors import HostUnreachable, UsageError
+from hvbackup import extents
+from hvbackup.errors import HostUnreachable, ReadFailed, UsageError
 from hvbackup.hypervisors.qemu_names import StoreNames
 from hvbackup.model import Continuity, DiskId, LeaseId
 from labs.libvirtd import Libvirtd
@@ -61,6 +62,33 @@ def test_points_and_moments_follow_one_another(vm: LibvirtMachine) -> None:
     cycle.capture()  # by libvirt's own means again
     assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
     assert cycle.equal()
+    assert len(vm.leftovers()) == len(vm.disks)
+
+
+def test_a_point_for_a_protection_has_a_fine_checkpoint_that_libvirt_is_told_of(vm: LibvirtMachine) -> None:
+    cycle, hypervisor = Cycle(vm), vm.hypervisor()
+    vm.write("vda", 0, b"point" * BLOCK)
+    cycle.capture(fine=True)
+    names = {t.value for t in cycle.tokens.values()}
+    assert len(vm.leftovers()) == len(vm.disks)
+    for number in range(3):
+        vm.write("vda", number * BLOCK, b"%d" % number * 4096)
+    [found] = hypervisor.machines()
+    cycles = hypervisor.cycles(found, LeaseId("cycles"))
+    cycles.keep(list(cycle.tokens.values()))
+    with cycles.snapshot(cycle.tokens) as frozen:
+        changed = {d.disk.id: extents.total(d.changes(cycle.tokens[d.disk.id]).data) for d in frozen.disks}
+    assert changed == {"vda": 3 * 4096, "vdb": 0}
+    cycles.close()
+    assert {c.getName() for c in vm.domain.listAllCheckpoints()} == names
+    cycle.capture()  # by libvirt's own means, since that checkpoint
+    assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
+    assert cycle.equal()
+    assert len(vm.leftovers()) == len(vm.disks)
+    with pytest.raises(ReadFailed), hypervisor.snapshot(found, LeaseId("broken"), cycle.tokens, None, fine=True):
+        raise ReadFailed("a disk is bad")
+    assert len(vm.leftovers()) == 2 * len(vm.disks) + 1, "with its folder, until it is released"
+    hypervisor.release(found, LeaseId("broken"), list(cycle.tokens.values()))
     assert len(vm.leftovers()) == len(vm.disks)
 
 

@@ -44,16 +44,22 @@ class Script:
         with self.rig.run_begins():
             return self.inner.machines()
 
-    def snapshot(self, *arguments: Any) -> AbstractContextManager[Frozen]:
-        context = self._snapshot(*arguments)
+    def snapshot(self, *arguments: Any, **more: Any) -> AbstractContextManager[Frozen]:
+        context = self._snapshot(*arguments, **more)
         self.rig.kept.append(context)
         return context
 
     @contextmanager
     def _snapshot(
-        self, machine: Machine, lease: LeaseId, since: Mapping[DiskId, Token], consistency: Consistency | None
+        self,
+        machine: Machine,
+        lease: LeaseId,
+        since: Mapping[DiskId, Token],
+        consistency: Consistency | None,
+        *,
+        fine: bool = False,
     ) -> Generator[Frozen]:
-        with self.rig.run_begins(), self.inner.snapshot(machine, lease, since, consistency) as frozen:
+        with self.rig.run_begins(), self.inner.snapshot(machine, lease, since, consistency, fine=fine) as frozen:
             yield frozen
 
     def release(self, machine: Machine, lease: LeaseId | None, keep: Collection[Token]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import ClassVar
 import pytest
 
 from hvbackup.hypervisors.qemu import QemuHypervisor
+from hvbackup.model import Continuity, DiskId
 from hvbackup.nbd.client import NbdClient
-from tests.hypervisors.conformance import BLOCK, Conformance
+from tests.hypervisors.conformance import BLOCK, Conformance, Cycle
 from tests.hypervisors.daemon import Daemon, make_image, node
 
 pytestmark = pytest.mark.real
@@ -91,6 +93,21 @@ class Daemons(Conformance):
         rig = DaemonRig(tmp_path, self.DRIVERS)
         yield rig
         rig.close()
+
+    def test_a_fine_checkpoint_tells_small_writes_apart(self, rig: DaemonRig) -> None:
+        cycle, grains = Cycle(rig), []
+        rig.write("vda", 0, b"first" * 100_000)
+        for fine in (True, False, True):
+            for offset in (0, 5 * 4096, 20 * 4096):
+                rig.write("vda", offset, os.urandom(4096))
+            cycle.capture(fine=fine)
+            assert cycle.equal()
+            [name] = {t.value for t in cycle.tokens.values()}
+            grains.append({rig.daemon.bitmaps(disk)[name]["granularity"] for disk in rig.disks})
+            if grains[1:]:
+                assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
+                assert cycle.read[DiskId("vda")] == (3 * 4096 if not fine else 2 * 65536)
+        assert grains == [{4096}, {65536}, {4096}]
 
 
 class TestQcow2(Daemons):
