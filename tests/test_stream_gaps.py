@@ -11,13 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hvbackup.errors import JournalGap, NotFound
-from hvbackup.model import Instant, MachineId, MiB
+from hvbackup import copying
+from hvbackup.errors import HostUnreachable, JournalGap, NotFound
+from hvbackup.model import Instant, KiB, MachineId, MiB
 from hvbackup.protect import cycles, streaming
 from hvbackup.protect.events import Begun, Cycle, Event, Trouble
+from hvbackup.protect.streaming import StreamLife
+from hvbackup.store.journal import recorder
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store
@@ -30,11 +34,9 @@ __all__ = ["daemon", "store"]
 pytestmark = pytest.mark.real
 
 UNARMED = "the stream was not armed yet"
-SLOW, FAST = (
-    40,
-    1500,
-)  # writes a second: a capture's own checkpoint has a grain of 64 KiB, and these disks have 192 of those
+SLOW, FAST = 40, 1500  # writes a second
 MORE = "more than the journal takes at once"
+TOO_MUCH = "writes too much for its journal"
 
 
 def kept_out_of(history: History, after: Instant, until: Instant) -> list[str]:
@@ -115,7 +117,7 @@ def test_more_than_a_journal_takes_at_once_is_held_by_a_point(
 def test_what_changes_while_the_point_is_made_may_be_too_much_as_well(
     daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A point each time, an alarm each time, and a gap between any two of them, until the rest is small enough."""
+    """Where there is no room: a point each time, an alarm each time, and a gap between any two of them, until there is."""
     events, again = list[Event](), list[Event]()
     with Scribe(daemon, SIZES, SLOW) as scribe:
         with Running(protection_of(store, daemon, rhythm(tmp_path), events), events) as made:
@@ -123,12 +125,12 @@ def test_what_changes_while_the_point_is_made_may_be_too_much_as_well(
         machine = made.protection.setting.machine.id
         last, points = History(store, machine).last, len(list(store.points(machine)))
         assert last
-        monkeypatch.setattr(streaming, "SET_MAX_BYTES", 0)
+        monkeypatch.setattr(streaming.taking, "limit", lambda *_, **__: 0)
 
         def report(event: Event) -> None:
             again.append(event)
             if sum(isinstance(e, Trouble) for e in again) == 2:
-                monkeypatch.setattr(streaming, "SET_MAX_BYTES", 256 * MiB)
+                monkeypatch.undo()
 
         protection = protection_of(store, daemon, rhythm(tmp_path))
         protection.setting.report = report
@@ -136,13 +138,13 @@ def test_what_changes_while_the_point_is_made_may_be_too_much_as_well(
             scribe.wait(scribe.acked + 40)
             scribe.stop()
         scribe.assert_never_stalled(1.0)
-    assert troubles(made).count(MORE) == 2
+    assert troubles(made).count(MORE) + troubles(made).count(TOO_MUCH) == 2
     assert len(list(store.points(machine))) == points + 2
     history = verified(store, machine, scribe, tmp_path)
     [begun] = [e for e in again if isinstance(e, Begun)]
     told = kept_out_of(history, last.t, begun.moment.t)
     assert told[0] == "protection was not running"
-    assert [MORE in why for why in told[1:]] == [True, True]
+    assert [MORE in why or TOO_MUCH in why for why in told[1:]] == [True, True]
     for point in sorted(store.points(machine), key=lambda p: p.seq or 0)[-2:]:
         assert point.seq is not None
         made_of = next(m for m in every_moment(history) if m.seq > point.seq)
@@ -166,4 +168,50 @@ def test_a_burst_that_is_larger_than_the_budget_is_no_gap(daemon: Daemon, store:
     life.close()
     history = History(store, machine)
     assert images(history, every_moment(history)[-1]) == on_disk(tmp_path)
+    assert not daemon.leftovers()
+
+
+def test_a_closing_set_that_broke_off_between_two_files_leaves_no_moment(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does what its ring holds, which nothing can be laid under."""
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    machine = protection.setting.machine.id
+    begun(protection).close()
+    last, append, calls = History(store, machine).last, StreamLife._append, 0
+    assert last
+
+    def breaks_off(life: StreamLife, *more: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            scribe.wait(scribe.acked + 50)  # the ring has something
+            raise HostUnreachable("as if it had been killed")
+        append(life, *more)
+
+    def keep_ring(life: StreamLife) -> None:
+        assert life.target
+        life.target.close(keep_ring=True)
+
+    with Scribe(daemon, SIZES, FAST) as scribe:
+        scribe.wait(1000)
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder, "SEGMENT_MAX_BYTES", 256 * KiB)
+            patch.setattr(copying, "PIECE_BYTES", 64 * KiB)
+            patch.setattr(StreamLife, "_append", breaks_off)
+            patch.setattr(StreamLife, "_end_target", keep_ring)
+            with pytest.raises(HostUnreachable):
+                begun(protection)
+        assert list((tmp_path / "rings").glob("*.ring"))
+        history = History(store, machine)
+        assert len(history.told.parts) == 1
+        assert history.last == last
+        life = begun(protection)
+        assert life.how == "resumed"
+        scribe.wait(scribe.acked + 50)
+        scribe.stop()
+        life.close()
+    between = [m for m in every_moment(History(store, machine)) if last.seq < m.seq < life.newest.seq]
+    assert between, "single writes"
+    verified(store, machine, scribe, tmp_path)
     assert not daemon.leftovers()

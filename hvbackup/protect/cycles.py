@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from hvbackup import extents
-from hvbackup.copying import copy
+from hvbackup.capture import Progress
+from hvbackup.copying import copy, portions
 from hvbackup.errors import StoreDamage
 from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Seat
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
-from hvbackup.protect import marks
+from hvbackup.protect import marks, taking
 from hvbackup.protect.events import ContinuityLost, Cycle, JournalStalled, TrackerLied
 from hvbackup.protect.journaling import READING_SECONDS, Journaling
 from hvbackup.protect.meeting import MachineSeat
@@ -37,8 +38,9 @@ from hvbackup.protect.setting import Setting
 from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.journal.recorder import Recorder
 
-SET_MAX_BYTES = 1024 * MiB  # a larger set of changes makes a point at once: it would not fit a segment
+SET_MAX_BYTES = 1024 * MiB  # of a usual set
 STRETCH_SECONDS = 30  # and no further than this, or each set of changes would be larger than the one before
+RENEW_SECONDS = 60.0  # between two looks at the lease within a set
 BUSY_SHARE = (
     0.2  # the part of the time a machine may spend frozen: a longer cycle stretches the interval, for the guest's sake
 )
@@ -57,7 +59,7 @@ class OneByOne:
         if seat:
             seat.leave("its platform can't hold it still")
         wanted = None if freeze else Consistency.CRASH
-        return self._hypervisor.snapshot(self._machine, self._lease, since, wanted)
+        return self._hypervisor.snapshot(self._machine, self._lease, since, wanted, fine=True)
 
     def keep(self, tokens: Collection[Token]) -> None:
         """Release everything else."""
@@ -95,6 +97,8 @@ class CycleLife:
     frozen: int = field(
         default_factory=time.monotonic_ns
     )  # when the guest took part in a moment last, by the monotonic clock
+    _sets: int = 0  # so many are closed
+    _renewed: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.cycles.keep(self._kept())  # also where the first moment fails, and nothing else would ever be said
@@ -175,7 +179,8 @@ class CycleLife:
             moment = Moment(self.journaling.call(lambda: self.recorder.barrier(t, tokens, **told)), t)
         lag = time.monotonic() - caught
         self.told_gap, self.gap = gap or self.told_gap, None
-        self.tokens, self.newest = tokens, moment
+        self.tokens, self.newest, self.setting.left = tokens, moment, None
+        self._sets += 1
         for mark in fitting:
             mark.put_on(moment)
             if mark.point:
@@ -208,22 +213,38 @@ class CycleLife:
         """What changed of each disk."""
         found = [self._changes(disk) for disk in frozen.disks]
         total = sum(extents.total(changes.data) for changes in found)
-        room = self.journaling.call(self.setting.room) if self.gap else SET_MAX_BYTES
-        if total > min(SET_MAX_BYTES, room):
-            raise ContinuityLost(f"{total} bytes changed, more than the journal takes at once")
+        gap = bool(self.gap)
+        room = self.journaling.call(self.setting.room) if gap or total > SET_MAX_BYTES else total
+        if total > taking.limit(room, SET_MAX_BYTES, gap=gap):
+            taking.refuse(self.setting, total, room, behind_point=self.how == "captured" and not self._sets)
         if {d.disk.id for d in frozen.disks} != set(self.tokens):
             raise ContinuityLost(f"The disks of machine {self.setting.machine.name} are others than before")
         return found
 
     def _append(self, frozen: Frozen, found: Sequence[Changes]) -> int:
         """Append what changed of every disk; how many bytes were read."""
+        done, total = 0, sum(extents.total(changes.data) for changes in found)
         for disk, changes in zip(frozen.disks, found, strict=True):
             if len(changes.zero):
                 self.journaling.zero(disk.disk.id, frozen.t, [(a, b) for a, b in changes.zero.tolist()])
-            if len(changes.data):
-                with contextlib.closing(disk.open()) as reader:
-                    copy(self.journaling, disk.disk.id, frozen.t, reader, changes.data, self.setting.options.pace)
-        return sum(extents.total(changes.data) for changes in found)
+            if not len(changes.data):
+                continue
+            with contextlib.closing(disk.open()) as reader:
+                for runs in portions(changes.data):
+                    copy(
+                        self.journaling, disk.disk.id, frozen.t, reader, extents.spans(runs), self.setting.options.pace
+                    )
+                    done += sum(length for _, length in runs)
+                    if total > SET_MAX_BYTES:
+                        self._go_on(Progress(disk.disk.id, done, total))
+        return total
+
+    def _go_on(self, progress: Progress) -> None:
+        """A set that takes long ends early when it is not wanted any more, and keeps its lease.  Raises Interrupted."""
+        self.setting.options.progress(progress)
+        if time.monotonic() - self._renewed >= RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            self.lease = self.journaling.call(lambda: self.setting.leases.renew(self.lease))
 
     def _changes(self, disk: FrozenDisk) -> Changes:
         changes = disk.changes(self.tokens.get(disk.disk.id))

@@ -94,6 +94,10 @@ class ContinuityLost(HvbackupError):
     """The hypervisor can't say any more what changed since the last barrier; a new life compares the disks."""
 
 
+class TooBusy(ContinuityLost):
+    """The machine writes more while a point is made than its journal has room for, and another point leaves no less."""
+
+
 class JournalStalled(HvbackupError):
     """The journal's disk does not answer in time: a machine is never kept waiting for it, so nothing is recorded."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
 from hvbackup.model import SECOND, Consistency, Machine
 from hvbackup.protect import beginning
-from hvbackup.protect.events import ContinuityLost, Event, JournalStalled, Paused, Rhythm, Trouble
+from hvbackup.protect.events import ContinuityLost, Event, JournalStalled, Paused, Rhythm, TooBusy, Trouble
 from hvbackup.protect.life import Life
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.meeting import Meeting
@@ -24,6 +25,7 @@ from hvbackup.store.shelves.pauses import Pause
 from hvbackup.store.store import Store
 
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
+IDLE_TIMES = 4  # as long as an attempt took a machine is left alone that writes too much for its journal
 LOOK_SECONDS = 1.0  # for the end of a pause
 
 
@@ -102,6 +104,7 @@ class Protection:
         """Protect until told to end.  Raises UsageError; whatever may pass by itself is waited for."""
         why = "protection was not running"
         while not self._ended.is_set():
+            began = time.monotonic()
             try:
                 why = self._wait_while_paused() or why
                 if not self._ended.is_set():
@@ -111,18 +114,25 @@ class Protection:
                 continue  # told to end, or to pause
             except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled, StoreDamage) as e:
                 why = str(e)
-                self._retry(e)
+                self._retry(e, time.monotonic() - began)
             finally:
                 self._living = self._begun = False
 
-    def _retry(self, trouble: HvbackupError) -> None:
-        """Wait until a new life is worth an attempt."""
-        seconds = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
+    def _retry(self, trouble: HvbackupError, took: float) -> None:
+        """Wait until a new life is worth an attempt, after one that took so many seconds."""
+        seconds: float = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
+        if isinstance(trouble, TooBusy):
+            seconds = max(seconds, min(IDLE_TIMES * took, self.setting.rhythm.fold_every_ns / SECOND))
         self._failures += 1
         self._living = self._begun = False
         if not isinstance(trouble, JournalStalled):
             self.setting.report(Trouble(trouble, seconds))
-        self._ended.wait(seconds)
+        if isinstance(trouble, TooBusy):
+            self._wake.clear()
+            if not self._ended.is_set():
+                self._wake.wait(seconds)  # a mark or a backup that is wanted is a reason to try
+        else:
+            self._ended.wait(seconds)
 
     def _wait_while_paused(self) -> str:
         """No pause lasts when this returns why the machine was left alone; empty where it was not."""

@@ -32,6 +32,7 @@ class Setting:
     leases: Leases
     marks: Marks = field(default_factory=Marks)
     seat: MachineSeat | None = None  # the next moment is to be one with other machines
+    left: int | None = None  # bytes that changed behind the newest point, where the journal had no room for them
     clock_stepped: bool = False  # since we run: ages mean nothing until somebody starts us again
 
     def take_seat(self) -> MachineSeat | None:

@@ -22,17 +22,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvbackup import extents
+from hvbackup.capture import Progress
 from hvbackup.copying import copy, portions
 from hvbackup.errors import StreamBroken, StreamBypassed
 from hvbackup.hypervisors import FrozenDisk, Reader, Stream
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, KiB, MiB, RecoveryPoint, Token
 from hvbackup.processes import be_prompt, give_way
-from hvbackup.protect import marks
+from hvbackup.protect import marks, taking
 from hvbackup.protect.events import ContinuityLost, JournalStalled, Streamed, Trouble
 from hvbackup.protect.journaling import STALL_SECONDS
 from hvbackup.protect.looks import Look, Looks
@@ -44,7 +45,7 @@ from hvbackup.store.journal.history import Moment
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target.process import Export, Target
 
-SET_MAX_BYTES = 256 * MiB  # a larger closing set makes a point at once, so that the next one is smaller
+SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = (
     384 * KiB
 )  # taken out of the ring at a time: small enough to stay in the cache of the processor on its way
@@ -109,7 +110,7 @@ class StreamLife:
         gap = {"to": int(t), **self.gap} if self.gap else None
         seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
-        self.told_gap, self._closed = gap or self.told_gap, True
+        self.told_gap, self._closed, self.setting.left = gap or self.told_gap, True, None
         self._looks = Looks(self.stream, self._arrived)
         self.stream.keep(self._kept())
 
@@ -151,20 +152,29 @@ class StreamLife:
         """What changed until the stream was armed, read while it runs; how many bytes."""
         found = [(disk, self._changes(disk)) for disk in live]
         total = sum(extents.total(spans) for _, spans in found)
-        room = self.setting.room() if self.how == "resumed" else SET_MAX_BYTES  # another point would change little
-        if total > min(SET_MAX_BYTES, room):
-            raise ContinuityLost(f"{total} bytes changed, more than the journal takes at once")
+        captured, room, done = self.how == "captured", self.setting.room(), 0
+        limit = taking.limit(room, SET_MAX_BYTES, gap=not captured)
+
+        def admit(arrived: int) -> None:
+            if total + arrived > limit:
+                taking.refuse(self.setting, total + arrived, room, behind_point=captured)
+
+        admit(0)
         for disk, spans in found:
             if len(spans):
                 with contextlib.closing(disk.open()) as reader:
-                    self._append(target, disk.disk.id, reader, spans)
+                    for runs in portions(spans):
+                        self._append(target, disk.disk.id, reader, runs)
+                        admit(self._data if captured else 0)
+                        done += sum(length for _, length in runs)
+                        self.setting.options.progress(Progress(disk.disk.id, done, total))
+                        self.lease = self.setting.leases.renew(self.lease)
         return total
 
-    def _append(self, target: Target, disk: DiskId, reader: Reader, spans: extents.Spans) -> None:
-        for runs in portions(spans):
-            self._take(target, each=False)  # what is read next may be newer than this, and never older
-            self._look_at_target(target)
-            copy(self.recorder, disk, Instant(self.setting.options.clock()), reader, extents.spans(runs))
+    def _append(self, target: Target, disk: DiskId, reader: Reader, runs: Sequence[tuple[int, int]]) -> None:
+        self._take(target, each=False)  # what is read next may be newer than this, and never older
+        self._look_at_target(target)
+        copy(self.recorder, disk, Instant(self.setting.options.clock()), reader, extents.spans(runs))
 
     def _changes(self, disk: FrozenDisk) -> extents.Spans:
         changes = disk.changes(self.tokens.get(disk.disk.id))

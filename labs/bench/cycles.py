@@ -127,7 +127,7 @@ def protected(folder: Path, monitor: Path, client: NbdClient, every: str, rate: 
     events: list[dict[str, Any]] = [json.loads(worker.stdout.readline())]
     reader = threading.Thread(target=lambda: events.extend(json.loads(line) for line in worker.stdout or ()))
     reader.start()
-    time.sleep(2.5)  # the first cycles read what the base's coarser bitmap says
+    time.sleep(2.5)  # the first cycle reads what was written while the point was made
     first = len(events)
     with Load(client, rate) as load:
         time.sleep(seconds)
