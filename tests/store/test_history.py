@@ -199,6 +199,7 @@ def test_merged_tables_say_the_same_as_their_segments(store: Store, seed: int, m
     monkeypatch.setattr(history_, "LEVELS", (4, 2))
     monkeypatch.setattr(tables, "MERGED_AT_ONCE", 3)
     monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 1)
+    monkeypatch.setattr(recorder, "LOG_MAX_BYTES", 1)
     commit_empty_point(store, SIZE)
     images = life(seed, store, 13)
     for _ in range(2):
