@@ -31,6 +31,7 @@ from hvbackup.files import Files
 from hvbackup.model import SECOND, Instant
 from hvbackup.processes import Process, start_detached, started_with
 
+OUT = "out"  # in a job's folder: what its process says, which makes the file
 LOG_BYTES = 64 * 1024  # of a job's log that is shown
 KILL_AFTER_NS = 60 * SECOND  # from the polite end of a cancelled job to the forced one
 KEPT_MAX = 5000  # ended jobs
@@ -143,6 +144,8 @@ class Jobs:
         if job.state is State.RUNNING and process is None:
             found = started_with(str(self.folder(job.id)))
             job = replace(job, process=found[0] if found else None)
+            if not found and not (self.folder(job.id) / OUT).exists():
+                job = replace(job, state=State.QUEUED, began=0)  # who was about to start it was killed before
         return job
 
     def folder(self, job: str) -> Path:
@@ -214,7 +217,7 @@ class Jobs:
     def answer(self, job_id: str) -> Any:
         """What its command answered, or None."""
         try:
-            lines = (self.folder(job_id) / "out").read_bytes().splitlines()
+            lines = (self.folder(job_id) / OUT).read_bytes().splitlines()
             return json.loads(lines[-1]) if lines else None
         except (OSError, ValueError):
             return None
@@ -244,7 +247,7 @@ class Jobs:
         folder = self.folder(job.id)
         argv = [sys.executable, "-m", "hvbackup.cli.job", str(folder)]
         try:
-            process = start_detached(argv, folder / "out", folder / "err", self._environment)
+            process = start_detached(argv, folder / OUT, folder / "err", self._environment)
         except HvbackupError as e:
             return [self._put(replace(job, state=State.FAILED, ended=self._clock(), error=str(e)))]
         self._put(replace(job, process=process))

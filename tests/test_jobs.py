@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def test_a_job_whose_process_was_started_but_not_written_down_is_not_started_twi
     assert again.get(job.id).process == process
     again.cancel(job.id)
     ended(again, job)
+
+
+def test_a_job_that_was_about_to_be_started_is_started(world: World) -> None:
+    """Whoever was to start it was killed once it was written down, and before there was a process."""
+    jobs = jobs_of(world)
+    job = jobs.submit(backup(world))
+    jobs._put(replace(job, state=State.RUNNING, began=1))
+    again = jobs_of(world)
+    assert again.get(job.id).state is State.QUEUED
+    assert ended(again, job).state is State.DONE
+    jobs._put(replace(again.get(job.id), state=State.RUNNING, exit_code=None))
+    (jobs.folder(job.id) / "exit").unlink()
+    assert "killed" in ended(jobs_of(world), job).error, "what had begun is not begun again"
 
 
 def test_a_job_that_was_killed_says_so(world: World) -> None:
