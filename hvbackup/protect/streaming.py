@@ -47,8 +47,8 @@ from hvbackup.target.process import Export, Target
 
 SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = (
-    384 * KiB
-)  # taken out of the ring at a time: small enough to stay in the cache of the processor on its way
+    768 * KiB
+)  # taken out of the ring at a time: small enough for the processor's cache, and a few calls for many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
 IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: it says that we are there
 LEFT_ALONE = "a stream leaves the guest alone"
