@@ -381,8 +381,8 @@ MUTANTS = (
     Mutant(
         "doubts forgotten with the file they were told in",
         "hvbackup/store/journal/recorder.py",
-        ", **carried(self.doubts), **self._carried",
-        ", **self._carried",
+        ", **carried(self.doubts), **stream",
+        ", **stream",
         (f"{PROTECT}test_a_lie_that_a_later_worker_finds_costs_the_same",),
     ),
     Mutant(
@@ -441,7 +441,7 @@ MUTANTS = (
     Mutant(
         "pages of a table believed",
         "hvbackup/store/format/columns.py",
-        "                if zlib.crc32(self._body[at : at + PAGE_BYTES]) != int(self._sums[page]):\n",
+        "                if crc32(self._body[at : at + PAGE_BYTES]) != int(self._sums[page]):\n",
         "                if False:\n",
         ("tests/store/test_columns.py::test_a_flipped_bit_never_gives_a_wrong_answer",),
         quick=True,
