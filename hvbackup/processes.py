@@ -88,12 +88,6 @@ def give_way() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def be_prompt(pid: int) -> None:
-    """A process we have begun is scheduled as any other, whatever `give_way` made of us."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
-
-
 def start_detached(
     argv: Sequence[str], log: Path, errors: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Process:

@@ -32,7 +32,7 @@ from hvbackup.errors import StreamBroken, StreamBypassed
 from hvbackup.hypervisors import FrozenDisk, Reader, Stream
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, KiB, MiB, RecoveryPoint, Token
-from hvbackup.processes import be_prompt, give_way
+from hvbackup.processes import give_way
 from hvbackup.protect import marks, taking
 from hvbackup.protect.events import ContinuityLost, JournalStalled, Streamed, Trouble
 from hvbackup.protect.journaling import STALL_SECONDS
@@ -93,7 +93,6 @@ class StreamLife:
         self.target = target = Target(
             [Export(d.id, d.size) for d in disks], path, self.stream.socket, rhythm.ring_bytes
         )
-        be_prompt(target.pid)  # the guest waits for it, and for nothing here
         give_way()
         self.recorder.begin_stream(target.ring.id)
         self.stream.arm(target.pid, path, self._arrived)

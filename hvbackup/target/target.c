@@ -458,12 +458,12 @@ static void keep_pace(int64_t time)
 {
     static int64_t looked;
     static uint64_t seen;
-    static int many;
+    static int many = -1; /* at first as we were started: our worker gives way to others */
     if (time - looked < LOOK_NS)
         return;
     uint64_t head = atomic_load_explicit(&ring->rows_head, memory_order_relaxed);
     uint64_t rate = (head - seen) * UINT64_C(1000000000) / (uint64_t)(time - looked);
-    int wanted = rate > MANY || (many && rate > FEW);
+    int wanted = rate > MANY || (many > 0 && rate > FEW);
     if (wanted != many)
         (void)sched_setscheduler(0, wanted ? SCHED_BATCH : SCHED_OTHER, &(struct sched_param){0}); /* a container may forbid it */
     looked = time, seen = head, many = wanted;
