@@ -46,9 +46,7 @@ from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target.process import Export, Target
 
 SET_MAX_BYTES = 256 * MiB  # of a usual closing set
-FRAME_BYTES = (
-    768 * KiB
-)  # taken out of the ring at a time: small enough for the processor's cache, and a few calls for many writes
+FRAME_BYTES = 768 * KiB  # taken out of the ring at a time: fits the processor's cache, and is many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
 IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: it says that we are there
 LEFT_ALONE = "a stream leaves the guest alone"

@@ -36,9 +36,7 @@ SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a
 SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
 FLUSH_BYTES = 16 * MiB  # of a set are on their way to the disk at most: a barrier has no more to wait for
 SEALING_MAX = 4  # logs that wait to be sealed: each costs a reader as much memory
-LOG_MAX_BYTES = (
-    512 * MiB
-)  # a log grows to this while so many wait: who appends must not wait for them, for the guest does not
+LOG_MAX_BYTES = 512 * MiB  # a log grows to this while so many wait, for whoever appends must not
 CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 GOES_ON = "a set that is larger than a file of the journal goes on in the next one"
 
