@@ -17,6 +17,7 @@ from typing import Any
 from hvbackup import errors
 from hvbackup.errors import Busy, HvbackupError
 
+ASKED_MAX = 4  # at once: each has a process with DuckDB in it, and holds a thread of the API
 KINDS = {k: v for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, HvbackupError)}
 
 
@@ -30,7 +31,7 @@ class Questions:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, *words: str) -> dict[str, Any]:
-        """What the command answers.  Raises what it failed with; Busy when the service ends."""
+        """What the command answers.  Raises what it failed with; Busy when the service ends, or answers enough others."""
         with self._begun(words) as process:
             try:
                 said, complaint = process.communicate()
@@ -53,6 +54,8 @@ class Questions:
         with self._lock:
             if self._closed:
                 raise Busy("The service is ending; ask again when it is back")
+            if len(self._asked) >= ASKED_MAX:
+                raise Busy(f"The service is answering {ASKED_MAX} other questions; ask again in a moment")
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 env=dict(self.environment),

@@ -15,7 +15,7 @@ import pytest
 
 from hvbackup import config
 from hvbackup.cli import local
-from hvbackup.daemon.questions import Questions
+from hvbackup.daemon.questions import ASKED_MAX, Questions
 from hvbackup.errors import Busy, HvbackupError, UsageError
 from tests.cli.rig import World, make_disk
 from tests.daemon.rig import Served, configure, until
@@ -84,6 +84,26 @@ def test_the_end_leaves_nobody_waiting_and_nothing_running(held: World) -> None:
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(Busy, match="ending"):
         questions.ask("sql", "--", "select 1")
+
+
+def test_more_than_a_few_at_once_are_told_to_wait(held: World) -> None:
+    questions = Questions(held.environment)
+
+    def ask() -> None:
+        with suppress(Busy):
+            questions.ask("sql", "--", "select 1")
+
+    threads = [threading.Thread(target=ask) for _ in range(ASKED_MAX)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(questions._asked) == ASKED_MAX)
+    with pytest.raises(Busy, match="in a moment"):
+        questions.ask("sql", "--", "select 1")
+    assert len(questions._asked) == ASKED_MAX
+    questions.close()
+    for thread in threads:
+        thread.join(30.0)
+        assert not thread.is_alive()
 
 
 @pytest.mark.real
