@@ -221,11 +221,16 @@ class LogFile:
         self._kernel.close(self._fd)
 
 
-class _Handle:
-    """A file open for reading; closed when the last thread that uses it lets go."""
+class Opened:
+    """A file open for reading, also when it has lost its name; closed when the last one that uses it lets go."""
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.fd).st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises OSError."""
+        return os.pread(self.fd, length, offset)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -244,7 +249,7 @@ class Files:
         self._mode = mode
         self.immutable: tuple[str, ...] = ()  # names that begin so are made immutable
         self.open_max = OPEN_FILES_MAX
-        self._handles: OrderedDict[str, _Handle] = OrderedDict()
+        self._handles: OrderedDict[str, Opened] = OrderedDict()
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
@@ -351,28 +356,21 @@ class Files:
             except NotADirectoryError as e:
                 raise FileNotFoundError(e.errno, e.strerror, str(path)) from e
 
-    def read_synced(self, name: str) -> bytes:
-        """What a file that somebody else appends to holds now; it is durable when this returns, whoever wrote it.
+    def open_synced(self, name: str) -> Opened:
+        """A file that somebody else appends to, as it is now; it is durable when this returns, whoever wrote it.
 
         So a reader never shows what a power cut could still take back.  Raises FileNotFoundError, HvbackupError.
         """
-        path = self.path(name)
-        with named_errors("read", path):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                size = os.fstat(fd).st_size
-                with contextlib.suppress(OSError):  # a read-only file system has nothing that is not durable
-                    os.fsync(fd)
-                return os.pread(fd, size, 0)
-            finally:
-                os.close(fd)
+        with named_errors("read", self.path(name)):
+            opened = Opened(self.path(name))
+            with contextlib.suppress(OSError):  # a read-only file system has nothing that is not durable
+                os.fsync(opened.fd)
+            return opened
 
     def read_at(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises FileNotFoundError, HvbackupError."""
         try:
-            # Held by a name of its own: without it another thread's `forget` closes the file under us.
-            handle = self._handle(name)
-            return os.pread(handle.fd, length, offset)
+            return self._handle(name).read_at(offset, length)
         except FileNotFoundError:
             raise
         except OSError as e:
@@ -383,9 +381,9 @@ class Files:
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._handle(name).fd, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def _handle(self, name: str) -> _Handle:
+    def _handle(self, name: str) -> Opened:
         with self._lock:
-            handle = self._handles.pop(name, None) or _Handle(self.path(name))
+            handle = self._handles.pop(name, None) or Opened(self.path(name))
             self._handles[name] = handle
             while len(self._handles) > self.open_max:
                 self._handles.popitem(last=False)

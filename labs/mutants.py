@@ -74,8 +74,8 @@ MUTANTS = (
     Mutant(
         "file closed while another thread reads from it",
         "hvbackup/files.py",
-        "            return os.pread(handle.fd, length, offset)\n",
-        "            fd = handle.fd\n            del handle\n            return os.pread(fd, length, offset)\n",
+        "            return self._handle(name).read_at(offset, length)\n",
+        "            fd = self._handle(name).fd\n            return os.pread(fd, length, offset)\n",
         ("tests/test_files.py::test_a_handle_lives_as_long_as_a_thread_reads_with_it",),
     ),
     Mutant(
@@ -384,6 +384,29 @@ MUTANTS = (
         ", **carried(self.doubts), **stream",
         ", **stream",
         (f"{PROTECT}test_a_lie_that_a_later_worker_finds_costs_the_same",),
+    ),
+    Mutant(
+        "a log that waits to be sealed laid over newer segments",
+        "hvbackup/store/journal/history.py",
+        "        for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):\n",
+        "        runs.sort(key=lambda r: not self._is_whole(r, after, moment))\n"
+        "        for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):\n",
+        ("tests/store/test_sealing.py::test_a_log_before_a_segment_lies_below_it",),
+        quick=True,
+    ),
+    Mutant(
+        "the torn log of a dead writer left as it is",
+        "hvbackup/store/journal/sealing.py",
+        "    if left and left[-1] == names[-1]:\n",
+        "    if False:\n",
+        ("tests/store/test_sealing.py::test_whoever_takes_over_waits_for_the_newest_log_alone",),
+    ),
+    Mutant(
+        "sealing goes on while a guest writes as much as it can",
+        "hvbackup/store/journal/recorder.py",
+        "                self._sealing.rest(CALM_SECONDS)\n",
+        "                pass\n",
+        ("tests/store/test_sealing.py::test_sealing_rests_while_a_guest_writes_as_much_as_it_can",),
     ),
     Mutant(
         "a machine kept frozen while the journal's disk stalls",

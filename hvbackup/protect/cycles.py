@@ -126,10 +126,10 @@ class CycleLife:
     def name_tokens(self) -> None:
         """Every moment does."""
 
-    def close(self) -> None:
+    def close(self, *, seal: bool = True) -> None:
         """The host is clean, and then, however long a point takes that is being made, the journal is sealed."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.recorder.close)
+            stack.callback(self.recorder.close if seal else self.recorder.abandon)
             stack.callback(self.journaling.close)
             stack.callback(self.points.join)
             self.let_go()

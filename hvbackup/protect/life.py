@@ -28,5 +28,8 @@ class Life(Protocol):
         Raises ContinuityLost, HostUnreachable, ReadFailed, SpaceExhausted: then the life is over.
         """
 
-    def close(self) -> None:
-        """The journal is sealed, and nothing of the life is left on the host but what barrier and point name."""
+    def close(self, *, seal: bool = True) -> None:
+        """The journal is sealed, and nothing of the life is left on the host but what barrier and point name.
+
+        Without `seal` the next life finds the journal as it is, and need not wait for that.
+        """

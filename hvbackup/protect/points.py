@@ -116,7 +116,6 @@ class Points:
         """The newest moment ends a segment, so that a point and the facts behind it never share one."""
         life.name_tokens()
         life.recorder.rotate()
-        life.recorder.finish()
         self._set.clock_stepped |= life.recorder.clock_stepped
         self._folded, self.tokens = life.newest.t, list(life.tokens.values())
         return life.newest

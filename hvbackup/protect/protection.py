@@ -166,6 +166,6 @@ class Protection:
             if isinstance(e, JournalStalled):
                 self.setting.report(Trouble(e, 0))  # at once: closing waits for that disk
             with contextlib.suppress(HvbackupError):
-                life.close()
+                life.close(seal=False)
             raise
         life.close()

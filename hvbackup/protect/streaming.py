@@ -136,10 +136,10 @@ class StreamLife:
         finally:
             target.close(keep_ring=kept)
 
-    def close(self) -> None:
-        """The journal is sealed and the host is clean."""
+    def close(self, *, seal: bool = True) -> None:
+        """The host is clean and the journal is sealed."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.recorder.close)
+            stack.callback(self.recorder.close if seal else self.recorder.abandon)
             stack.callback(self.let_go)
             self.points.join()
 

@@ -45,10 +45,10 @@ def commit_empty_point(store: Store, size: int) -> None:
     store.commit(based, store.writer())
 
 
-def life(seed: int, store: Store, sets: int) -> dict[int, bytes]:
+def life(seed: int, store: Store, sets: int, before: bytes = bytes(SIZE)) -> dict[int, bytes]:
     """Random sets of writes and zeroes through a recorder that seals often; moment -> image."""
     rng = random.Random(seed)
-    image = bytearray(SIZE)
+    image = bytearray(before)
     images: dict[int, bytes] = {}
     rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
     for n in range(sets):

@@ -14,7 +14,7 @@ import pytest
 from hvbackup.model import SECOND, Disk, Instant, KiB, Token
 from hvbackup.protect import rings as salvaging
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal import journal, recorder
+from hvbackup.store.journal import journal, recorder, sealing
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import DESCRIPTOR, Store, init
@@ -119,20 +119,21 @@ def test_who_appends_does_not_wait_for_logs_that_wait_to_be_sealed(
 ) -> None:
     commit_empty_point(store, SIZE)
     monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 16 * KiB)
-    seal, sealing = recorder.seal, threading.Event()
-    monkeypatch.setattr(recorder, "seal", lambda *words: sealing.wait() and seal(*words))
+    monkeypatch.setattr(sealing, "WAITING_MAX_BYTES", 64 * KiB)
+    seal, going = sealing.seal, threading.Event()
+    monkeypatch.setattr(sealing, "seal", lambda *words: going.wait() and seal(*words))
     guest = Guest(rings.make(tmp_path / "ring", 256 * KiB))
     rec = Recorder(store, MACHINE, DISKS)
     rec.begin_stream(guest.ring.id)
     at = (0, 0)
-    for _ in range(recorder.SEALING_MAX + 5):
+    for _ in range(7):
         guest.write(8)
         at = take(rec, guest.ring, at, each=True)
     folder = store.ring.machine_name(MACHINE)
-    assert len(journal.list_files(store.files, folder)) == recorder.SEALING_MAX + 1, "the last one grows"
+    assert len(journal.list_files(store.files, folder)) == 2 + 1, "the last one grows"
     last = rec.last
     assert whole(History(store, MACHINE), last) == guest.images[-1]
-    sealing.set()
+    going.set()
     rec.close()
     assert whole(History(store, MACHINE), last) == guest.images[-1]
     assert {n.suffix for n in journal.list_files(store.files, folder)} == {journal.SEGMENT}

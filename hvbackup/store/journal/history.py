@@ -10,8 +10,9 @@ Only what is durable is shown: an open log is fsynced by whoever reads it, befor
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from hvbackup.errors import JournalGap, NotFound, StoreDamage
 from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
+from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, tables
-from hvbackup.store.journal.journal import LOG, Facts, Name
+from hvbackup.store.journal.journal import LOG, Facts, Joining, Name
 from hvbackup.store.journal.layered import Layer, LayeredView
 from hvbackup.store.journal.overlay import Pieces, Table
 from hvbackup.store.journal.segment import PieceCache, Segment, path_of
@@ -68,23 +70,42 @@ class Run(Protocol):
 
 
 class OpenRun:
-    """An open log up to its last barrier, in memory, and durable."""
+    """An open log up to its last barrier, durable.  Its facts are in memory; their bytes are read when they are asked for."""
 
-    def __init__(self, store: Store, machine: str, name: Name) -> None:
-        self.name = name
+    def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
+        self.name, self._pieces = name, pieces
+        self._frames: list[tuple[int, int, int]] = []  # where in the log, first fact, end of its bytes
+        self.facts = np.zeros(0, f.FACT)
         try:
-            log = journal.read_log(store.files, store.ring, machine, name, synced=True)
-            frames = list(journal.up_to_last_barrier(log))
+            self._log = journal.LogReader(store.files, store.ring, machine, name, synced=True)
+            self.facts = self._read()
         except StoreDamage:
-            frames = []  # its header is gone: it offers nothing, and views that would need it are refused
-        self.facts, self._parts = journal.joined_facts(frames), [frame.data for frame in frames]
-        self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+            self._frames.clear()  # its header is gone: it offers nothing, and views that would need it are refused
+        self._ends = [end for _, _, end in self._frames]
+
+    def _read(self) -> Facts:
+        joining, at, good = Joining(), f.HEADER_BYTES, (0, 0)
+        for frame in self._log.frames():
+            joining.add(frame)
+            self._frames.append((at, frame.first, joining.bytes))
+            at = frame.end
+            if frame.barrier:
+                good = len(self._frames), frame.first + len(frame.facts) - self.name.first
+        del self._frames[good[0] :]
+        return joining.facts[: good[1]]
 
     def read(self, pos: int, length: int) -> bytes:
-        """Bytes of facts, by their `pos`; a fact lies in one frame."""
+        """Bytes of facts, by their `pos`; a fact lies in one frame.  Raises StoreDamage."""
         i = bisect.bisect_right(self._ends, pos)
-        at = pos - (self._ends[i] - len(self._parts[i]))
-        return bytes(self._parts[i][at : at + length])
+        data = self._pieces.get((self._log.path, i), lambda: self._bytes_of(i))
+        at = pos - (self._ends[i] - len(data))
+        return bytes(data[at : at + length])
+
+    def _bytes_of(self, i: int) -> memoryview:
+        at, first, _ = self._frames[i]
+        if (frame := self._log.frame(at, i, first)) is None:
+            raise StoreDamage(f"{self._log.path}: frame {i} is not what was read there before")
+        return frame.data
 
     def meta(self) -> Iterator[tuple[int, bytes]]:
         """(sequence number, JSON) of every META fact."""
@@ -113,6 +134,11 @@ class SealedRun(Segment):
             found = _summary(self)
             self._tables.keep(key, self.bytes, found)
         return found
+
+
+def open_run(store: Store, machine: str, name: Name, pieces: PieceCache) -> Run:
+    """A file of the journal.  Raises FileNotFoundError; a damaged segment raises when it is read."""
+    return (OpenRun if name.suffix == LOG else SealedRun)(store, machine, name, pieces)
 
 
 def stem(name: Name) -> str:
@@ -168,9 +194,7 @@ class History:
                 continue  # a log was sealed, or a segment's window passed, since we looked
 
     def _open(self, name: Name) -> Run:
-        if name.suffix == LOG:
-            return OpenRun(self._store, self._folder, name)
-        return SealedRun(self._store, self._folder, name, self._pieces)
+        return open_run(self._store, self._folder, name, self._pieces)
 
     @cached_property
     def moments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -334,15 +358,25 @@ class History:
         """The runs of facts after the point, up to the moment, newest first."""
         runs = [r for r in self.runs if r.summary.last_seq > after and r.name.first <= moment.seq]
         self._check_complete(runs, after)
-        whole = [r for r in runs if r.name.first > after and r.summary.last_seq <= moment.seq and r.name.suffix != LOG]
-        layers = self._merged_layers(whole, disk)
-        for run in [r for r in runs if r not in whole]:
+        layers: list[Layer] = []
+        for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):
+            # In their order, whatever they are: a log may wait to be sealed before a segment.
+            found = list(group)
+            layers += self._merged_layers(found, disk) if whole else self._cut_layers(found, after, moment, disk)
+        return [layer for layer in reversed(layers) if len(layer.pieces)]
+
+    @staticmethod
+    def _is_whole(run: Run, after: int, moment: Moment) -> bool:
+        return run.name.suffix != LOG and run.name.first > after and run.summary.last_seq <= moment.seq
+
+    @staticmethod
+    def _cut_layers(runs: Iterable[Run], after: int, moment: Moment, disk: DiskId) -> Iterator[Layer]:
+        """A layer of each of these, of the facts after the point and up to the moment."""
+        for run in runs:
             number = next((n for n, d in run.summary.disks.items() if d == disk), None)
             if number is not None:
                 facts = run.facts[max(0, after + 1 - run.name.first) : moment.seq + 1 - run.name.first]
-                layer = Layer(Table.of(pieces_of(facts, number, 0)), _reading([run]))
-                layers = [layer, *layers] if run.name.first <= after else [*layers, layer]
-        return [layer for layer in reversed(layers) if len(layer.pieces)]
+                yield Layer(Table.of(pieces_of(facts, number, 0)), _reading([run]))
 
     def _check_complete(self, runs: Sequence[Run], after: int) -> None:
         """Raises StoreDamage when a file of the journal is missing between a point and a moment."""
@@ -415,9 +449,7 @@ def newest_tokens(store: Store, machine: MachineId) -> dict[DiskId, dict[str, An
         names = journal.list_files(store.files, folder)
         try:
             for name in reversed(names):
-                run = (
-                    OpenRun(store, folder, name) if name.suffix == LOG else SealedRun(store, folder, name, PieceCache())
-                )
+                run = open_run(store, folder, name, PieceCache())
                 told = Told()
                 for at, t, value in run.summary.metas:
                     told.tell(at, t, value)

@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +125,7 @@ class Frame:
     t: Instant
     barrier: bool
     each: bool = False  # every fact is a barrier of its own
+    end: int = 0  # where in the log the next one begins
 
 
 class LogWriter:
@@ -210,35 +211,57 @@ class LogWriter:
         self._file.close()
 
 
-def read_log(files: Files, ring: Keyring, machine: str, name: Name, *, synced: bool = False) -> Iterator[Frame]:
-    """The frames of a log, until its end or the first one that is not whole; `synced`: all of them are durable.
+def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[Frame]:
+    """The frames of a log, until its end or the first one that is not whole.
 
     Raises StoreDamage when the file has no header of ours (a log that was cut before it is read as empty).
     """
-    path = f"{FOLDER}/{machine}/{name}"
-    source = _Source(files, path, files.read_synced(path) if synced else None)
-    if source.size < f.HEADER_BYTES:
-        return
-    head = parse_header(bytes(source.read(0, f.HEADER_BYTES)), f.KIND_LOG, ring.store, path)
-    cipher, bind = ring.cipher(head.salt, f.KIND_LOG), f.bound(ring.store, f.KIND_LOG, path)
-    at, ordinal, first = f.HEADER_BYTES, 0, name.first
-    while (found := _frame_at(source, at)) is not None:
-        frame, fields, payload = found
+    return LogReader(files, ring, machine, name).frames()
+
+
+class LogReader:
+    """The frames of a log.  Thread safety: every method from any thread."""
+
+    def __init__(self, files: Files, ring: Keyring, machine: str, name: Name, *, synced: bool = False) -> None:
+        """`synced`: as long as it is now, all of it durable, and also when the log loses its name.
+
+        Raises FileNotFoundError; StoreDamage when the file has no header of ours.
+        """
+        self.path = path = f"{FOLDER}/{machine}/{name}"
+        self._first, self._bind = name.first, f.bound(ring.store, f.KIND_LOG, path)
+        self._source = source = files.open_synced(path) if synced else _Named(files, path)
+        self._cipher: AESGCM | None = None
+        if source.size >= f.HEADER_BYTES:
+            head = parse_header(source.read_at(0, f.HEADER_BYTES), f.KIND_LOG, ring.store, path)
+            self._cipher = ring.cipher(head.salt, f.KIND_LOG)
+
+    def frames(self) -> Iterator[Frame]:
+        """All of them, until the end or the first one that is not whole.  Raises StoreDamage."""
+        at, ordinal, first = f.HEADER_BYTES, 0, self._first
+        while frame := self.frame(at, ordinal, first):
+            yield frame
+            at, ordinal, first = frame.end, ordinal + 1, first + len(frame.facts)
+
+    def frame(self, at: int, ordinal: int, first: int) -> Frame | None:
+        """The one at this place of the file, with this number and first fact; None when it is not whole.  Raises StoreDamage."""
+        if (found := _frame_at(self._source, at)) is None:
+            return None
+        head, fields, payload = found
         if fields[1] != ordinal or fields[2] != first:
-            return
-        opened = _opened(cipher, ordinal, frame, payload, bind, path)
+            return None
+        opened = _opened(self._cipher, ordinal, head, payload, self._bind, self.path)
         if opened is None or len(opened) != fields[5] or len(opened) < fields[3] * f.FACT.itemsize:
-            return
+            return None
         plain = memoryview(opened)
         facts = np.frombuffer(plain[: fields[3] * f.FACT.itemsize], f.FACT)
         barrier, each = bool(fields[6] & f.FLAG_BARRIER), bool(fields[6] & f.FLAG_EACH)
-        yield Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), barrier, barrier and each)
-        at, ordinal, first = at + f.FRAME_BYTES + len(payload), ordinal + 1, first + len(facts)
+        end = at + f.FRAME_BYTES + len(payload)
+        return Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), barrier, barrier and each, end)
 
 
 def held_moments(files: Files, machine: str, name: Name) -> bool:
     """Whether a log whose header can't be read holds a whole barrier."""
-    source, at = _Source(files, f"{FOLDER}/{machine}/{name}"), f.HEADER_BYTES
+    source, at = _Named(files, f"{FOLDER}/{machine}/{name}"), f.HEADER_BYTES
     while (found := _frame_at(source, at)) is not None:
         head, fields, payload = found
         if not f.crc_matches(head[:60], head[60:], payload):
@@ -249,32 +272,38 @@ def held_moments(files: Files, machine: str, name: Name) -> bool:
     return False
 
 
-class _Source:
+class _Source(Protocol):
     """The bytes of a log, a frame at a time: all of one may be more than fits into memory twice."""
 
-    def __init__(self, files: Files, path: str, data: bytes | None = None) -> None:
-        self._files, self._path, self._data = files, path, None if data is None else memoryview(data)
-        self.size = files.size(path) if data is None else len(data)
+    size: int
 
-    def read(self, at: int, length: int) -> bytes | memoryview:
-        """So many bytes, or fewer at the end of it."""
-        length = max(0, min(length, self.size - at))
-        return self._files.read_at(self._path, at, length) if self._data is None else self._data[at : at + length]
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`, fewer at the end."""
 
 
-def _frame_at(source: _Source, at: int) -> tuple[bytes, tuple[Any, ...], bytes | memoryview] | None:
+class _Named:
+    """A log under its name."""
+
+    def __init__(self, files: Files, path: str) -> None:
+        self._files, self._path, self.size = files, path, files.size(path)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`, fewer at the end.  Raises FileNotFoundError."""
+        return self._files.read_at(self._path, offset, length)
+
+
+def _frame_at(source: _Source, at: int) -> tuple[bytes, tuple[Any, ...], bytes] | None:
     """Header, its fields, and what follows; nobody vouches for any of it yet."""
-    head = bytes(source.read(at, f.FRAME_BYTES))
+    head = source.read_at(at, f.FRAME_BYTES)
     if len(head) < f.FRAME_BYTES or head[:4] != f.FRAME_MAGIC:
         return None
     fields = f.FRAME.unpack(head[:60])
-    payload = source.read(at + f.FRAME_BYTES, fields[4])
+    end = at + f.FRAME_BYTES + fields[4]
+    payload = source.read_at(at + f.FRAME_BYTES, fields[4]) if end <= source.size else b""
     return (head, fields, payload) if len(payload) == fields[4] else None
 
 
-def _opened(
-    cipher: Any, ordinal: int, head: bytes, payload: bytes | memoryview, bind: bytes, path: str
-) -> bytes | memoryview | None:
+def _opened(cipher: AESGCM | None, ordinal: int, head: bytes, payload: bytes, bind: bytes, path: str) -> bytes | None:
     """The facts of a frame and their bytes; None when it is torn.  What a cipher vouches for needs no checksum."""
     from cryptography.exceptions import InvalidTag
 
@@ -300,29 +329,21 @@ class Joining:
     """The facts of frames that follow one another, with `pos` in the one stream of all their bytes."""
 
     def __init__(self) -> None:
-        self._parts, self._at = [np.zeros(0, f.FACT)], 0
+        self._parts, self.bytes = [np.zeros(0, f.FACT)], 0
 
     def add(self, frame: Frame) -> memoryview:
         """One more frame; its bytes, which are not kept."""
         part = frame.facts.copy()
-        part["pos"] += self._at
+        part["pos"] += self.bytes
         part["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
         self._parts.append(part)
-        self._at += len(frame.data)
+        self.bytes += len(frame.data)
         return frame.data
 
     @property
     def facts(self) -> Facts:
         """Of all frames so far."""
         return np.concatenate(self._parts)
-
-
-def joined_facts(frames: Iterable[Frame]) -> Facts:
-    """All facts of frames, with `pos` in the one stream of all their bytes."""
-    joining = Joining()
-    for frame in frames:
-        joining.add(frame)
-    return joining.facts
 
 
 def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:

@@ -1,9 +1,8 @@
 """The one writer of a machine's journal.
 
-`take_over` settles what a dead writer left and begins a new epoch; every file of the journal carries the epoch, so that a writer
+It takes over what a dead writer left and begins a new epoch; every file of the journal carries the epoch, so that a writer
 that was replaced and does not know it is fenced off.  Facts are appended in sets, a barrier closes a set, and only then is there
-a new moment; of the writes of a stream each is one.  A log is sealed when it is old or large enough; sealing runs on a thread
-of its own.
+a new moment; of the writes of a stream each is one.  A log ends when it is old or large enough, and is sealed (sealing.py).
 
 A set may be larger than a log: what changed while the first point of a large machine was made, say.  Then the log ends within the
 set, with a barrier that says so and is no moment (`part`), and the set goes on in the next one.  So nobody, who writes, seals or
@@ -13,61 +12,41 @@ goes on from the moment before it, and whatever it reads lies over it.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal import journal
-from hvbackup.store.journal.history import FANOUT, History
-from hvbackup.store.journal.journal import FOLDER, LOG, Facts, LogWriter, Name
-from hvbackup.store.journal.segment import write_segment
+from hvbackup.store.journal import journal, sealing
+from hvbackup.store.journal.history import FANOUT, History, open_run
+from hvbackup.store.journal.journal import FOLDER, Facts, LogWriter, Name
+from hvbackup.store.journal.sealing import Sealing
+from hvbackup.store.journal.segment import PieceCache
 from hvbackup.store.journal.told import Doubt, Moment, carried
 from hvbackup.store.store import Store
 
-SEGMENT_MAX_BYTES = 64 * MiB  # sealed at the latest here: bounds replay after a crash to well under a second
+SEGMENT_MAX_BYTES = 64 * MiB  # a log ends here at the latest: bounds replay after a crash to well under a second
 SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
 FLUSH_BYTES = 16 * MiB  # of a set are on their way to the disk at most: a barrier has no more to wait for
-SEALING_MAX = 4  # logs that wait to be sealed: each costs a reader as much memory
-LOG_MAX_BYTES = 512 * MiB  # a log grows to this while so many wait, for whoever appends must not
+LOG_MAX_BYTES = 512 * MiB  # a log grows to this while too much waits to be sealed, for whoever appends must not
+BURST_BYTES = 32 * MiB  # of single writes a second: sealing rests, which would take from what the guest writes with
+LOOK_SECONDS = 0.5  # from one look at that to the next
+CALM_SECONDS = 2.0  # and so long afterwards
 CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 GOES_ON = "a set that is larger than a file of the journal goes on in the next one"
-
-
-def settle(store: Store, machine: MachineId) -> None:
-    """Every log a dead writer left is sealed up to its last barrier, or removed where it has none."""
-    folder = store.ring.machine_name(machine)
-    names = journal.all_files(store.files, folder)
-    for name in sorted(names, key=lambda n: (n.epoch, n.first)):
-        if name.suffix == LOG and (any(n.covers(name) for n in names) or seal(store, folder, name)):
-            store.files.remove(f"{FOLDER}/{folder}/{name}")
-
-
-def seal(store: Store, folder: str, name: Name) -> bool:
-    """The segment of a log exists when this returns, if the log holds any moment.  Whether the log may go."""
-    try:
-        frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
-        write_segment(store.files, store.ring, folder, name, frames)
-    except StoreDamage:
-        # A power cut took its header: nothing in it was ever durable.  Where something was, it is kept for whoever can read it.
-        return not journal.held_moments(store.files, folder, name)
-    return True
 
 
 class Recorder:
     """Appends to the journal of one machine.  Thread safety: one thread, except `sync`."""
 
     def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk]) -> None:
-        """Take over the journal: what was left is settled, and a new epoch begins with the first fact."""
+        """Take over the journal: a new epoch begins with the first fact."""
         self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
-        settle(store, machine)
+        left = sealing.take_over(store, machine)
         names = journal.list_files(store.files, self._folder)
         self.epoch = max((n.epoch for n in names), default=0) + 1
         # One number is left out: the point that a new life begins with takes it, and no moment before has it.
@@ -80,18 +59,17 @@ class Recorder:
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
         self._flushed = 0  # bytes of the log
-        self._sealing: deque[threading.Thread] = deque()
-        self._sealed = 0
+        self._sealing, self._sealed = Sealing(self._seal), 0
+        self._looked, self._streamed_bytes = time.monotonic(), 0  # since then
         self._position: dict[str, Any] = {}  # how far the ring of a stream has been taken into the journal
         self._carried: dict[str, Any] = {}  # the tokens of a stream, repeated at the head of each file
-        self._failed: BaseException | None = None
         self._numbers: dict[DiskId, int] = {}
         self.set_disks(disks)
+        for name in left:
+            self._sealing.add(name, store.files.size(f"{FOLDER}/{self._folder}/{name}"))
 
     def _end(self, name: Name) -> int:
-        from hvbackup.store.journal.segment import Segment
-
-        return name.first + len(Segment(self._store.files, self._store.ring, self._folder, name).facts)
+        return name.first + len(open_run(self._store, self._folder, name, PieceCache()).facts)
 
     @property
     def last(self) -> int:
@@ -121,7 +99,7 @@ class Recorder:
     def _in_set(self, t: Instant) -> LogWriter:
         """Where the next facts of a set go."""
         log = self._open(t)
-        if log.size >= LOG_MAX_BYTES or (log.size >= SEGMENT_MAX_BYTES and not self._is_behind()):
+        if log.size >= LOG_MAX_BYTES or (log.size >= SEGMENT_MAX_BYTES and not self._sealing.is_full):
             self._part(log, t)
             return self._open(t)
         if log.size - self._flushed >= FLUSH_BYTES:
@@ -139,8 +117,8 @@ class Recorder:
     @property
     def must_wait(self) -> bool:
         """Whether whoever appends to a set had better wait until a log is sealed.  From any thread."""
-        log, waiting = self._log, sum(thread.is_alive() for thread in tuple(self._sealing))
-        return log is not None and log.size >= LOG_MAX_BYTES // 2 and waiting >= SEALING_MAX
+        log = self._log
+        return log is not None and log.size >= LOG_MAX_BYTES // 2 and self._sealing.is_full
 
     def write(
         self, disk: DiskId, t: Instant, extents: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview
@@ -199,6 +177,7 @@ class Recorder:
         seq = log.append(facts, data, t, barrier=each, each=each)
         if each:
             self.newest = Moment(seq, t)
+            self._streamed_bytes += len(data)
         return seq
 
     def _streamed(self) -> dict[str, Any]:
@@ -210,15 +189,18 @@ class Recorder:
             return
         self._log.sync()
         self._flushed = self._log.size
+        self._look_at_the_guest()
         due = self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS
-        if due and (self._log.size >= LOG_MAX_BYTES or not self._is_behind()):
+        if due and (self._log.size >= LOG_MAX_BYTES or not self._sealing.is_full):
             self.rotate()
 
-    def _is_behind(self) -> bool:
-        """Whether as many logs wait to be sealed as may."""
-        while self._sealing and not self._sealing[0].is_alive():
-            self._sealing.popleft()
-        return len(self._sealing) >= SEALING_MAX
+    def _look_at_the_guest(self) -> None:
+        """Sealing rests while it writes as much as it can."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            if self._streamed_bytes >= BURST_BYTES * (now - self._looked):
+                self._sealing.rest(CALM_SECONDS)
+            self._looked, self._streamed_bytes = now, 0
 
     def _clock_step(self, t: Instant) -> dict[str, Any]:
         """What to tell when the wall clock went another way than the monotonic one."""
@@ -231,52 +213,37 @@ class Recorder:
         return {"clock": {"step_ns": step}}
 
     def rotate(self) -> None:
-        """The log is being sealed, and the next fact begins a new one.  Raises what sealing the one before raised."""
+        """The log ends, and the next fact begins a new one.  Raises what sealing raised."""
         if self._log is None:
             return
         log, self._log = self._log, None
         self._next = log.next
         log.close()
-        while len(self._sealing) >= SEALING_MAX:
-            self._sealing.popleft().join()
-        self._raise_failed()
-        before = self._sealing[-1] if self._sealing else None
-        thread = threading.Thread(target=self._seal, args=(log.name, before), name="hvbackup-seal")
-        self._sealing.append(thread)
-        thread.start()
+        if log.size >= LOG_MAX_BYTES:
+            self._sealing.wait_for_room()
+        self._sealing.add(log.name, log.size)
 
-    def _seal(self, name: Name, before: threading.Thread | None) -> None:
-        if before:
-            before.join()
-        try:
-            if seal(self._store, self._folder, name):
-                self._store.files.remove(f"{FOLDER}/{self._folder}/{name}")
-            self._sealed += 1
-            if not self._position or self._sealed % FANOUT == 0:  # a stream seals every few seconds
-                History(self._store, self._machine).warm()
-        except BaseException as e:  # noqa: BLE001 - handed to the thread that owns the recorder
-            self._failed = e
+    def _seal(self, name: Name) -> None:
+        sealing.seal(self._store, self._machine, name)
+        self._sealed += 1
+        last = self._sealing.waiting == 1 and not self._position  # a stream seals every few seconds
+        if last or self._sealed % FANOUT == 0:
+            History(self._store, self._machine).warm()
 
     def finish(self) -> None:
         """No segment is being sealed any more when this returns.  Raises what sealing raised."""
-        while self._sealing:
-            self._sealing.popleft().join()
-        self._raise_failed()
-
-    def _raise_failed(self) -> None:
-        if self._failed:
-            failed, self._failed = self._failed, None
-            raise failed
+        self._sealing.finish()
 
     def abandon(self) -> None:
-        """Let go of the log as it is; the next one to take over settles it."""
+        """Let go of the log as it is, and of those that wait to be sealed; the next one to take over settles them."""
         if self._log:
             self._log.close()
             self._log = None
-        for thread in self._sealing:
-            thread.join()
+        self._sealing.abandon()
 
     def close(self) -> None:
-        """Everything is sealed when this returns."""
-        self.rotate()
-        self.finish()
+        """Everything is sealed when this returns.  Raises what sealing raised."""
+        try:
+            self.rotate()
+        finally:
+            self.finish()

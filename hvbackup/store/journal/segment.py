@@ -20,13 +20,14 @@ import zstandard
 from numpy.typing import NDArray
 
 from hvbackup.errors import ChunkDamaged, StoreDamage
+from hvbackup.model import MiB
 from hvbackup.store.backend import Backend
 from hvbackup.store.format import layout as f
 from hvbackup.store.format import pack as packs
 from hvbackup.store.format.keys import Keyring
 from hvbackup.store.journal.journal import FOLDER, SEGMENT, Facts, Frame, Joining, Name, meta_of
 
-PIECES_CACHED = 64  # decoded pieces, 16 MiB: bounds memory
+CACHED_BYTES = 16 * MiB  # of decoded pieces: bounds memory
 LEVEL = 1
 
 
@@ -98,22 +99,29 @@ def _add(pack: packs.PackWriter, ring: Keyring, zstd: zstandard.ZstdCompressor, 
 
 
 class PieceCache:
-    """Decoded pieces of the streams of any number of segments, the newest used ones.  Thread safety: any thread."""
+    """Decoded pieces of the streams of any number of segments and logs, the newest used ones.  Thread safety: any thread."""
 
     def __init__(self) -> None:
-        self._pieces: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._pieces: OrderedDict[tuple[str, int], bytes | memoryview] = OrderedDict()
+        self._bytes, self._lock = 0, threading.Lock()
 
-    def get(self, key: tuple[str, int], decode: Callable[[], bytes]) -> bytes:
+    def get(self, key: tuple[str, int], decode: Callable[[], bytes | memoryview]) -> bytes | memoryview:
         """A piece, decoded unless it is here."""
         with self._lock:
-            found = self._pieces.pop(key, None)
+            found = self._taken(key)
         if found is None:
             found = decode()
         with self._lock:
+            self._taken(key)  # another thread may have decoded it as well
             self._pieces[key] = found
-            if len(self._pieces) > PIECES_CACHED:
-                self._pieces.popitem(last=False)
+            self._bytes += len(found)
+            while self._bytes > CACHED_BYTES and len(self._pieces) > 1:
+                self._bytes -= len(self._pieces.popitem(last=False)[1])
+        return found
+
+    def _taken(self, key: tuple[str, int]) -> bytes | memoryview | None:
+        found = self._pieces.pop(key, None)
+        self._bytes -= len(found or b"")
         return found
 
 
@@ -176,9 +184,9 @@ class Segment:
                 raise StoreDamage(f"{self._path} ends before the bytes of its facts")
             parts.append(part)
             pos, length = pos + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
-    def _piece(self, number: int) -> bytes:
+    def _piece(self, number: int) -> bytes | memoryview:
         if number >= len(self._stream):
             return b""
         return self._cache.get((self._path, number), lambda: self._decode(self._stream[number], number))
