@@ -397,9 +397,23 @@ MUTANTS = (
     Mutant(
         "the torn log of a dead writer left as it is",
         "hvbackup/store/journal/sealing.py",
-        "    if left and left[-1] == names[-1]:\n",
-        "    if False:\n",
+        "        if not logs or logs[-1] != names[-1]:\n",
+        "        if True:\n",
         ("tests/store/test_sealing.py::test_whoever_takes_over_waits_for_the_newest_log_alone",),
+    ),
+    Mutant(
+        "a log sealed while the journal is cut comes back",
+        "hvbackup/store/journal/window.py",
+        "    with exclusive(store, machine):\n",
+        "    if True:\n",
+        ("tests/store/test_sealing.py::test_a_log_that_points_cover_goes_or_stays_but_does_not_come_back",),
+    ),
+    Mutant(
+        "numbers that a point covers used again",
+        "hvbackup/store/journal/recorder.py",
+        "        covered = max((p.seq or 0 for p in store.points(machine)), default=0)\n",
+        "        covered = 0\n",
+        ("tests/store/test_sealing.py::test_no_number_that_a_point_covers_is_used_again",),
     ),
     Mutant(
         "sealing goes on while a guest writes as much as it can",

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import HostUnreachable, JournalGap, NotFound, SpaceExhausted
+from hvbackup.errors import HostUnreachable, JournalGap, NotFound, SpaceExhausted, StoreDamage
 from hvbackup.fold import fold
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tracking
 from hvbackup.leases import Leases
@@ -510,3 +510,57 @@ def test_a_life_whose_first_moment_fails_says_what_to_keep_before_it_lets_go(
         world.protection.begin("")
     assert made[-1].told[-2:] == ["keep", "close"]
     assert not Leases(world.store, Options().clock).all()
+
+
+def test_what_is_left_of_a_life_is_sealed_while_the_host_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> NoReturn:
+        raise HostUnreachable("gone")
+
+    begun, lost = threading.Event(), threading.Event()
+    told = {Cycle: begun, Trouble: lost}
+    protection = Protection(
+        world.store, world.hv, world.machine, Options(), Rhythm(SECOND // 5), lambda e: told.get(type(e), begun).set()
+    )
+    thread = threading.Thread(target=protection.run)
+    thread.start()
+    assert begun.wait(20)
+    monkeypatch.setattr(world.hv, "machines", gone)
+    world.hv.at("snapshot", 1, HostUnreachable("gone"))
+    assert lost.wait(20)
+    folder = world.store.ring.machine_name(world.machine.id)
+    end = time.monotonic() + 20
+    while not sealed(world, folder) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert sealed(world, folder)
+    protection.end()
+    thread.join()
+
+
+def sealed(world: World, folder: str) -> bool:
+    return {n.suffix for n in journal.list_files(world.store.files, folder)} == {journal.SEGMENT}
+
+
+def test_a_life_behind_lost_facts_begins_with_a_point(world: World) -> None:
+    """Over nothing that is there could its facts be laid, and so nothing could ever be folded of them."""
+    life = world.protection.begin("a test")
+    for _ in range(3):
+        world.guest_writes()
+        last = life.cycle().moment
+        life.recorder.rotate()
+    life.close()
+    folder = world.store.ring.machine_name(world.machine.id)
+    files = journal.list_files(world.store.files, folder)
+    world.store.files.remove(f"journals/{folder}/{files[1]}")
+    history = History(world.store, world.machine.id)
+    with pytest.raises(StoreDamage, match="has lost its facts"):
+        history.view(history.by_seq(last.seq), DiskId("vda"))
+    world.guest_writes()
+    life = world.protection.begin("a test")
+    assert life.how == "captured"
+    world.images[life.newest.seq] = world.content()
+    world.guest_writes()
+    moment = life.cycle().moment
+    world.images[moment.seq] = world.content()
+    life.points.fold(moment)
+    life.close()
+    world.check()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from hvbackup.capture import capture
-from hvbackup.errors import HostUnreachable, HvbackupError, NotFound
+from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, StoreDamage
 from hvbackup.hypervisors import Streaming
 from hvbackup.model import DiskId, Machine, RecoveryPoint, Token
 from hvbackup.protect import rings
@@ -32,16 +32,19 @@ def begin(setting: Setting, why: str) -> AnyLife:
     began = time.monotonic()
     setting.machine = present(setting)
     history = History(setting.store, setting.machine.id)
-    recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks)
+    recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks, setting.sealing)
     recorder.doubts = history.told.doubts
     try:
         if rings.salvage(setting, recorder, history):
             history = History(setting.store, setting.machine.id)
+        if setting.is_full():
+            recorder.finish()  # what waits to be sealed becomes smaller
         if history.last and setting.is_full():
             Points(setting, history.last.t).cover(history.last)
         life = resumed(setting, recorder, history, why) or captured(setting, recorder, why)
     except BaseException:
-        recorder.abandon()
+        with contextlib.suppress(HvbackupError):
+            recorder.close(seal=False)
         raise
     setting.report(Begun(life.newest, life.point, life.told_gap, life.how, time.monotonic() - began))
     return life
@@ -63,9 +66,9 @@ def resumed(setting: Setting, recorder: Recorder, history: History, why: str) ->
         return None
     tokens = {d: Token(**v) for d, v in told.tokens.items()}
     try:
-        point = history.base(last)
-    except NotFound:
-        return None
+        point = history.based(last)
+    except (NotFound, StoreDamage):
+        return None  # no point could be made of what followed
     if set(tokens) != set(told.disks) or {d: v.size for d, v in told.disks.items()} != setting.sizes():
         return None
     setting.leases.settle(setting.hypervisor, setting.machine)

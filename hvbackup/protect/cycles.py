@@ -129,7 +129,7 @@ class CycleLife:
     def close(self, *, seal: bool = True) -> None:
         """The host is clean, and then, however long a point takes that is being made, the journal is sealed."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.recorder.close if seal else self.recorder.abandon)
+            stack.callback(self.recorder.close, seal=seal)
             stack.callback(self.journaling.close)
             stack.callback(self.points.join)
             self.let_go()

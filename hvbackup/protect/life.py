@@ -31,5 +31,5 @@ class Life(Protocol):
     def close(self, *, seal: bool = True) -> None:
         """The journal is sealed, and nothing of the life is left on the host but what barrier and point name.
 
-        Without `seal` the next life finds the journal as it is, and need not wait for that.
+        Without `seal` the journal is sealed by and by: the next life need not wait for it.
         """

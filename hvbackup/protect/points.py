@@ -109,6 +109,7 @@ class Points:
             raise
         except HvbackupError as e:  # what earlier points cover may be room enough
             self._failed(moment, e)
+            self._set.sealing.finish()  # so is, maybe, what waits to be sealed
             self.trim()
             check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
 

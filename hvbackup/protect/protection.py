@@ -102,6 +102,15 @@ class Protection:
 
     def run(self) -> None:
         """Protect until told to end.  Raises UsageError; whatever may pass by itself is waited for."""
+        try:
+            self._run()
+        finally:
+            with contextlib.suppress(
+                HvbackupError
+            ):  # whoever broke off has left some; what failed is told with the next life
+                self.setting.sealing.finish()
+
+    def _run(self) -> None:
         why = "protection was not running"
         while not self._ended.is_set():
             began = time.monotonic()

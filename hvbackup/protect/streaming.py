@@ -139,7 +139,7 @@ class StreamLife:
     def close(self, *, seal: bool = True) -> None:
         """The host is clean and the journal is sealed."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.recorder.close if seal else self.recorder.abandon)
+            stack.callback(self.recorder.close, seal=seal)
             stack.callback(self.let_go)
             self.points.join()
 

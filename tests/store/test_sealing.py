@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hvbackup.errors import SpaceExhausted
+from hvbackup.capture import Options
+from hvbackup.errors import NotFound, SpaceExhausted, StoreDamage
+from hvbackup.fold import fold
 from hvbackup.model import SECOND, Instant, KiB
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal import journal, recorder, sealing
+from hvbackup.store.journal import journal, recorder, sealing, window
 from hvbackup.store.journal.history import History, OpenRun
 from hvbackup.store.journal.journal import LOG, SEGMENT, Name
 from hvbackup.store.journal.recorder import Recorder
@@ -28,6 +31,17 @@ __all__ = ["store"]
 
 def suffixes(store: Store) -> list[str]:
     return [n.suffix for n in journal.list_files(store.files, store.ring.machine_name(MACHINE))]
+
+
+def unsealed(patch: pytest.MonkeyPatch) -> None:
+    """Nothing is sealed before this life is over."""
+    patch.setattr(Sealing, "add", lambda *_: None)
+
+
+def damage(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
 
 
 class Gate:
@@ -51,8 +65,9 @@ def sealed() -> list[Name]:
 
 
 @pytest.fixture
-def resting(sealed: list[Name]) -> Iterator[Sealing]:
-    queue = Sealing(sealed.append)
+def resting(store: Store, sealed: list[Name], monkeypatch: pytest.MonkeyPatch) -> Iterator[Sealing]:
+    monkeypatch.setattr(sealing, "seal", lambda store, machine, name: sealed.append(name))
+    queue = Sealing(store, MACHINE)
     yield queue
     queue.abandon()
 
@@ -77,7 +92,6 @@ def test_nothing_is_sealed_while_it_rests_and_all_of_it_in_order_afterwards(
         resting.add(log(n), 1)
     time.sleep(0.1)
     assert not sealed
-    assert resting.waiting == 5
     resting.rest(0)
     assert eventually(lambda: len(sealed) == 5)
     assert sealed == [log(n) for n in range(5)]
@@ -91,18 +105,21 @@ def test_a_rest_ends_by_itself(resting: Sealing, sealed: list[Name]) -> None:
     assert eventually(lambda: bool(sealed))
 
 
+@pytest.mark.parametrize("budget", [0, 800])
 def test_what_is_too_much_is_sealed_all_the_same(
-    resting: Sealing, sealed: list[Name], monkeypatch: pytest.MonkeyPatch
+    store: Store, sealed: list[Name], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "WAITING_MAX_BYTES", 100)
-    resting.rest(60)
+    monkeypatch.setattr(sealing, "seal", lambda store, machine, name: sealed.append(name))
+    monkeypatch.setattr(sealing, "WAITING_MAX_BYTES", 1000 if budget else 100)
+    queue = Sealing(store, MACHINE, budget)
+    queue.rest(60)
     for n in range(5):
-        resting.add(log(n), 30)
+        queue.add(log(n), 30)
     assert eventually(lambda: len(sealed) == 2)
     time.sleep(0.1)
     assert len(sealed) == 2, "90 bytes wait, and may"
-    resting.wait_for_room()
-    resting.finish()
+    queue.wait_for_room()
+    queue.finish()
     assert len(sealed) == 5
 
 
@@ -117,15 +134,16 @@ def test_what_was_abandoned_is_not_sealed(resting: Sealing, sealed: list[Name]) 
     assert sealed == [log(2)]
 
 
-def test_what_goes_wrong_is_told_once_and_the_next_logs_are_sealed() -> None:
-    sealed: list[Name] = []
-
-    def work(name: Name) -> None:
+def test_what_goes_wrong_is_told_once_and_the_next_logs_are_sealed(
+    store: Store, sealed: list[Name], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(store: Store, machine: object, name: Name) -> None:
         if name.first == 1:
             raise SpaceExhausted("full")
         sealed.append(name)
 
-    queue = Sealing(work)
+    monkeypatch.setattr(sealing, "seal", work)
+    queue = Sealing(store, MACHINE)
     for n in (1, 2):
         queue.add(log(n), 1)
     with pytest.raises(SpaceExhausted):
@@ -133,6 +151,21 @@ def test_what_goes_wrong_is_told_once_and_the_next_logs_are_sealed() -> None:
     assert sealed == [log(2)]
     queue.add(log(3), 1)
     queue.finish()
+
+
+def test_a_thread_that_can_not_be_started_is_told_of_and_nobody_waits_for_it(
+    resting: Sealing, sealed: list[Name], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+        )
+        with pytest.raises(RuntimeError):
+            resting.add(log(1), 1)
+    resting.finish()
+    resting.add(log(2), 1)
+    resting.finish()
+    assert sealed == [log(2)]
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -212,6 +245,7 @@ def test_a_log_before_a_segment_lies_below_it(store: Store, monkeypatch: pytest.
             rec.rotate()
     with pytest.raises(SpaceExhausted):
         rec.close()
+    rec._sealing.finish()
     assert suffixes(store) == [LOG, SEGMENT]
     assert whole(History(store, MACHINE), newest)[:5000] == b"\2" * 5000
 
@@ -266,8 +300,7 @@ def test_lives_that_end_before_their_logs_are_sealed_keep_every_moment(
     base = bytes(SIZE)
     for turn in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(Sealing, "_next", lambda _: None)  # nothing is sealed before this life is over
-            patch.setattr(Sealing, "_join", lambda _: None)
+            unsealed(patch)
             images |= life(10 * seed + turn, store, 9, base)
         base = images[max(images)]
         history = History(store, MACHINE)
@@ -282,21 +315,162 @@ def test_lives_that_end_before_their_logs_are_sealed_keep_every_moment(
         assert whole(history, seq) == image
 
 
-def test_a_log_that_points_cover_and_was_trimmed_needs_no_segment(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+def record(rec: Recorder, count: int, *, rotate: bool = False) -> int:
+    """So many sets, each of which fills the front of the disk with its number."""
+    for n in range(1, count + 1):
+        rec.write(VDA, Instant(n * SECOND), [(0, 5000)], bytes([n]) * 5000)
+        last = rec.barrier(Instant(n * SECOND), {})
+        if rotate:
+            rec.rotate()
+    return last
+
+
+@pytest.mark.parametrize("when", ["it is sealed while the journal is cut", "the journal is cut while it is sealed"])
+def test_a_log_that_points_cover_goes_or_stays_but_does_not_come_back(
+    store: Store, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    commit_empty_point(store, SIZE)
+    reached, go = threading.Event(), threading.Event()
+    write, covered = sealing.write_segment, window._covered
+
+    def slow_write(*words: Any) -> None:
+        *most, frames = words
+        read = list(frames)
+        reached.set()
+        assert go.wait(30)
+        write(*most, read)
+
+    def slow_covered(*words: Any) -> set[int]:
+        go.set()
+        time.sleep(0.3)  # as long as sealing would need
+        return covered(*words)
+
+    monkeypatch.setattr(sealing, "write_segment", slow_write)
+    rec = Recorder(store, MACHINE, DISKS)
+    rec._sealing.rest(60)
+    record(rec, 3, rotate=True)
+    last = History(store, MACHINE).last
+    assert last
+    fold(store, MACHINE, last, Options())
+    rec.write(VDA, Instant(100 * SECOND), [(0, 5000)], b"z" * 5000)
+    rec.barrier(Instant(100 * SECOND), {})
+    if when.startswith("it"):
+        monkeypatch.setattr(window, "_covered", slow_covered)
+        rec._sealing.rest(0)
+        window.trim(store, MACHINE, window.Limits(10 * SECOND), by_age=True)
+    else:
+        rec._sealing.rest(0)
+        assert reached.wait(30)
+        cut = threading.Thread(
+            target=window.trim, args=(store, MACHINE, window.Limits(10 * SECOND)), kwargs={"by_age": True}
+        )
+        cut.start()
+        time.sleep(0.3)
+        go.set()
+        cut.join()
+    rec.close()
+    history = History(store, MACHINE)
+    assert history.last
+    seqs = history.moments[0].tolist()
+    assert len(seqs) in (1, 4), "all of it or none"
+    assert whole(history, history.last.seq)[:5000] == b"z" * 5000
+    if len(seqs) == 1:
+        with pytest.raises(NotFound):
+            history.at(Instant(3 * SECOND))
+
+
+def test_a_folder_that_is_gone_is_no_log_that_was_trimmed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(source: str, target: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", target)
+
     commit_empty_point(store, SIZE)
     rec = Recorder(store, MACHINE, DISKS)
-    rec.write(VDA, Instant(1), [(0, 3)], b"abc")
-    rec.barrier(Instant(1), {})
-    rec.rotate()
-    folder = f"journals/{store.ring.machine_name(MACHINE)}"
-    [name] = store.files.names(folder)
-    store.files.remove(f"{folder}/{name}")
-    gate.open.set()
-    rec.close()
-    assert store.files.names(folder) == []
+    record(rec, 1)
+    monkeypatch.setattr(store.files.kernel, "rename", rename)
+    with pytest.raises(FileNotFoundError):
+        rec.close()
+    assert suffixes(store) == [LOG]
+
+
+@pytest.mark.parametrize("place", [5, 16000], ids=["header", "middle"])
+def test_no_number_that_a_point_covers_is_used_again(store: Store, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that waited, and was damaged before it was sealed."""
+    commit_empty_point(store, SIZE)
+    with monkeypatch.context() as patch:
+        unsealed(patch)
+        rec = Recorder(store, MACHINE, DISKS)
+        record(rec, 29)
+        rec.rotate()
+        last = History(store, MACHINE).last
+        assert last
+        fold(store, MACHINE, last, Options())
+        rec.abandon()
+    [path] = Path(store.files.path("journals")).glob("*/*.log")
+    damage(path, place)
+    again = Recorder(store, MACHINE, DISKS)
+    assert again.last >= last.seq
+    for n in range(40, 80):
+        extent = (0, 5000) if n < 50 else (6000, 5000)
+        again.write(VDA, Instant(n * SECOND), [extent], bytes([n]) * 5000)
+        newest = again.barrier(Instant(n * SECOND), {})
+    again.close()
+    assert whole(History(store, MACHINE), newest)[:5000] == bytes([49]) * 5000
+
+
+def test_a_lost_write_is_missed_even_if_it_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last frame of a log that waited was damaged, and it held one fact."""
+    commit_empty_point(store, SIZE)
+    with monkeypatch.context() as patch:
+        unsealed(patch)
+        rec = Recorder(store, MACHINE, DISKS)
+        rec.begin_stream("ring")
+        rec.barrier(Instant(SECOND), {})
+        row = np.zeros(1, f.FACT)
+        row["length"], row["kind"] = 4096, f.FACT_DATA
+        for n in (2, 3, 4):
+            row["t"] = n * SECOND
+            last = rec.stream(row, bytes([n]) * 4096, each=True)
+            rec.sync(Instant(n * SECOND))
+            if n == 3:
+                rec.rotate()
+                row["offset"] = 8192
+        rec.rotate()
+        rec.abandon()
+    damage(sorted(Path(store.files.path("journals")).glob("*/*.log"))[0], -10)
+    Recorder(store, MACHINE, DISKS).close()
+    with pytest.raises(StoreDamage, match="has lost its facts"):
+        whole(History(store, MACHINE), last)
+
+
+def test_a_writer_that_does_not_know_it_was_replaced_has_no_say_any_more(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has just ended its log when that is sealed for it."""
+    commit_empty_point(store, SIZE)
+    old = Recorder(store, MACHINE, DISKS)
+    record(old, 1)
+    seal = sealing.seal
+
+    def rotated(*words: Any) -> None:
+        monkeypatch.setattr(sealing, "seal", seal)
+        old.rotate()
+        old.write(VDA, Instant(2 * SECOND), [(0, 3)], b"2nd")
+        old.barrier(Instant(2 * SECOND), {})
+        seal(*words)
+
+    monkeypatch.setattr(sealing, "seal", rotated)
+    new = Recorder(store, MACHINE, DISKS)
+    new.write(VDA, Instant(3 * SECOND), [(0, 3)], b"new")
+    newest = new.barrier(Instant(3 * SECOND), {})
+    old.write(VDA, Instant(4 * SECOND), [(0, 3)], b"bad")
+    old.barrier(Instant(4 * SECOND), {})
+    history = History(store, MACHINE)
+    assert history.last
+    assert history.last.seq == newest
+    assert whole(history, newest)[:3] == b"new"
+    old.abandon()
+    new.close()
+    assert whole(History(store, MACHINE), newest)[:3] == b"new"
 
 
 def test_a_log_whose_header_is_gone_stays_and_another_life_begins(store: Store) -> None:
@@ -307,9 +481,7 @@ def test_a_log_whose_header_is_gone_stays_and_another_life_begins(store: Store) 
     rec.abandon()
     folder = store.ring.machine_name(MACHINE)
     [path] = Path(store.files.path(f"journals/{folder}")).iterdir()
-    data = bytearray(path.read_bytes())
-    data[5] ^= 1
-    path.write_bytes(data)
+    damage(path, 5)
     again = Recorder(store, MACHINE, DISKS)
     again.write(VDA, Instant(2), [(0, 3)], b"new")
     again.barrier(Instant(2), {})

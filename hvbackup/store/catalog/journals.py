@@ -1,7 +1,7 @@
 """What the catalog tells of journals: their sealed segments, and the gaps and marks that those tell of.
 
-Only sealed segments, which never change: so the catalog need not be touched again while a log grows, and is at most a minute
-behind (`hvbackup timeline` looks at the log as well).  Gaps and marks of a machine are told anew whenever its segments change,
+Only sealed segments, which never change: so the catalog need not be touched again while a log grows, and is usually a minute
+behind (`hvbackup timeline` looks at logs as well).  Gaps and marks of a machine are told anew whenever its segments change,
 because a later segment may take back a mark of an earlier one.
 """
 

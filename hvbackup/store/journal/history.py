@@ -2,7 +2,8 @@
 
 A view at a moment is the newest point that holds no later fact, and over it the pieces of every run of facts from there to the
 moment: whole segments, whose pieces are kept under STATE, sixteen of them merged into one table and sixteen of those again; and
-at last the facts of one segment up to the moment.  Opening it reads nothing else, however long ago the point was made.
+at last the facts of one segment up to the moment.  Opening it reads nothing else, however long ago the point was made, but logs
+that are not sealed yet.
 
 Only what is durable is shown: an open log is fsynced by whoever reads it, before it is believed.
 """
@@ -13,6 +14,7 @@ import bisect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -23,10 +25,10 @@ from hvbackup.errors import JournalGap, NotFound, StoreDamage
 from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, tables
-from hvbackup.store.journal.journal import LOG, Facts, Joining, Name
+from hvbackup.store.journal.journal import LOG, SEGMENT, Facts, Joining, Name
 from hvbackup.store.journal.layered import Layer, LayeredView
 from hvbackup.store.journal.overlay import Pieces, Table
-from hvbackup.store.journal.segment import PieceCache, Segment, path_of
+from hvbackup.store.journal.segment import PieceCache, Segment
 from hvbackup.store.journal.tables import Summary, pieces_of, summary_of
 from hvbackup.store.journal.told import ClockStep, Common, Doubt, Gap, Mark, Moment, Told
 from hvbackup.store.store import Store
@@ -70,15 +72,20 @@ class Run(Protocol):
 
 
 class OpenRun:
-    """An open log up to its last barrier, durable.  Its facts are in memory; their bytes are read when they are asked for."""
+    """A log up to its last barrier, durable.  Its facts are in memory; their bytes are read when they are asked for.
+
+    From its segment, when it has become one meanwhile: that has the same facts and the same stream of bytes.
+    """
 
     def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
         self.name, self._pieces = name, pieces
+        self._sealed = SealedRun(store, machine, replace(name, suffix=SEGMENT), pieces)
         self._frames: list[tuple[int, int, int]] = []  # where in the log, first fact, end of its bytes
         self.facts = np.zeros(0, f.FACT)
         try:
             self._log = journal.LogReader(store.files, store.ring, machine, name, synced=True)
             self.facts = self._read()
+            self._log.let_go()
         except StoreDamage:
             self._frames.clear()  # its header is gone: it offers nothing, and views that would need it are refused
         self._ends = [end for _, _, end in self._frames]
@@ -101,9 +108,14 @@ class OpenRun:
         at = pos - (self._ends[i] - len(data))
         return bytes(data[at : at + length])
 
-    def _bytes_of(self, i: int) -> memoryview:
-        at, first, _ = self._frames[i]
-        if (frame := self._log.frame(at, i, first)) is None:
+    def _bytes_of(self, i: int) -> bytes | memoryview:
+        at, first, end = self._frames[i]
+        try:
+            frame = self._log.frame(at, i, first)
+        except FileNotFoundError:
+            begin = self._ends[i - 1] if i else 0
+            return self._sealed.read(begin, end - begin)
+        if frame is None:
             raise StoreDamage(f"{self._log.path}: frame {i} is not what was read there before")
         return frame.data
 
@@ -122,8 +134,12 @@ class SealedRun(Segment):
 
     def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
         super().__init__(store.files, store.ring, machine, name, pieces)
-        self._tables = tables.Cache(store.state, machine)
-        self.bytes = store.files.size(path_of(machine, name))
+        self._files, self._tables = store.files, tables.Cache(store.state, machine)
+
+    @cached_property
+    def bytes(self) -> int:
+        """How large the file is."""
+        return self._files.size(self._path)
 
     @cached_property
     def summary(self) -> Summary:
@@ -343,6 +359,12 @@ class History:
             raise NotFound(f"No recovery point is left to build seq:{moment.seq} upon")
         return found
 
+    def based(self, moment: Moment) -> RecoveryPoint:
+        """As `base`, and everything since is there.  Raises NotFound, StoreDamage."""
+        point = self.base(moment)
+        self._between(point.seq or 0, moment)
+        return point
+
     def view(self, moment: Moment, disk: DiskId, base: RecoveryPoint | None = None) -> LayeredView:
         """One disk at a moment.  Raises NotFound, ChunkDamaged."""
         point, told = base or self.base(moment), self.told_until(moment.seq)
@@ -356,8 +378,7 @@ class History:
 
     def _layers(self, moment: Moment, after: int, disk: DiskId) -> Sequence[Layer]:
         """The runs of facts after the point, up to the moment, newest first."""
-        runs = [r for r in self.runs if r.summary.last_seq > after and r.name.first <= moment.seq]
-        self._check_complete(runs, after)
+        runs = self._between(after, moment)
         layers: list[Layer] = []
         for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):
             # In their order, whatever they are: a log may wait to be sealed before a segment.
@@ -378,17 +399,19 @@ class History:
                 facts = run.facts[max(0, after + 1 - run.name.first) : moment.seq + 1 - run.name.first]
                 yield Layer(Table.of(pieces_of(facts, number, 0)), _reading([run]))
 
-    def _check_complete(self, runs: Sequence[Run], after: int) -> None:
-        """Raises StoreDamage when a file of the journal is missing between a point and a moment."""
-        end = after
+    def _between(self, after: int, moment: Moment) -> list[Run]:
+        """The files with what came between a point and a moment.  Raises StoreDamage when one is missing."""
+        runs = [r for r in self.runs if r.summary.last_seq > after and r.name.first <= moment.seq]
+        end, epoch = after, 0
         for run in runs:
             # A new epoch leaves one number out, and a point that begins one takes it.
-            if run.name.first > end + 2:
+            if run.name.first > end + (1 if run.name.epoch == epoch else 2):
                 raise StoreDamage(
                     f"The journal of machine {self._machine} has lost its facts {end + 1} to {run.name.first - 1}; "
                     "moments that need them can't be read"
                 )
-            end = run.summary.last_seq
+            end, epoch = run.summary.last_seq, run.name.epoch
+        return runs
 
     def _merged_layers(self, runs: Sequence[Run], disk: DiskId) -> list[Layer]:
         """Layers of whole segments, oldest first: as many as possible in merged tables."""

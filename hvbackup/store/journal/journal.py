@@ -90,7 +90,12 @@ def list_files(files: Files, machine: str) -> list[Name]:
 
     Files of an old epoch that begin at or after a newer epoch are fenced off: a writer that did not know it was replaced.
     """
-    kept = uncovered(all_files(files, machine))
+    return counting(all_files(files, machine))
+
+
+def counting(names: Sequence[Name]) -> list[Name]:
+    """As `list_files`, of these.  Pure."""
+    kept = uncovered(names)
     begins: dict[int, int] = {}
     for n in kept:
         begins[n.epoch] = min(begins.get(n.epoch, n.first), n.first)
@@ -223,17 +228,22 @@ class LogReader:
     """The frames of a log.  Thread safety: every method from any thread."""
 
     def __init__(self, files: Files, ring: Keyring, machine: str, name: Name, *, synced: bool = False) -> None:
-        """`synced`: as long as it is now, all of it durable, and also when the log loses its name.
+        """`synced`: as long as it is now, all of it durable.
 
         Raises FileNotFoundError; StoreDamage when the file has no header of ours.
         """
         self.path = path = f"{FOLDER}/{machine}/{name}"
         self._first, self._bind = name.first, f.bound(ring.store, f.KIND_LOG, path)
-        self._source = source = files.open_synced(path) if synced else _Named(files, path)
+        self._files = files
+        self._source: _Source = files.open_synced(path) if synced else _Named(files, path, files.size(path))
         self._cipher: AESGCM | None = None
-        if source.size >= f.HEADER_BYTES:
-            head = parse_header(source.read_at(0, f.HEADER_BYTES), f.KIND_LOG, ring.store, path)
+        if self._source.size >= f.HEADER_BYTES:
+            head = parse_header(self._source.read_at(0, f.HEADER_BYTES), f.KIND_LOG, ring.store, path)
             self._cipher = ring.cipher(head.salt, f.KIND_LOG)
+
+    def let_go(self) -> None:
+        """Of the file: from here on it is found by its name."""
+        self._source = _Named(self._files, self.path, self._source.size)
 
     def frames(self) -> Iterator[Frame]:
         """All of them, until the end or the first one that is not whole.  Raises StoreDamage."""
@@ -261,7 +271,8 @@ class LogReader:
 
 def held_moments(files: Files, machine: str, name: Name) -> bool:
     """Whether a log whose header can't be read holds a whole barrier."""
-    source, at = _Named(files, f"{FOLDER}/{machine}/{name}"), f.HEADER_BYTES
+    path, at = f"{FOLDER}/{machine}/{name}", f.HEADER_BYTES
+    source = _Named(files, path, files.size(path))
     while (found := _frame_at(source, at)) is not None:
         head, fields, payload = found
         if not f.crc_matches(head[:60], head[60:], payload):
@@ -284,8 +295,8 @@ class _Source(Protocol):
 class _Named:
     """A log under its name."""
 
-    def __init__(self, files: Files, path: str) -> None:
-        self._files, self._path, self.size = files, path, files.size(path)
+    def __init__(self, files: Files, path: str, size: int) -> None:
+        self._files, self._path, self.size = files, path, size
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer at the end.  Raises FileNotFoundError."""

@@ -21,16 +21,15 @@ import numpy as np
 
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal import journal, sealing
-from hvbackup.store.journal.history import FANOUT, History, open_run
-from hvbackup.store.journal.journal import FOLDER, Facts, LogWriter, Name
-from hvbackup.store.journal.sealing import Sealing
+from hvbackup.store.journal.history import open_run
+from hvbackup.store.journal.journal import Facts, LogWriter, Name
+from hvbackup.store.journal.sealing import Sealing, take_over
 from hvbackup.store.journal.segment import PieceCache
 from hvbackup.store.journal.told import Doubt, Moment, carried
 from hvbackup.store.store import Store
 
 SEGMENT_MAX_BYTES = 64 * MiB  # a log ends here at the latest: bounds replay after a crash to well under a second
-SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: bounds how far a replica lags
+SEGMENT_MAX_AGE_NS = 60 * SECOND  # and here: what reads segments alone is not far behind
 FLUSH_BYTES = 16 * MiB  # of a set are on their way to the disk at most: a barrier has no more to wait for
 LOG_MAX_BYTES = 512 * MiB  # a log grows to this while too much waits to be sealed, for whoever appends must not
 BURST_BYTES = 32 * MiB  # of single writes a second: sealing rests, which would take from what the guest writes with
@@ -43,14 +42,16 @@ GOES_ON = "a set that is larger than a file of the journal goes on in the next o
 class Recorder:
     """Appends to the journal of one machine.  Thread safety: one thread, except `sync`."""
 
-    def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk]) -> None:
-        """Take over the journal: a new epoch begins with the first fact."""
-        self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
-        left = sealing.take_over(store, machine)
-        names = journal.list_files(store.files, self._folder)
+    def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk], sealing: Sealing | None = None) -> None:
+        """Take over the journal: a new epoch begins with the first fact.  `sealing` lives longer than this writer."""
+        self._store, self._folder = store, store.ring.machine_name(machine)
+        self._sealing = sealing or Sealing(store, machine)
+        names, left = take_over(store, machine)
         self.epoch = max((n.epoch for n in names), default=0) + 1
         # One number is left out: the point that a new life begins with takes it, and no moment before has it.
-        self._next = (self._end(names[-1]) if names else 0) + 1
+        # Neither does it go on below what a point covers: facts there would count as part of it.
+        covered = max((p.seq or 0 for p in store.points(machine)), default=0)
+        self._next = max(self._end(names[-1]) if names else 0, covered) + 1
         self.doubts: list[Doubt] = []  # repeated at the head of each file
         self.newest = Moment(self._next - 1, Instant(0))  # what a set follows; whoever knows the moment says which
         self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
@@ -59,14 +60,12 @@ class Recorder:
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
         self._flushed = 0  # bytes of the log
-        self._sealing, self._sealed = Sealing(self._seal), 0
         self._looked, self._streamed_bytes = time.monotonic(), 0  # since then
         self._position: dict[str, Any] = {}  # how far the ring of a stream has been taken into the journal
         self._carried: dict[str, Any] = {}  # the tokens of a stream, repeated at the head of each file
         self._numbers: dict[DiskId, int] = {}
         self.set_disks(disks)
-        for name in left:
-            self._sealing.add(name, store.files.size(f"{FOLDER}/{self._folder}/{name}"))
+        self._sealing.begin(left)
 
     def _end(self, name: Name) -> int:
         return name.first + len(open_run(self._store, self._folder, name, PieceCache()).facts)
@@ -219,31 +218,26 @@ class Recorder:
         log, self._log = self._log, None
         self._next = log.next
         log.close()
+        self._sealing.add(log.name, log.size)
         if log.size >= LOG_MAX_BYTES:
             self._sealing.wait_for_room()
-        self._sealing.add(log.name, log.size)
-
-    def _seal(self, name: Name) -> None:
-        sealing.seal(self._store, self._machine, name)
-        self._sealed += 1
-        last = self._sealing.waiting == 1 and not self._position  # a stream seals every few seconds
-        if last or self._sealed % FANOUT == 0:
-            History(self._store, self._machine).warm()
+        self._sealing.check()
 
     def finish(self) -> None:
         """No segment is being sealed any more when this returns.  Raises what sealing raised."""
         self._sealing.finish()
 
     def abandon(self) -> None:
-        """Let go of the log as it is, and of those that wait to be sealed; the next one to take over settles them."""
+        """Let go of everything as it is; the next one to take over finds what somebody leaves who dies."""
         if self._log:
             self._log.close()
             self._log = None
         self._sealing.abandon()
 
-    def close(self) -> None:
-        """Everything is sealed when this returns.  Raises what sealing raised."""
+    def close(self, *, seal: bool = True) -> None:
+        """Everything is sealed when this returns; without `seal`, by and by.  Raises what sealing raised."""
         try:
             self.rotate()
         finally:
-            self.finish()
+            if seal:
+                self.finish()

@@ -12,84 +12,118 @@ would be missed: then it takes its share of the processors again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
-from hvbackup.errors import StoreDamage
+from hvbackup.errors import HvbackupError, StoreDamage
 from hvbackup.model import GiB, MachineId
 from hvbackup.store.journal import journal
+from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import FOLDER, LOG, Name
 from hvbackup.store.journal.segment import write_segment
 from hvbackup.store.store import Store
 
+Lock = AbstractContextManager[bool]
+
 WAITING_MAX_BYTES = 2 * GiB  # of logs that wait: room for a burst, and what a reader has to look through
+BUDGET_SHARE = 8  # and of a budget at most the eighth part
+WARM_SECONDS = 30.0  # a stream seals every few seconds: tables for views are made not more often than this
+
+_locks: weakref.WeakKeyDictionary[Store, dict[MachineId, Lock]] = weakref.WeakKeyDictionary()
+_locking = threading.Lock()
 
 
-def take_over(store: Store, machine: MachineId) -> list[Name]:
-    """What a dead writer left is settled, but for these logs, oldest first: they are whole, and are sealed as any other.
+def exclusive(store: Store, machine: MachineId) -> Lock:
+    """Held while a file of the journal becomes another one or goes: who removes a log must not meet its segment afterwards.
 
-    The newest one, which nobody has ended, is sealed up to its last barrier when this returns, or removed where it has none.
+    Only the process that protects the machine does either.
     """
-    folder = store.ring.machine_name(machine)
-    names = sorted(journal.all_files(store.files, folder), key=lambda n: (n.epoch, n.first))
-    left = []
-    for name in (n for n in names if n.suffix == LOG):
-        if any(n.covers(name) for n in names):
-            store.files.remove(f"{FOLDER}/{folder}/{name}")
-        else:
-            left.append(name)
-    if left and left[-1] == names[-1]:
-        seal(store, machine, left.pop())
-    return left
+    with _locking:
+        return _locks.setdefault(store, {}).setdefault(machine, threading.Lock())
+
+
+def take_over(store: Store, machine: MachineId) -> tuple[list[Name], list[Name]]:
+    """(the files that count, the logs that are still to be sealed or removed), in their order.
+
+    The newest log, which nobody has ended, is sealed up to its last barrier when this returns, or removed where it has none; one
+    whose header is gone stays.  The others are whole.
+    """
+    done: set[Name] = set()
+    while True:
+        names = sorted(
+            journal.all_files(store.files, store.ring.machine_name(machine)), key=lambda n: (n.epoch, n.first)
+        )
+        logs = [n for n in names if n.suffix == LOG and n not in done]
+        if not logs or logs[-1] != names[-1]:
+            return journal.counting(names), logs
+        # Whoever wrote it may not know that we are here, and have ended it just now: then there is another one.
+        done.add(logs[-1])
+        seal(store, machine, logs[-1])
 
 
 def seal(store: Store, machine: MachineId, name: Name) -> None:
     """The segment of a log exists when this returns, if the log holds any moment, and the log is gone.
 
-    A log whose header a power cut took stays where anything in it was durable, for whoever can read it; one that is gone needs
-    no segment: points cover it.
+    A log whose header a power cut took stays where anything in it was durable, for whoever can read it; one that is gone was
+    sealed, or points cover it.
     """
     folder = store.ring.machine_name(machine)
     path = f"{FOLDER}/{folder}/{name}"
-    try:
-        frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
-        write_segment(store.files, store.ring, folder, name, frames)
-    except StoreDamage:
-        if journal.held_moments(store.files, folder, name):
+    with exclusive(store, machine):
+        names = journal.all_files(store.files, folder)
+        if name not in names:
             return
-    except FileNotFoundError:
-        return
-    store.files.remove(path)
+        if not any(n.covers(name) for n in names):
+            try:
+                frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
+                write_segment(store.files, store.ring, folder, name, frames)
+            except StoreDamage:
+                if journal.held_moments(store.files, folder, name):
+                    return
+        store.files.remove(path)
 
 
 class Sealing:
-    """Thread safety: every method from any thread."""
+    """The logs of one machine.  Thread safety: every method from any thread."""
 
-    def __init__(self, work: Callable[[Name], None]) -> None:
-        """`work` makes a segment of a log."""
-        self._work = work
+    def __init__(self, store: Store, machine: MachineId, budget_bytes: int = 0) -> None:
+        """`budget_bytes`: of its journal; 0: it has none."""
+        self._store, self._machine = store, machine
+        self._waiting_max = min(WAITING_MAX_BYTES, budget_bytes // BUDGET_SHARE or WAITING_MAX_BYTES)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Name, int]] = deque()
         self._thread: threading.Thread | None = None  # while anything waits, or is being sealed
         self._rests_until = 0.0
+        self._warmed = float("-inf")
         self._failed: BaseException | None = None
 
-    def add(self, name: Name, size: int) -> None:
-        """A log has ended.  Raises what sealing earlier ones raised."""
+    def begin(self, left: Sequence[Name]) -> None:
+        """A writer takes the journal over, and these are still to be sealed; what went wrong before is forgotten."""
+        folder = f"{FOLDER}/{self._store.ring.machine_name(self._machine)}"
         with self._changed:
-            self._waiting.append((name, size))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="hvbackup-seal")
-                self._thread.start()
-            self._changed.notify_all()
-        self._raise()
+            self._failed = None
+            for name in left:
+                try:
+                    self.add(name, self._store.files.size(f"{folder}/{name}"))
+                except FileNotFoundError:
+                    continue  # it has been sealed just now
 
-    @property
-    def waiting(self) -> int:
-        """How many logs wait, with the one that is being sealed."""
-        return len(self._waiting)
+    def add(self, name: Name, size: int) -> None:
+        """A log has ended."""
+        with self._changed:
+            if any(name == other for other, _ in self._waiting):
+                return
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="hvbackup-seal")
+                thread.start()  # it waits for us to let go
+                self._thread = thread
+            self._waiting.append((name, size))
+            self._changed.notify_all()
 
     @property
     def is_full(self) -> bool:
@@ -103,18 +137,24 @@ class Sealing:
             self._rests_until = time.monotonic() + seconds
             self._changed.notify_all()
 
+    def check(self) -> None:
+        """Raises what sealing has raised since this was asked last."""
+        with self._changed:
+            failed, self._failed = self._failed, None
+        if failed:
+            raise failed
+
     def wait_for_room(self) -> None:
-        """Less waits than may when this returns.  Raises what sealing raised."""
+        """Less waits than may when this returns."""
         with self._changed:
             while self._full():
                 self._changed.wait()
-            self._raise()
 
     def finish(self) -> None:
         """Nothing waits when this returns.  Raises what sealing raised."""
         self.rest(0)
         self._join()
-        self._raise()
+        self.check()
 
     def abandon(self) -> None:
         """Nothing is being sealed when this returns; what waits is left to whoever takes the journal over."""
@@ -128,19 +168,14 @@ class Sealing:
             while self._thread:
                 self._changed.wait()
 
-    def _raise(self) -> None:
-        with self._changed:
-            failed, self._failed = self._failed, None
-        if failed:
-            raise failed
-
     def _full(self) -> bool:
-        return sum(size for _, size in self._waiting) >= WAITING_MAX_BYTES
+        return sum(size for _, size in self._waiting) >= self._waiting_max
 
     def _run(self) -> None:
         while name := self._next():
             try:
-                self._work(name)
+                seal(self._store, self._machine, name)
+                self._warm()
             except BaseException as e:  # noqa: BLE001 - handed to the thread that owns the recorder
                 self._failed = e
             with self._changed:
@@ -158,3 +193,11 @@ class Sealing:
             self._thread = None
             self._changed.notify_all()
             return None
+
+    def _warm(self) -> None:
+        """Views of the newest moment find their tables made, now and then, and not while more logs wait to be read for it."""
+        now = time.monotonic()
+        if len(self._waiting) <= 1 and now - self._warmed >= WARM_SECONDS:
+            self._warmed = now
+            with contextlib.suppress(HvbackupError, FileNotFoundError):  # views make them, or say what is wrong
+                History(self._store, self._machine).warm()

@@ -15,6 +15,7 @@ from hvbackup.model import SECOND, Instant, MachineId, RecoveryPoint
 from hvbackup.store.journal import journal, merging, readers
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import FOLDER, Name
+from hvbackup.store.journal.sealing import exclusive
 from hvbackup.store.shelves import pins
 from hvbackup.store.store import Store
 
@@ -92,6 +93,11 @@ def removable(pieces: Sequence[Piece], covered: Collection[int], limits: Limits)
 
 def trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> int:
     """What need not be kept is gone; how many bytes that were.  Only for the owner of the store."""
+    with exclusive(store, machine):
+        return _trim(store, machine, limits, by_age=by_age)
+
+
+def _trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> int:
     history = History(store, machine, whole=True)
     limits = limits if by_age else Limits(0, limits.budget_bytes)
     folder = store.ring.machine_name(machine)
