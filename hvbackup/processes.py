@@ -7,10 +7,12 @@ machine it runs on, it is one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +88,31 @@ def give_way() -> None:
     """
     with contextlib.suppress(OSError):  # a container may forbid it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def idle() -> None:
+    """This thread has what nobody else wants of the processors, until it gives way again.
+
+    That may be nothing for a long time: somebody else has to be able to call it back.
+    """
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+@functools.cache
+def may_idle() -> bool:
+    """Whether a thread of ours that is idle may be called back: without privileges RLIMIT_NICE has to allow it."""
+    back: list[bool] = []
+
+    def attempt() -> None:
+        with contextlib.suppress(OSError):
+            idle()
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            back.append(True)
+
+    thread = threading.Thread(target=attempt, name="hvbackup-idle")
+    thread.start()
+    thread.join()
+    return bool(back)
 
 
 def start_detached(

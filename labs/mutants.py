@@ -416,6 +416,13 @@ MUTANTS = (
         ("tests/store/test_sealing.py::test_no_number_that_a_point_covers_is_used_again",),
     ),
     Mutant(
+        "a worker that had to be called stands back again at once",
+        "hvbackup/protect/streaming.py",
+        "            if not target.ring.idler:\n",
+        "            if False:\n",
+        ("tests/test_stream_target.py::test_a_worker_stands_back_in_a_burst_and_not_for_a_while_after_it_was_called",),
+    ),
+    Mutant(
         "sealing goes on while a guest writes as much as it can",
         "hvbackup/store/journal/recorder.py",
         "                self._sealing.rest(CALM_SECONDS)\n",

@@ -8,9 +8,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -21,7 +24,10 @@ from hvbackup.model import KiB, MiB
 from hvbackup.nbd import protocol
 from hvbackup.nbd.client import NbdClient
 from hvbackup.nbd.uri import NbdUri
+from hvbackup.processes import give_way, idle, may_idle
+from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target import ring as rings
 from hvbackup.target.process import PROGRAM, Export, Target
 from tests.nbd.raw import RawClient, request
@@ -57,6 +63,7 @@ def test_a_row_is_a_fact_of_the_journal() -> None:
 COUNTERPART = """
 import sys
 from pathlib import Path
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target import ring as rings
 ring, head, seen = rings.find(Path(sys.argv[1])), 0, (0, 0)
 while head < 255 * 300_000:
@@ -144,6 +151,88 @@ def test_it_lets_qemu_go_on_while_many_writes_come_and_comes_at_once_where_few_d
             time.sleep(0.05)
         assert not target.ring.heads.broken
     target.close()
+
+
+@pytest.mark.parametrize("why", ["the ring fills", "nothing is taken out"])
+def test_it_calls_a_worker_that_waits_for_a_processor(target: Target, why: str) -> None:
+    assert may_idle(), "these tests may change what class a thread is of"
+    ended, classes = threading.Event(), []
+
+    def late() -> None:
+        target.ring.idler = threading.get_native_id()
+        idle()
+        ended.wait(60)
+        classes.append(os.sched_getscheduler(0))
+
+    worker = threading.Thread(target=late)
+    worker.start()
+    with NbdClient.open(uri(target)) as client:
+        time.sleep(0.5)
+        assert target.ring.idler, "there is nothing to take"
+        if why == "the ring fills":
+            size = 0
+            while target.ring.idler:
+                client.write(0, bytes(32 * 1024))
+                size += 32 * 1024
+            assert size <= target.ring.data_max // 4 + 32 * 1024
+        else:
+            client.write(0, bytes(512))
+            end = time.monotonic() + 20
+            while target.ring.idler and time.monotonic() < end:
+                time.sleep(0.01)
+    ended.set()
+    worker.join()
+    assert not target.ring.idler
+    assert classes == [os.SCHED_BATCH]
+
+
+def test_a_worker_stands_back_in_a_burst_and_not_for_a_while_after_it_was_called(target: Target) -> None:
+    life, burst = StreamLife.__new__(StreamLife), SimpleNamespace(in_burst=False)
+    life.recorder, life._called_until = cast(Recorder, burst), 0.0
+    classes: list[int] = []
+
+    def step(call: bool = False) -> None:
+        with life._last_in_line(target):
+            classes.append(os.sched_getscheduler(0))
+            assert target.ring.idler == (threading.get_native_id() if classes[-1] == os.SCHED_IDLE else 0)
+            if call:
+                target.ring.idler = 0
+        assert os.sched_getscheduler(0) != os.SCHED_IDLE
+        assert not target.ring.idler
+
+    def steps() -> None:
+        give_way()
+        step()
+        burst.in_burst = True
+        step()
+        step(call=True)
+        step()
+        life._called_until = 0.0
+        step()
+        with pytest.raises(KeyError), life._last_in_line(target):
+            raise KeyError
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join()
+    b, i = os.SCHED_BATCH, os.SCHED_IDLE
+    assert classes == [b, i, i, b, i]
+
+
+def test_it_does_not_call_a_worker_that_keeps_up(target: Target) -> None:
+    thread = threading.Thread(target=time.sleep, args=(2,))
+    thread.start()
+    assert thread.native_id
+    target.ring.idler = thread.native_id
+    with NbdClient.open(uri(target)) as client:
+        for _ in range(10):
+            client.write(0, bytes(512))
+            time.sleep(0.05)
+            heads = target.ring.heads
+            target.ring.free(heads.rows, heads.data)
+    assert target.ring.idler == thread.native_id
+    thread.join()
 
 
 def test_a_full_ring_answers_and_keeps_nothing_more(target: Target) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvbackup import extents
@@ -32,7 +32,7 @@ from hvbackup.errors import StreamBroken, StreamBypassed
 from hvbackup.hypervisors import FrozenDisk, Reader, Stream
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, KiB, MiB, RecoveryPoint, Token
-from hvbackup.processes import give_way
+from hvbackup.processes import give_way, idle, may_idle
 from hvbackup.protect import marks, taking
 from hvbackup.protect.events import ContinuityLost, JournalStalled, Streamed, Trouble
 from hvbackup.protect.journaling import STALL_SECONDS
@@ -49,6 +49,7 @@ SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = 768 * KiB  # taken out of the ring at a time: fits the processor's cache, and is many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
 IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: it says that we are there
+CALLED_SECONDS = 10.0  # whoever had to be called does not stand back for so long
 LEFT_ALONE = "a stream leaves the guest alone"
 
 
@@ -75,6 +76,7 @@ class StreamLife:
     _good: Moment | None = None  # known at the newest look at QEMU
     _looks: Looks | None = None
     _kept_up: float = 0.0
+    _called_until: float = 0.0  # no standing back until then
     _since: Streamed | None = None  # what to report with the next look
     _numbers: dict[DiskId, int] = field(default_factory=dict)
 
@@ -186,13 +188,33 @@ class StreamLife:
         """What has arrived is durable; seconds until the next step is due."""
         assert self.target
         began = time.monotonic()
-        self._record(self.target)
+        with self._last_in_line(self.target):
+            self._record(self.target)
         self._look_at_target(self.target)
         if self._looks and (look := self._looks.poll(self.newest)):
             self._heed(look)
         if began - self._kept_up >= KEEP_UP_SECONDS:
             self._keep_up()
         return max(0.0, self.setting.rhythm.every_ns / SECOND - (time.monotonic() - began))
+
+    @contextlib.contextmanager
+    def _last_in_line(self, target: Target) -> Iterator[None]:
+        """While the guest writes as much as it can we take what nobody else wants of the processors, for as long as that will do.
+
+        The target calls us when it will not: when the ring fills, or nothing has been taken out of it for a while.
+        """
+        if not self.recorder.in_burst or time.monotonic() < self._called_until or not may_idle():
+            yield
+            return
+        target.ring.idler = threading.get_native_id()
+        idle()
+        try:
+            yield
+        finally:
+            give_way()
+            if not target.ring.idler:
+                self._called_until = time.monotonic() + CALLED_SECONDS
+            target.ring.idler = 0
 
     def _record(self, target: Target) -> None:
         """Every write that has arrived is a durable moment, and marks are on the newest."""

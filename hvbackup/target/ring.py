@@ -4,7 +4,7 @@ It outlives both: whoever takes the journal over finds in it what was answered a
 nothing of the guest is ever on one in plain text; a power cut takes it, and that is the loss that group fsync promises.
 
     0      header: one page.  Magic, sizes and id by whoever makes it; heads, state and counters by the target; tails by
-           the worker
+           the worker, and which thread of it is idle
     4096   rows_max rows, each a fact of the journal (store.format.FACT); row n is at n mod rows_max
     ..     data_max bytes: those of data rows one after the other, round and round
 
@@ -62,7 +62,7 @@ _MADE = struct.Struct("<QQQ16sQ")  # magic, rows_max, data_max, id, pid
 _SMALL_BYTES = 1024  # a batch holds so many rows at most as if each had this much
 LOOKED_AT_ROWS = 16384  # at once: what numpy costs a call is more than what it costs a row
 # Which words of 8 bytes of the header are what: 8 of heads and state, two tails, four counters of each disk.
-_PID, _HEADS, _STATE, _WHY_BROKEN, _TAILS, _DISKS = 5, 8, 11, 12, 16, 24
+_PID, _IDLER, _HEADS, _STATE, _WHY_BROKEN, _TAILS, _DISKS = 5, 6, 8, 11, 12, 16, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,15 @@ class Ring:
     def free(self, rows: int, data: int) -> None:
         """Everything before these is durable: the target may use the room."""
         self._words[_TAILS], self._words[_TAILS + 1] = rows, data
+
+    @property
+    def idler(self) -> int:
+        """The thread of the worker that is idle, of the system's numbers; 0: none, or the target has called it."""
+        return self._words[_IDLER]
+
+    @idler.setter
+    def idler(self, thread: int) -> None:
+        self._words[_IDLER] = thread
 
     def end(self) -> None:
         """Nothing is kept any more: the mirrors of several disks do not end at the same moment."""

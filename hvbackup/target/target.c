@@ -34,7 +34,9 @@ enum { PAYLOAD_MAX = 32 << 20, OPTION_MAX = 4096, OPTIONS_MAX = 64, BUFFER_BYTES
 enum { REPLY_BYTES = 16, REQUEST_BYTES = 28, REPLIES_MAX = 4096, LOOK_MS = 100 };
 #define HANDSHAKE_NS INT64_C(10000000000)
 #define LOOK_NS (LOOK_MS * INT64_C(1000000))
+#define LATE_NS (2 * LOOK_NS)
 enum { MANY = 10000, FEW = 5000 }; /* writes a second */
+enum { HURRY_SHARE = 4 };          /* a quarter of the ring is full */
 #define MAGIC UINT64_C(0x31676e5262766800)
 
 /* State of the stream. */
@@ -61,7 +63,9 @@ struct disk_counters {
 struct ring {
     uint64_t magic, rows_max, data_max;
     uint8_t id[16];
-    uint64_t pid, unused[2]; /* a cache line for each writer */
+    uint64_t pid;
+    _Atomic uint64_t idler; /* by the worker: its thread, while that takes what nobody else wants of the processors */
+    uint64_t unused;        /* a cache line for each writer */
     _Atomic uint64_t rows_head, data_head, alive_ns, state, why, broke_at, lost, flushes; /* by us */
     _Atomic uint64_t rows_tail, data_tail, unused2[6];                                    /* by the worker */
     struct disk_counters disks[DISKS_MAX];
@@ -150,6 +154,14 @@ static void break_off(uint64_t why)
     atomic_store(&ring->state, BROKEN);
 }
 
+/* The worker is late, and waits for a processor that others want all of. */
+static void hurry(void)
+{
+    pid_t thread = (pid_t)atomic_exchange(&ring->idler, 0);
+    if (thread)
+        (void)sched_setscheduler(thread, SCHED_BATCH, &(struct sched_param){0});
+}
+
 static void copy_in(uint64_t at, const unsigned char *bytes, size_t length)
 {
     size_t inside = at % ring->data_max, first = ring->data_max - inside;
@@ -167,8 +179,10 @@ static void record(int disk, int kind, uint64_t offset, uint64_t length, const u
     uint64_t size = kind == FACT_DATA ? length : 0;
     if (!length)
         return;
-    if (atomic_load(&ring->state) == RECORDING
-        && (row + 1 - atomic_load(&ring->rows_tail) > ring->rows_max || at + size - atomic_load(&ring->data_tail) > ring->data_max))
+    uint64_t rows_held = row + 1 - atomic_load(&ring->rows_tail), data_held = at + size - atomic_load(&ring->data_tail);
+    if (rows_held > ring->rows_max / HURRY_SHARE || data_held > ring->data_max / HURRY_SHARE)
+        hurry();
+    if (atomic_load(&ring->state) == RECORDING && (rows_held > ring->rows_max || data_held > ring->data_max))
         break_off(FULL);
     if (atomic_load(&ring->state) != RECORDING) {
         atomic_fetch_add(&ring->lost, 1);
@@ -469,6 +483,18 @@ static void keep_pace(int64_t time)
     looked = time, seen = head, many = wanted;
 }
 
+/* What came is to be taken out ten times a second. */
+static void look_at_the_worker(int64_t time)
+{
+    static int64_t moved;
+    static uint64_t seen;
+    uint64_t tail = atomic_load(&ring->rows_tail);
+    if (tail != seen || tail == atomic_load_explicit(&ring->rows_head, memory_order_relaxed))
+        moved = time, seen = tail;
+    else if (time - moved > LATE_NS)
+        hurry();
+}
+
 static void run(int listener)
 {
     for (;;) {
@@ -476,6 +502,7 @@ static void run(int listener)
         atomic_store(&ring->alive_ns, (uint64_t)time);
         drop_the_silent(time);
         keep_pace(time);
+        look_at_the_worker(time);
         polls[0] = (struct pollfd){STDIN_FILENO, POLLIN, 0};
         polls[1] = (struct pollfd){listener, POLLIN, 0};
         for (int i = 0; i < client_count; i++)

@@ -61,6 +61,7 @@ class Recorder:
         self._began: Instant = Instant(0)
         self._flushed = 0  # bytes of the log
         self._looked, self._streamed_bytes = time.monotonic(), 0  # since then
+        self._burst_until = 0.0
         self._position: dict[str, Any] = {}  # how far the ring of a stream has been taken into the journal
         self._carried: dict[str, Any] = {}  # the tokens of a stream, repeated at the head of each file
         self._numbers: dict[DiskId, int] = {}
@@ -193,12 +194,18 @@ class Recorder:
         if due and (self._log.size >= LOG_MAX_BYTES or not self._sealing.is_full):
             self.rotate()
 
+    @property
+    def in_burst(self) -> bool:
+        """Whether the guest of a stream writes as much as it can."""
+        return time.monotonic() < self._burst_until
+
     def _look_at_the_guest(self) -> None:
         """Sealing rests while it writes as much as it can."""
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             if self._streamed_bytes >= BURST_BYTES * (now - self._looked):
                 self._sealing.rest(CALM_SECONDS)
+                self._burst_until = now + CALM_SECONDS
             self._looked, self._streamed_bytes = now, 0
 
     def _clock_step(self, t: Instant) -> dict[str, Any]:
