@@ -418,7 +418,7 @@ MUTANTS = (
     Mutant(
         "a worker that had to be called stands back again at once",
         "hvbackup/protect/streaming.py",
-        "            if not target.ring.idler:\n",
+        "            if ring.calls != calls:\n",
         "            if False:\n",
         ("tests/test_stream_target.py::test_a_worker_stands_back_in_a_burst_and_not_for_a_while_after_it_was_called",),
     ),

@@ -206,15 +206,16 @@ class StreamLife:
         if not self.recorder.in_burst or time.monotonic() < self._called_until or not may_idle():
             yield
             return
-        target.ring.idler = threading.get_native_id()
+        ring = target.ring
+        calls, ring.idler = ring.calls, threading.get_native_id()
         idle()
         try:
             yield
         finally:
             give_way()
-            if not target.ring.idler:
+            ring.idler = 0
+            if ring.calls != calls:
                 self._called_until = time.monotonic() + CALLED_SECONDS
-            target.ring.idler = 0
 
     def _record(self, target: Target) -> None:
         """Every write that has arrived is a durable moment, and marks are on the newest."""

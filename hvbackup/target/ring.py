@@ -62,7 +62,7 @@ _MADE = struct.Struct("<QQQ16sQ")  # magic, rows_max, data_max, id, pid
 _SMALL_BYTES = 1024  # a batch holds so many rows at most as if each had this much
 LOOKED_AT_ROWS = 16384  # at once: what numpy costs a call is more than what it costs a row
 # Which words of 8 bytes of the header are what: 8 of heads and state, two tails, four counters of each disk.
-_PID, _IDLER, _HEADS, _STATE, _WHY_BROKEN, _TAILS, _DISKS = 5, 6, 8, 11, 12, 16, 24
+_PID, _IDLER, _CALLS, _HEADS, _STATE, _WHY_BROKEN, _TAILS, _DISKS = 5, 6, 7, 8, 11, 12, 16, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +167,17 @@ class Ring:
 
     @property
     def idler(self) -> int:
-        """The thread of the worker that is idle, of the system's numbers; 0: none, or the target has called it."""
+        """The thread of the worker that is idle, of the system's numbers; 0: none."""
         return self._words[_IDLER]
 
     @idler.setter
     def idler(self, thread: int) -> None:
         self._words[_IDLER] = thread
+
+    @property
+    def calls(self) -> int:
+        """How often the target has called it."""
+        return self._words[_CALLS]
 
     def end(self) -> None:
         """Nothing is kept any more: the mirrors of several disks do not end at the same moment."""

@@ -35,6 +35,7 @@ enum { REPLY_BYTES = 16, REQUEST_BYTES = 28, REPLIES_MAX = 4096, LOOK_MS = 100 }
 #define HANDSHAKE_NS INT64_C(10000000000)
 #define LOOK_NS (LOOK_MS * INT64_C(1000000))
 #define LATE_NS (2 * LOOK_NS)
+#define CALL_NS INT64_C(1000000)
 enum { MANY = 10000, FEW = 5000 }; /* writes a second */
 enum { HURRY_SHARE = 4 };          /* a quarter of the ring is full */
 #define MAGIC UINT64_C(0x31676e5262766800)
@@ -61,11 +62,11 @@ struct disk_counters {
 };
 
 struct ring {
-    uint64_t magic, rows_max, data_max;
+    uint64_t magic, rows_max, data_max; /* a cache line for each writer */
     uint8_t id[16];
     uint64_t pid;
     _Atomic uint64_t idler; /* by the worker: its thread, while that takes what nobody else wants of the processors */
-    uint64_t unused;        /* a cache line for each writer */
+    _Atomic uint64_t calls; /* by us: how often we have called it */
     _Atomic uint64_t rows_head, data_head, alive_ns, state, why, broke_at, lost, flushes; /* by us */
     _Atomic uint64_t rows_tail, data_tail, unused2[6];                                    /* by the worker */
     struct disk_counters disks[DISKS_MAX];
@@ -154,12 +155,18 @@ static void break_off(uint64_t why)
     atomic_store(&ring->state, BROKEN);
 }
 
-/* The worker is late, and waits for a processor that others want all of. */
+/* The worker is late, and may be waiting for a processor that others want all of.  It may have heard us before it stood back: so
+ * we call as long as it says that it does. */
 static void hurry(void)
 {
-    pid_t thread = (pid_t)atomic_exchange(&ring->idler, 0);
-    if (thread)
-        (void)sched_setscheduler(thread, SCHED_BATCH, &(struct sched_param){0});
+    static int64_t called;
+    pid_t thread = (pid_t)atomic_load(&ring->idler);
+    int64_t time = thread ? now(CLOCK_MONOTONIC) : 0;
+    if (!thread || time - called < CALL_NS)
+        return;
+    called = time;
+    atomic_fetch_add(&ring->calls, 1);
+    (void)sched_setscheduler(thread, SCHED_BATCH, &(struct sched_param){0});
 }
 
 static void copy_in(uint64_t at, const unsigned char *bytes, size_t length)
