@@ -225,12 +225,16 @@ class Opened:
     """A file open for reading, also when it has lost its name; closed when the last one that uses it lets go."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self.fd).st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises OSError."""
-        return os.pread(self.fd, length, offset)
+        """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises HvbackupError."""
+        try:
+            return os.pread(self.fd, length, offset)
+        except OSError as e:
+            raise HvbackupError(f"Cannot read {self._path}: {e.strerror}") from e
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

@@ -29,6 +29,7 @@ from hvbackup.service.moment import choose
 from hvbackup.store.format import keys
 from hvbackup.store.journal import journal
 from hvbackup.store.journal.history import Doubt, History, SealedRun
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.journal.segment import PieceCache
 from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store, init
@@ -562,5 +563,25 @@ def test_a_life_behind_lost_facts_begins_with_a_point(world: World) -> None:
     moment = life.cycle().moment
     world.images[moment.seq] = world.content()
     life.points.fold(moment)
+    life.close()
+    world.check()
+
+
+def test_numbers_are_not_left_out_within_a_life(world: World) -> None:
+    """A log that is there and can't be read has numbers that nobody knows: no life goes on behind it."""
+    life = world.protection.begin("a test")
+    life.close()
+    recorder = Recorder(world.store, world.machine.id, life.recorder.disks)
+    recorder.barrier(Instant(SECOND), {})
+    recorder.abandon()
+    folder = world.store.ring.machine_name(world.machine.id)
+    path = world.store.files.path(f"journals/{folder}/{journal.list_files(world.store.files, folder)[-1]}")
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    life = world.protection.begin("a test")
+    assert life.how == "captured"
+    world.guest_writes()
+    world.images[life.cycle().moment.seq] = world.content()
     life.close()
     world.check()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.model import SECOND, DiskId, Instant, MiB
+from hvbackup.model import SECOND, DiskId, Instant, KiB, MiB
+from hvbackup.processes import may_idle
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
+from hvbackup.store.journal import recorder
 from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
@@ -110,6 +115,45 @@ def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_
             following = scribe.verify(images(history, history.by_seq(moment.seq + 1)))
             assert following == reached + (moment.seq + 1 not in told), "each write is a moment of its own"
     assert not daemon.leftovers()
+
+
+def test_a_burst_is_taken_with_what_nobody_wants_and_nothing_else_is(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logs end, points are made and alarms are set meanwhile: a thread that begins in the idle class would stay in it."""
+    monkeypatch.setattr(recorder, "BURST_BYTES", 1)
+    monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 256 * KiB)
+    taking, beginning, start = set(), [], threading.Thread.start
+    stream = recorder.Recorder.stream
+
+    def watched(*words: Any, **more: Any) -> int:
+        taking.add((more["each"], os.sched_getscheduler(0)))
+        return stream(*words, **more)
+
+    def starting(thread: threading.Thread) -> None:
+        beginning.append((thread.name, os.sched_getscheduler(0)))
+        start(thread)
+
+    with Scribe(daemon, SIZES, 2000) as scribe:
+        protection = protection_of(store, daemon, rhythm(tmp_path))
+        life = begun(protection)
+        monkeypatch.setattr(recorder.Recorder, "stream", watched)
+        monkeypatch.setattr(threading.Thread, "start", starting)
+        for turn in range(20):
+            scribe.wait(scribe.acked + 100)
+            life.step()
+            if turn == 9:
+                protection.setting.report(life.points.fold(life.points.prepare(life)))
+        monkeypatch.undo()
+        life.close()
+        scribe.stop()
+        history = History(store, protection.setting.machine.id)
+        scribe.verify(images(history, every_moment(history)[-1]))
+    assert may_idle(), "these tests may change what class a thread is of"
+    assert (True, os.SCHED_IDLE) in taking
+    assert any("hvbackup-seal" in name for name, _ in beginning)
+    assert os.SCHED_IDLE not in {policy for _, policy in beginning}
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
 
 
 def test_lives_that_end_while_the_guest_writes_end_at_a_prefix(daemon: Daemon, store: Store, tmp_path: Path) -> None:

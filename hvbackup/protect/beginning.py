@@ -38,7 +38,8 @@ def begin(setting: Setting, why: str) -> AnyLife:
         if rings.salvage(setting, recorder, history):
             history = History(setting.store, setting.machine.id)
         if setting.is_full():
-            recorder.finish()  # what waits to be sealed becomes smaller
+            with contextlib.suppress(HvbackupError):
+                recorder.finish()  # what waits to be sealed becomes smaller
         if history.last and setting.is_full():
             Points(setting, history.last.t).cover(history.last)
         life = resumed(setting, recorder, history, why) or captured(setting, recorder, why)
@@ -69,6 +70,8 @@ def resumed(setting: Setting, recorder: Recorder, history: History, why: str) ->
         point = history.based(last)
     except (NotFound, StoreDamage):
         return None  # no point could be made of what followed
+    if recorder.last > history.runs[-1].summary.last_seq + 1:
+        return None  # numbers are left out, and so would be facts: nothing could be read across them
     if set(tokens) != set(told.disks) or {d: v.size for d, v in told.disks.items()} != setting.sizes():
         return None
     setting.leases.settle(setting.hypervisor, setting.machine)
@@ -91,7 +94,7 @@ def _catch_up(life: AnyLife) -> None:
         raise
     except BaseException:
         with contextlib.suppress(HvbackupError):
-            life.let_go()
+            life.close(seal=False)  # nobody writes into the journal any more
         raise
 
 

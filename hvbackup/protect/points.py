@@ -6,6 +6,7 @@ holds what it holds, and its window has passed or the budget needs its room.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,8 @@ class Points:
             raise
         except HvbackupError as e:  # what earlier points cover may be room enough
             self._failed(moment, e)
-            self._set.sealing.finish()  # so is, maybe, what waits to be sealed
+            with contextlib.suppress(HvbackupError):
+                self._set.sealing.finish()  # what waits to be sealed becomes smaller
             self.trim()
             check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
 

@@ -94,6 +94,7 @@ class StreamLife:
             [Export(d.id, d.size) for d in disks], path, self.stream.socket, rhythm.ring_bytes
         )
         give_way()
+        may_idle()  # asked now, for it takes a moment
         self.recorder.begin_stream(target.ring.id)
         self.stream.arm(target.pid, path, self._arrived)
         with self.stream.changed(self.tokens) as live:
@@ -188,8 +189,7 @@ class StreamLife:
         """What has arrived is durable; seconds until the next step is due."""
         assert self.target
         began = time.monotonic()
-        with self._last_in_line(self.target):
-            self._record(self.target)
+        self._record(self.target)
         self._look_at_target(self.target)
         if self._looks and (look := self._looks.poll(self.newest)):
             self._heed(look)
@@ -201,6 +201,7 @@ class StreamLife:
     def _last_in_line(self, target: Target) -> Iterator[None]:
         """While the guest writes as much as it can we take what nobody else wants of the processors, for as long as that will do.
 
+        Threads that begin meanwhile would be of that class for ever, and nobody could call them: none does.
         The target calls us when it will not: when the ring fills, or nothing has been taken out of it for a while.
         """
         if not self.recorder.in_burst or time.monotonic() < self._called_until or not may_idle():
@@ -221,9 +222,11 @@ class StreamLife:
         """Every write that has arrived is a durable moment, and marks are on the newest."""
         began, self._failed = time.monotonic(), True  # a log in which something went wrong is not written to again
         with self.setting.marks.taken() as taken:
-            writes, size, oldest = self._take(target, each=True)
+            with self._alarmed(), self._last_in_line(target):
+                writes, size, oldest = self._take(target, each=True)
+                self.recorder.flush()
             t = Instant(self.setting.options.clock())
-            self._sync(t)
+            self.recorder.end_if_due(t)
             fitting = marks.fitting(taken, Consistency.CRASH, [LEFT_ALONE])
             if fitting:
                 self._name(t, **marks.told(fitting, Consistency.CRASH))
@@ -236,13 +239,14 @@ class StreamLife:
                 self.points.want(self.newest, mark)
         self._note(writes, size, time.monotonic() - began, lag, [m.label for m in fitting if m.label])
 
-    def _sync(self, t: Instant) -> None:
-        """What was appended is durable; somebody is told at once when that takes long, for a power cut would take it all."""
+    @contextlib.contextmanager
+    def _alarmed(self) -> Iterator[None]:
+        """Somebody is told at once when this takes long, for a power cut would take all that is not durable."""
         alarm = threading.Timer(STALL_SECONDS, self._stalled)
         alarm.daemon = True
         alarm.start()
         try:
-            self.recorder.sync(t)
+            yield
         finally:
             alarm.cancel()
 

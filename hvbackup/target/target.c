@@ -165,8 +165,8 @@ static void hurry(void)
     if (!thread || time - called < CALL_NS)
         return;
     called = time;
-    atomic_fetch_add(&ring->calls, 1);
-    (void)sched_setscheduler(thread, SCHED_BATCH, &(struct sched_param){0});
+    if (!sched_setscheduler(thread, SCHED_BATCH, &(struct sched_param){0}))
+        atomic_fetch_add(&ring->calls, 1);
 }
 
 static void copy_in(uint64_t at, const unsigned char *bytes, size_t length)
@@ -490,13 +490,13 @@ static void keep_pace(int64_t time)
     looked = time, seen = head, many = wanted;
 }
 
-/* What came is to be taken out ten times a second. */
+/* A worker that stands back is back in some milliseconds, whether or not there was anything to take. */
 static void look_at_the_worker(int64_t time)
 {
     static int64_t moved;
     static uint64_t seen;
     uint64_t tail = atomic_load(&ring->rows_tail);
-    if (tail != seen || tail == atomic_load_explicit(&ring->rows_head, memory_order_relaxed))
+    if (tail != seen || !atomic_load(&ring->idler))
         moved = time, seen = tail;
     else if (time - moved > LATE_NS)
         hurry();

@@ -238,6 +238,7 @@ def test_a_log_before_a_segment_lies_below_it(store: Store, monkeypatch: pytest.
     monkeypatch.setattr(sealing, "seal", fails_first)
     commit_empty_point(store, SIZE)
     rec = Recorder(store, MACHINE, DISKS)
+    rec._sealing.rest(60)
     for n in (1, 2):
         rec.write(VDA, Instant(n), [(0, 5000)], bytes([n]) * 5000)
         newest = rec.barrier(Instant(n), {})
@@ -440,6 +441,40 @@ def test_a_lost_write_is_missed_even_if_it_is_one(store: Store, monkeypatch: pyt
     Recorder(store, MACHINE, DISKS).close()
     with pytest.raises(StoreDamage, match="has lost its facts"):
         whole(History(store, MACHINE), last)
+
+
+def test_a_log_that_waits_is_never_taken_for_a_later_one(store: Store) -> None:
+    """A life that left no moment is sealed by and by, that is removed; its name must not be somebody's who writes."""
+    commit_empty_point(store, SIZE)
+    queue = Sealing(store, MACHINE)
+    first = Recorder(store, MACHINE, DISKS, queue)
+    record(first, 1)
+    first.close()
+    queue.rest(60)
+    broken = Recorder(store, MACHINE, DISKS, queue)
+    broken.write(VDA, Instant(SECOND), [(0, 3)], b"old")
+    broken.close(seal=False)
+    again = Recorder(store, MACHINE, DISKS, queue)
+    assert again.epoch > broken.epoch
+    again.write(VDA, Instant(2 * SECOND), [(0, 3)], b"new")
+    again.barrier(Instant(2 * SECOND), {})
+    queue.finish()
+    again.write(VDA, Instant(3 * SECOND), [(1, 1)], b"o")
+    newest = again.barrier(Instant(3 * SECOND), {})
+    assert whole(History(store, MACHINE), newest)[:3] == b"now"
+    again.close()
+    assert whole(History(store, MACHINE), newest)[:3] == b"now"
+
+
+def test_a_log_larger_than_what_may_wait_is_waited_for_by_nobody(
+    store: Store, sealed: list[Name], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "seal", lambda store, machine, name: time.sleep(1) or sealed.append(name))
+    queue = Sealing(store, MACHINE, 800)
+    queue.add(log(1), 1000)
+    queue.wait_for_room()
+    assert not sealed
+    queue.finish()
 
 
 def test_a_writer_that_does_not_know_it_was_replaced_has_no_say_any_more(

@@ -11,7 +11,7 @@ log is taken over.  Order comes from the sequence; times label.
     killed after                left behind                           cleaned by
     1 log created               an empty log                          take_over(): removed
     2 some frames written       a log with a torn end                 take_over(): sealed up to its last barrier
-    3 segment renamed           the segment, and its log              take_over(): the log is removed
+    3 segment renamed           the segment, and its log              whoever takes over removes the log in its turn
     4 log removed               nothing
 
 A log is never appended to after it was reopened: `take_over` seals what is good, and a new file begins with a new epoch.

@@ -46,12 +46,13 @@ class Recorder:
         """Take over the journal: a new epoch begins with the first fact.  `sealing` lives longer than this writer."""
         self._store, self._folder = store, store.ring.machine_name(machine)
         self._sealing = sealing or Sealing(store, machine)
-        names, left = take_over(store, machine)
-        self.epoch = max((n.epoch for n in names), default=0) + 1
+        taken = take_over(store, machine)
+        self.epoch = taken.epoch + 1
         # One number is left out: the point that a new life begins with takes it, and no moment before has it.
         # Neither does it go on below what a point covers: facts there would count as part of it.
         covered = max((p.seq or 0 for p in store.points(machine)), default=0)
-        self._next = max(self._end(names[-1]) if names else 0, covered) + 1
+        end = self._end(taken.names[-1]) if taken.names else 0
+        self._next = (end if covered <= end else covered + 1) + 1
         self.doubts: list[Doubt] = []  # repeated at the head of each file
         self.newest = Moment(self._next - 1, Instant(0))  # what a set follows; whoever knows the moment says which
         self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
@@ -66,7 +67,7 @@ class Recorder:
         self._carried: dict[str, Any] = {}  # the tokens of a stream, repeated at the head of each file
         self._numbers: dict[DiskId, int] = {}
         self.set_disks(disks)
-        self._sealing.begin(left)
+        self._sealing.begin(taken.left)
 
     def _end(self, name: Name) -> int:
         return name.first + len(open_run(self._store, self._folder, name, PieceCache()).facts)
@@ -185,10 +186,19 @@ class Recorder:
 
     def sync(self, t: Instant) -> None:
         """Everything that was appended is durable when this returns; at `t`, an old or large log ends here."""
+        self.flush()
+        self.end_if_due(t)
+
+    def flush(self) -> None:
+        """Everything that was appended is durable when this returns."""
+        if self._log:
+            self._log.sync()
+            self._flushed = self._log.size
+
+    def end_if_due(self, t: Instant) -> None:
+        """An old or large log, all of it durable, ends at `t`."""
         if self._log is None:
             return
-        self._log.sync()
-        self._flushed = self._log.size
         self._look_at_the_guest()
         due = self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS
         if due and (self._log.size >= LOG_MAX_BYTES or not self._sealing.is_full):

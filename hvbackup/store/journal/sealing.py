@@ -6,8 +6,8 @@ sealing rests, and the host's processors are the guest's.  It goes on when the g
 would be missed: then it takes its share of the processors again.
 
     killed after                left behind                             cleaned by
-    1 some logs ended           logs                                    take_over(): the newest one at once, the others later
-    2 segment written           both                                    take_over(): the log is removed
+    1 some logs ended           logs                                    take_over(): the newest one at once, the others in turn
+    2 segment written           both                                    the log is removed, in its turn
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from hvbackup.errors import HvbackupError, StoreDamage
 from hvbackup.model import GiB, MachineId
@@ -47,20 +48,31 @@ def exclusive(store: Store, machine: MachineId) -> Lock:
         return _locks.setdefault(store, {}).setdefault(machine, threading.Lock())
 
 
-def take_over(store: Store, machine: MachineId) -> tuple[list[Name], list[Name]]:
-    """(the files that count, the logs that are still to be sealed or removed), in their order.
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A journal that was taken over."""
+
+    names: Sequence[Name]  # the files that count, in their order
+    left: Sequence[Name]  # the logs that are still to be sealed or removed, in theirs
+    epoch: int  # the newest there has been, also of files that are gone: nobody may ever meet two files of one name
+
+
+def take_over(store: Store, machine: MachineId) -> Taken:
+    """What a dead writer left is settled.
 
     The newest log, which nobody has ended, is sealed up to its last barrier when this returns, or removed where it has none; one
     whose header is gone stays.  The others are whole.
     """
     done: set[Name] = set()
+    epoch = 0
     while True:
         names = sorted(
             journal.all_files(store.files, store.ring.machine_name(machine)), key=lambda n: (n.epoch, n.first)
         )
+        epoch = max([epoch, *(n.epoch for n in names)])
         logs = [n for n in names if n.suffix == LOG and n not in done]
         if not logs or logs[-1] != names[-1]:
-            return journal.counting(names), logs
+            return Taken(journal.counting(names), logs, epoch)
         # Whoever wrote it may not know that we are here, and have ended it just now: then there is another one.
         done.add(logs[-1])
         seal(store, machine, logs[-1])
@@ -107,6 +119,7 @@ class Sealing:
         folder = f"{FOLDER}/{self._store.ring.machine_name(self._machine)}"
         with self._changed:
             self._failed = None
+            self._waiting = deque(entry for entry in self._waiting if entry[0] in left)
             for name in left:
                 try:
                     self.add(name, self._store.files.size(f"{folder}/{name}"))
@@ -145,9 +158,9 @@ class Sealing:
             raise failed
 
     def wait_for_room(self) -> None:
-        """Less waits than may when this returns."""
+        """Less waits than may when this returns, or one log alone, however large."""
         with self._changed:
-            while self._full():
+            while self._full() and len(self._waiting) > 1:
                 self._changed.wait()
 
     def finish(self) -> None:
