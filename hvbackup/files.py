@@ -385,6 +385,7 @@ class Files:
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._handle(name).fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    @let_finish  # a lock that is taken is given back
     def _handle(self, name: str) -> Opened:
         with self._lock:
             handle = self._handles.pop(name, None) or Opened(self.path(name))
@@ -393,11 +394,13 @@ class Files:
                 self._handles.popitem(last=False)
             return handle
 
+    @let_finish  # a lock that is taken is given back
     def forget(self, name: str) -> None:
         """Drop a cached handle, so that the next read sees the file of that name as it is now."""
         with self._lock:
             self._handles.pop(name, None)
 
+    @let_finish  # a lock that is taken is given back
     def close(self) -> None:
         """Drop all cached handles; the object stays usable."""
         with self._lock:
