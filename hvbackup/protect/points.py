@@ -145,6 +145,7 @@ class Points:
 
     def _made(self, moment: Moment) -> tuple[Outcome, Folded]:
         began, s = time.monotonic(), self._set
+        s.sealing.reach(moment.seq)
         with s.writing:
             outcome = fold(s.store, s.machine.id, moment, s.options)
         point = outcome.point

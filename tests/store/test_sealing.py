@@ -123,6 +123,18 @@ def test_what_is_too_much_is_sealed_all_the_same(
     assert len(sealed) == 5
 
 
+def test_sealing_does_not_rest_before_what_somebody_waits_for(resting: Sealing, sealed: list[Name]) -> None:
+    resting.rest(60)
+    for n in (1, 11, 21):
+        resting.add(log(n), 1)
+    resting.reach(15)
+    assert sealed == [log(1), log(11)]
+    resting.rest(60)
+    resting.reach(15)
+    assert len(sealed) == 2
+    resting.finish()
+
+
 def test_what_was_abandoned_is_not_sealed(resting: Sealing, sealed: list[Name]) -> None:
     resting.rest(60)
     resting.add(log(1), 1)

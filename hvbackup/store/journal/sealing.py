@@ -111,6 +111,7 @@ class Sealing:
         self._waiting: deque[tuple[Name, int]] = deque()
         self._thread: threading.Thread | None = None  # while anything waits, or is being sealed
         self._rests_until = 0.0
+        self._wanted = -1  # logs that begin up to here are waited for: no rest before them
         self._warmed = float("-inf")
         self._failed: BaseException | None = None
 
@@ -163,6 +164,14 @@ class Sealing:
             while self._full() and len(self._waiting) > 1:
                 self._changed.wait()
 
+    def reach(self, seq: int) -> None:
+        """No log that begins at or before this fact waits when this returns: many reads of segments cost less."""
+        with self._changed:
+            self._wanted = max(self._wanted, seq)
+            self._changed.notify_all()
+            while any(name.first <= seq for name, _ in self._waiting):
+                self._changed.wait()
+
     def finish(self) -> None:
         """Nothing waits when this returns.  Raises what sealing raised."""
         self.rest(0)
@@ -184,6 +193,10 @@ class Sealing:
     def _full(self) -> bool:
         return sum(size for _, size in self._waiting) >= self._waiting_max
 
+    def _due(self) -> bool:
+        """Whether the oldest log can't rest any longer."""
+        return self._full() or self._waiting[0][0].first <= self._wanted
+
     def _run(self) -> None:
         while name := self._next():
             try:
@@ -199,7 +212,7 @@ class Sealing:
     def _next(self) -> Name | None:
         """The oldest log, when it is its time; None when nothing waits, and the thread ends."""
         with self._changed:
-            while self._waiting and not self._full() and (left := self._rests_until - time.monotonic()) > 0:
+            while self._waiting and not self._due() and (left := self._rests_until - time.monotonic()) > 0:
                 self._changed.wait(left)
             if self._waiting:
                 return self._waiting[0][0]
