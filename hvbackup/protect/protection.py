@@ -105,9 +105,8 @@ class Protection:
         try:
             self._run()
         finally:
-            with contextlib.suppress(
-                HvbackupError
-            ):  # whoever broke off has left some; what failed is told with the next life
+            # A life that broke off has left some; what could not be sealed is for the next one to tell.
+            with contextlib.suppress(HvbackupError):
                 self.setting.sealing.finish()
 
     def _run(self) -> None:
