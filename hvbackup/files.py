@@ -1,7 +1,8 @@
 """The only module that makes bytes durable: nobody else calls fsync, rename, unlink or flock.
 
-A file of a store is created complete and never edited: bytes go to `tmp/XXXX`, fsync, rename to its name, fsync of the
-directory it is in.  When `write_new`, `NewFile.commit`, `replace` or `remove` returns, its effect survives a power cut.
+A file of a store is created complete and never edited, but for open logs: bytes go to `tmp/XXXX`, fsync, rename to its name,
+fsync of the directory it is in.  When `write_new`, `NewFile.commit`, `replace` or `remove` returns, its effect survives a power
+cut.
 
     killed after            left behind                         cleaned by
     create, write, fsync    a file in tmp/ nobody reads         sweep(), when a writer opens the store
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import sys
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from hvbackup.endings import let_finish
 from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
+from hvbackup.model import KiB, MiB
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -38,6 +41,8 @@ PARTIAL = ".partial"  # behind the name of an image that is not restored to its 
 TMP = "tmp"  # the directory of files that are not finished
 LOCK_POLL_SECONDS = 0.05
 OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
+LOG_MEMORY_BYTES = 4 * MiB  # of a log, at most and usually: what is written at a time
+BLOCK_BYTES = 4 * KiB  # of a disk, at most and usually
 _GET_FLAGS, _SET_FLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10  # of linux/fs.h, on 64 bits
 _SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
 
@@ -54,6 +59,29 @@ class Kernel:
         view = memoryview(data).cast("B")
         while view:
             view = view[os.write(fd, view) :]
+
+    def write_at(self, fd: int, data: Buffer, offset: int) -> None:
+        """Write all of `data` at `offset`, both in whole blocks."""
+        view = memoryview(data).cast("B")
+        while view:
+            try:
+                done = os.pwrite(fd, view, offset)
+            except OSError as e:
+                if e.errno != errno.EINVAL or not self._is_direct(fd):
+                    raise
+                self.set_direct(fd, False)  # a disk with larger blocks
+                continue
+            view, offset = view[done:], offset + done
+
+    def set_direct(self, fd: int, on: bool) -> None:
+        """Write past the page cache from here on, where the file system can (O_DIRECT), or through it."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+
+    @staticmethod
+    def _is_direct(fd: int) -> bool:
+        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
     def fsync(self, fd: int) -> None:
         """Make the file's bytes durable."""
@@ -191,34 +219,100 @@ class NewFile:
 class LogFile:
     """A file that only grows, under its own name from the first byte: the open log of a journal.
 
-    What `append` has returned is with the operating system and survives our death; what `sync` has returned survives a power
-    cut.  After a crash the reader finds the torn end by checksums, and nobody ever appends to the file again.
-    Thread safety: `append` from one thread at a time; `sync` from any.
+    What is appended is put together in memory, and written in whole blocks when that is full or somebody syncs.  The last block
+    is filled up with zeroes, and written again with what comes next: what it had stays the same, whatever a power cut leaves of
+    it.  So the file can be written past the page cache too, which is half the work.
+
+    What `sync` has returned survives a power cut.  After a crash the reader finds the end by checksums, and nobody ever appends
+    to the file again.  Thread safety: one thread.
     """
 
     def __init__(self, files: Files, name: str, mode: int) -> None:
         self._kernel, self.path = files.kernel, files.path(name)
+        self._memory = _blocks(LOG_MEMORY_BYTES)  # begins with a block
         files.make_dir(os.path.dirname(name))
         with named_errors("create", self.path):
             self._fd = self._kernel.create(str(self.path), mode)
             self._kernel.sync_dir(str(self.path.parent))
-        self.size = 0
+        self._direct = False
+        self._at = 0  # where in the file the memory begins
+        self._used = 0
+        self._written = 0  # how much of it is in the file
+        self._synced = True
+        self._unsure = False  # a sync failed: nobody knows what of all that was written before will ever be durable
 
-    def append(self, *parts: Buffer) -> None:
-        """They have been written, one after the other, when this returns."""
+    @property
+    def size(self) -> int:
+        """Bytes appended so far."""
+        return self._at + self._used
+
+    def room(self, size: int) -> memoryview:
+        """Memory for so many bytes behind the last one.  They are appended by `take`, once they are filled in."""
+        if self._used + size > len(self._memory):
+            self._write()
+            self._make_room(size)
+        return self._memory[self._used : self._used + size]
+
+    def take(self, size: int) -> None:
+        """Append what was put into `room`."""
+        self._used += size
+        self._synced = False
+
+    def _make_room(self, size: int) -> None:
+        """What is written in whole blocks goes; memory that was larger than usual for something large goes with it."""
+        whole = self._used - self._used % BLOCK_BYTES
+        rest = bytes(self._memory[whole : self._used])
+        wanted = max(LOG_MEMORY_BYTES, -(-(len(rest) + size) // BLOCK_BYTES) * BLOCK_BYTES)
+        if wanted != len(self._memory):
+            self._memory = _blocks(wanted)
+        self._memory[: len(rest)] = rest
+        self._at, self._used, self._written = self._at + whole, len(rest), len(rest)
+
+    def _write(self) -> None:
+        """Everything that was appended is in the file."""
+        if self._written == self._used:
+            return
+        first = self._written - self._written % BLOCK_BYTES
+        end = -(-self._used // BLOCK_BYTES) * BLOCK_BYTES
+        self._memory[self._used : end] = bytes(end - self._used)
         with named_errors("write", self.path):
-            for part in parts:
-                self._kernel.write(self._fd, part)
-                self.size += memoryview(part).nbytes
+            self._kernel.write_at(self._fd, self._memory[first:end], self._at + first)
+        self._written = self._used
+
+    def past_cache(self, on: bool) -> None:
+        """Write past the page cache from here on, or through it: then whoever reads the file soon finds it there."""
+        if on != self._direct:
+            self._kernel.set_direct(self._fd, on)
+            self._direct = on
 
     def sync(self) -> None:
         """Everything appended before is durable when this returns."""
+        if self._synced:
+            return
+        self._write()
         with named_errors("write", self.path):
+            if self._unsure:
+                raise OSError(errno.EIO, "it failed before, and what was written then may be lost")
+            self._unsure = True
             self._kernel.fsync(self._fd)
+        self._unsure, self._synced = False, True
+        self._make_room(0)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Everything appended is in the file, and that is let go of."""
+        try:
+            self._write()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file as it is."""
         self._kernel.close(self._fd)
+
+
+def _blocks(size: int) -> memoryview:
+    """Memory that a disk can be written from; it takes up none before it is used."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class Opened:
@@ -235,6 +329,11 @@ class Opened:
             return os.pread(self.fd, length, offset)
         except OSError as e:
             raise HvbackupError(f"Cannot read {self._path}: {e.strerror}") from e
+
+    def sync(self) -> None:
+        """What was read of it is durable when this returns, whoever wrote it.  Raises HvbackupError."""
+        with named_errors("read", self._path), contextlib.suppress(OSError):
+            os.fsync(self.fd)  # a read-only file system has nothing that is not durable
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -360,16 +459,10 @@ class Files:
             except NotADirectoryError as e:
                 raise FileNotFoundError(e.errno, e.strerror, str(path)) from e
 
-    def open_synced(self, name: str) -> Opened:
-        """A file that somebody else appends to, as it is now; it is durable when this returns, whoever wrote it.
-
-        So a reader never shows what a power cut could still take back.  Raises FileNotFoundError, HvbackupError.
-        """
+    def open_now(self, name: str) -> Opened:
+        """A file that somebody else appends to, with the size it has now.  Raises FileNotFoundError, HvbackupError."""
         with named_errors("read", self.path(name)):
-            opened = Opened(self.path(name))
-            with contextlib.suppress(OSError):  # a read-only file system has nothing that is not durable
-                os.fsync(opened.fd)
-            return opened
+            return Opened(self.path(name))
 
     def read_at(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer at the end of the file.  Raises FileNotFoundError, HvbackupError."""

@@ -25,6 +25,7 @@ from hvbackup.files import Kernel
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
+SECTOR = 512  # is written whole or not at all
 Tree = dict[str, bytes | None]  # path -> content; None is a directory
 
 
@@ -49,6 +50,7 @@ class Step:
     path: str = ""
     inode: int = -1
     data: bytes = b""
+    offset: int = -1  # of a write; -1: at the end
     target: str = ""
     note: Any = None
 
@@ -84,6 +86,10 @@ class Recorder(Kernel):
         super().write(fd, data)
         self.steps.append(Step(Op.WRITE, inode=self._inodes[fd], data=bytes(data)))
 
+    def write_at(self, fd: int, data: Buffer, offset: int) -> None:
+        super().write_at(fd, data, offset)
+        self.steps.append(Step(Op.WRITE, inode=self._inodes[fd], data=bytes(data), offset=offset))
+
     def fsync(self, fd: int) -> None:
         self.steps.append(Step(Op.FSYNC, inode=self._inodes[fd]))
 
@@ -108,8 +114,25 @@ class Recorder(Kernel):
 
 @dataclass(slots=True)
 class _File:
-    writes: list[bytes] = field(default_factory=list)
+    writes: list[tuple[int, bytes]] = field(default_factory=list)  # where, what
     synced: int = 0  # how many of the writes are certain
+
+    def write(self, step: Step) -> None:
+        """One more."""
+        end = max((at + len(data) for at, data in self.writes), default=0)
+        self.writes.append((end if step.offset < 0 else step.offset, step.data))
+
+    def content(self, count: int | None = None) -> bytearray:
+        """After so many of the writes, or all of them."""
+        content = bytearray()
+        for at, data in self.writes[:count]:
+            _lay(content, at, data)
+        return content
+
+
+def _lay(content: bytearray, at: int, data: bytes) -> None:
+    content.extend(bytes(max(0, at + len(data) - len(content))))
+    content[at : at + len(data)] = data
 
 
 @dataclass(slots=True)
@@ -168,7 +191,7 @@ class Disk:
                 self._inodes[step.inode] = _File()
                 self._link(step.path, self._inodes[step.inode])
             case Op.WRITE:
-                self._inodes[step.inode].writes.append(step.data)
+                self._inodes[step.inode].write(step)
             case Op.FSYNC:
                 self._inodes[step.inode].synced = len(self._inodes[step.inode].writes)
             case Op.RENAME:
@@ -186,17 +209,17 @@ class Disk:
 
     def tree(self) -> Tree:
         """What a running system sees."""
-        return dict(_walk(self._root, "", lambda d: d.now(), lambda f: b"".join(f.writes)))
+        return dict(_walk(self._root, "", lambda d: d.now(), lambda f: bytes(f.content())))
 
     def torn(self, step: Step) -> Tree | None:
         """The same, with the last write only half done; None when the last step is no write."""
         if step.op is not Op.WRITE:
             return None
         file = self._inodes[step.inode]
-        whole = file.writes.pop()
-        file.writes.append(whole[: len(whole) // 2])
+        at, whole = file.writes.pop()
+        file.writes.append((at, whole[: len(whole) // 2]))
         tree = self.tree()
-        file.writes[-1] = whole
+        file.writes[-1] = at, whole
         return tree
 
     def power_cut(self, fate: Fate, rng: random.Random) -> Tree:
@@ -209,18 +232,27 @@ class Disk:
             return folder.after(everything if fate is Fate.BYTES_LOST else [])
 
         def content(file: _File) -> bytes:
-            sure, rest = b"".join(file.writes[: file.synced]), file.writes[file.synced :]
             if fate is Fate.NAMES_LOST:
-                return sure + b"".join(rest)
-            return sure + (_scrambled(rest, rng) if fate is Fate.RANDOM else b"")
+                return bytes(file.content())
+            content = file.content(file.synced)
+            if fate is Fate.RANDOM:
+                _scramble(content, file.writes[file.synced :], rng)
+            return bytes(content)
 
         return dict(_walk(self._root, "", names, content))
 
 
-def _scrambled(writes: list[bytes], rng: random.Random) -> bytes:
-    """Unsynced writes, some of which reached the disk, some as holes; the length may be of any of them."""
-    kept = [w if rng.random() < 0.5 else bytes(len(w)) for w in writes]
-    return b"".join(kept[: rng.randrange(len(kept) + 1)])
+def _scramble(content: bytearray, writes: list[tuple[int, bytes]], rng: random.Random) -> None:
+    """Unsynced writes, some of which reached the disk, whole or in sectors; what did not is as before, or a hole."""
+    for at, data in writes[: rng.randrange(len(writes) + 1)]:
+        fate = rng.random()
+        content.extend(bytes(max(0, at + len(data) - len(content))))
+        if fate < 0.4:
+            _lay(content, at, data)
+        elif fate < 0.6:
+            for begin in range(0, len(data), SECTOR):
+                if rng.random() < 0.5:
+                    _lay(content, at + begin, data[begin : begin + SECTOR])
 
 
 def _walk(folder: _Folder, prefix: str, names: Any, content: Any) -> Iterator[tuple[str, bytes | None]]:

@@ -43,6 +43,10 @@ class FaultyKernel(CarelessKernel):
         self._ask("write")
         super().write(fd, data)
 
+    def write_at(self, fd: int, data: Buffer, offset: int) -> None:
+        self._ask("write")
+        super().write_at(fd, data, offset)
+
     def fsync(self, fd: int) -> None:
         self._ask("fsync")
 

@@ -385,7 +385,7 @@ def test_a_journal_disk_that_takes_too_long_opens_a_gap(world: World, monkeypatc
     world.guest_writes()
     last = life.cycle().moment
     world.images[last.seq] = world.content()
-    for call in ("write", "fsync"):
+    for call in ("write_at", "fsync"):
         answers = threading.Event()
         original = getattr(world.store.files.kernel, call)
 

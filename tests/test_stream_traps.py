@@ -216,17 +216,18 @@ def test_a_full_journal_disk_keeps_what_was_answered(daemon: Daemon, store: Stor
     life = begun(protection)
     client = daemon.guest("vda")
     client.write(0, b"x" * 4096)
-    append = store.files.kernel.write
+    kernel = store.files.kernel
+    write, write_at = kernel.write, kernel.write_at
 
-    def full(fd: int, data: object) -> None:
+    def full(fd: int, data: object, offset: int = 0) -> None:
         raise OSError(28, "No space left on device")
 
-    store.files.kernel.write = full  # type: ignore[method-assign,assignment]
+    kernel.write = kernel.write_at = full  # type: ignore[method-assign,assignment]
     with pytest.raises(SpaceExhausted):
         life.step()
     with contextlib.suppress(SpaceExhausted):
         life.close()
-    store.files.kernel.write = append  # type: ignore[method-assign]
+    kernel.write, kernel.write_at = write, write_at  # type: ignore[method-assign]
     client.write(4096, b"y" * 4096)
     again = begun(protection)
     history = History(store, protection.setting.machine.id)

@@ -103,7 +103,7 @@ class Ring:
         size = os.fstat(fd).st_size
         if size < _HEADER_BYTES:
             raise UsageError("What should be the ring of a stream is too short")
-        self._map = mmap.mmap(fd, size)
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         magic, self.rows_max, self.data_max, ident, _ = _MADE.unpack_from(self._map)
         if magic != _MAGIC or size < _HEADER_BYTES + self.rows_max * ROW.itemsize + self.data_max:
             raise UsageError("What should be the ring of a stream is none")

@@ -178,8 +178,8 @@ static void copy_in(uint64_t at, const unsigned char *bytes, size_t length)
     memcpy(data, bytes + first, length - first);
 }
 
-/* The write is in the ring when this returns, unless the stream is broken. */
-static void record(int disk, int kind, uint64_t offset, uint64_t length, const unsigned char *bytes)
+/* The write, which arrived at `t`, is in the ring when this returns, unless the stream is broken. */
+static void record(int64_t t, int disk, int kind, uint64_t offset, uint64_t length, const unsigned char *bytes)
 {
     uint64_t row = atomic_load_explicit(&ring->rows_head, memory_order_relaxed);
     uint64_t at = atomic_load_explicit(&ring->data_head, memory_order_relaxed);
@@ -197,7 +197,6 @@ static void record(int disk, int kind, uint64_t offset, uint64_t length, const u
     }
     if (size)
         copy_in(at, bytes, size);
-    int64_t t = now(CLOCK_REALTIME);
     last_t = t > last_t ? t : last_t + 1;
     rows[row % ring->rows_max] = (struct row){last_t, offset, length, 0, (uint16_t)disk, (uint8_t)kind, 0};
     atomic_store_explicit(&ring->data_head, at + size, memory_order_release);
@@ -348,7 +347,8 @@ enum { FLAG_FUA = 1, FLAG_NO_HOLE = 2 };
 enum { ERR_EINVAL = 22, ERR_ENOSPC = 28 }; /* on the wire */
 
 /* The error of one command, whose payload is there; what it says is kept first. */
-static uint32_t carry_out(struct client *c, unsigned flags, unsigned kind, uint64_t offset, uint64_t length, const unsigned char *payload)
+static uint32_t carry_out(struct client *c, int64_t t, unsigned flags, unsigned kind, uint64_t offset, uint64_t length,
+                          const unsigned char *payload)
 {
     uint64_t size = exports[c->disk].size;
     if (kind == FLUSH && !flags) {
@@ -362,7 +362,7 @@ static uint32_t carry_out(struct client *c, unsigned flags, unsigned kind, uint6
         break_off(REFUSED); /* the guest is told that it is written all the same */
         return bad_flags ? ERR_EINVAL : ERR_ENOSPC;
     }
-    record(c->disk, kind == WRITE ? FACT_DATA : FACT_ZERO, offset, length, payload);
+    record(t, c->disk, kind == WRITE ? FACT_DATA : FACT_ZERO, offset, length, payload);
     return 0;
 }
 
@@ -371,6 +371,7 @@ static int commands(struct client *c)
 {
     static unsigned char replies[REPLIES_MAX * REPLY_BYTES];
     unsigned char *reply = replies;
+    int64_t t = now(CLOCK_REALTIME); /* what is there has arrived */
     int stays = 1;
     if (transmitting > 1)
         look_at_the_others(c);
@@ -384,7 +385,7 @@ static int commands(struct client *c)
         }
         if (c->end - c->start < REQUEST_BYTES + payload)
             break;
-        uint32_t error = carry_out(c, (unsigned)get(at + 4, 2), kind, get(at + 16, 8), length, at + REQUEST_BYTES);
+        uint32_t error = carry_out(c, t, (unsigned)get(at + 4, 2), kind, get(at + 16, 8), length, at + REQUEST_BYTES);
         reply = put(put(reply, 0x67446698, 4), error, 4);
         memcpy(reply, at + 8, 8);
         reply += 8;
@@ -505,7 +506,7 @@ static void look_at_the_worker(int64_t time)
 static void run(int listener)
 {
     for (;;) {
-        int64_t time = now(CLOCK_MONOTONIC);
+        int64_t time = now(CLOCK_MONOTONIC_COARSE);
         atomic_store(&ring->alive_ns, (uint64_t)time);
         drop_the_silent(time);
         keep_pace(time);

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from hvbackup.errors import ChunkDamaged, JournalGap, NotFound, StoreDamage
+from hvbackup.files import Opened
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, Token
 from hvbackup.store.format import keys
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import history as history_
 from hvbackup.store.journal import journal, recorder, tables
-from hvbackup.store.journal.history import History
+from hvbackup.store.journal.history import History, OpenRun
+from hvbackup.store.journal.journal import Facts
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.journal.segment import Segment
 from hvbackup.store.store import Store, init
+from tests.store.mortal import Dies
+from tests.world import CarelessKernel
 
 MACHINE, VDA = MachineId("m1"), DiskId("vda")
 SIZE = 300 * KiB + 512
@@ -250,3 +255,71 @@ def test_a_table_whose_numbers_were_changed_is_never_believed(store: Store) -> N
             assert "run this again" in str(e)  # noqa: PT017
             refused += 1
     assert 0 < refused <= harmed
+
+
+class Unsure(CarelessKernel):
+    """The power goes before an fsync has returned."""
+
+    cut = False
+
+    def fsync(self, fd: int) -> None:
+        if self.cut:
+            raise Dies
+
+
+def test_what_a_reader_shows_is_durable_although_a_block_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opens the log, and then the writer puts another barrier into the block that the reader has not come to yet."""
+    kernel = Unsure()
+    init(tmp_path / "store", None)
+    synced: list[list[int]] = []
+    with Store.open(tmp_path / "store", tmp_path / "state", [], owner=True, kernel=kernel) as store:
+        commit_empty_point(store, SIZE)
+        rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+        rec.barrier(Instant(2 * SECOND), {VDA: Token("fake", "1")})
+        read, sync = OpenRun._read, Opened.sync
+
+        def late(run: OpenRun) -> Facts:
+            kernel.cut = True
+            with pytest.raises(Dies):
+                rec.barrier(Instant(3 * SECOND), {VDA: Token("fake", "2")})
+            found = read(run)
+            seen.append(len(found))
+            return found
+
+        def watched(opened: Opened) -> None:
+            synced.append(list(seen))
+            sync(opened)
+
+        seen: list[int] = []
+        monkeypatch.setattr(OpenRun, "_read", late)
+        monkeypatch.setattr(Opened, "sync", watched)
+        offered = len(History(store, MACHINE).moments[0])
+    assert offered == 2, "the second barrier is in the file"
+    assert synced == [seen], "and was made durable by who read it, afterwards"
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_an_append_that_fails_leaves_nothing_that_hides_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool
+) -> None:
+    secret = keys.parse_key_text(keys.new_key_text(), "test")
+    init(tmp_path / "store", secret)
+    with Store.open(tmp_path / "store", tmp_path / "state", [secret], owner=True) as store:
+        commit_empty_point(store, SIZE)
+        rec = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+        rec.write(VDA, Instant(SECOND), [(0, 4)], b"abcd")
+        rec.barrier(Instant(SECOND), {})
+
+        def fails(*_: object) -> NoReturn:
+            raise MemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(journal.LogWriter, "_joined", fails)
+            rec.write(VDA, Instant(2 * SECOND), [(0, 4)], b"lost")
+        last = rec.barrier(Instant(3 * SECOND), {})
+        if sealed:
+            rec.close()
+        assert History(store, MACHINE).moments[0].tolist()[-1] == last
+        rec.close()

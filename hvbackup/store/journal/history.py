@@ -83,9 +83,9 @@ class OpenRun:
         self._frames: list[tuple[int, int, int]] = []  # where in the log, first fact, end of its bytes
         self.facts = np.zeros(0, f.FACT)
         try:
-            self._log = journal.LogReader(store.files, store.ring, machine, name, synced=True)
+            self._log = journal.LogReader(store.files, store.ring, machine, name, held=True)
             self.facts = self._read()
-            self._log.let_go()
+            self._log.settle()
         except StoreDamage:
             self._frames.clear()  # its header is gone: it offers nothing, and views that would need it are refused
         self._ends = [end for _, _, end in self._frames]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FOLDER = "journals"
 LOG, SEGMENT = ".log", ".seg"
 KEPT_BYTES = MiB  # what of a log's memory is kept from frame to frame
-COPIED_BYTES = 64 * KiB  # smaller frames are put together before they are written
+SMALL_BYTES = 64 * KiB  # and of one that has had small frames only
 
 Facts = NDArray[np.void]  # of format.FACT
 
@@ -134,7 +134,7 @@ class Frame:
 
 
 class LogWriter:
-    """Appends facts to a log that it creates.  Thread safety: one thread; `sync` from any."""
+    """Appends facts to a log that it creates.  Thread safety: one thread."""
 
     def __init__(self, files: Files, ring: Keyring, machine: str, epoch: int, first: int) -> None:
         self.name = Name(epoch, first, LOG)
@@ -147,19 +147,19 @@ class LogWriter:
         self._buffer = bytearray()
         self._file: LogFile = files.log(path)
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
-        self._file.append(
-            f.with_crc(f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0))
-        )
+        head = f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0)
+        self._file.room(f.HEADER_BYTES)[:] = f.with_crc(head)
+        self._file.take(f.HEADER_BYTES)
 
     @property
     def size(self) -> int:
-        """Bytes written so far."""
+        """Bytes appended so far."""
         return self._file.size
 
     def append(
         self, facts: Facts, data: bytes | bytearray | memoryview, t: Instant, *, barrier: bool, each: bool = False
     ) -> int:
-        """The facts are with the operating system when this returns the sequence number of the last one.
+        """The facts are in the log when this returns the sequence number of the last one, and durable once `sync` has returned.
 
         `pos` of each fact says where its bytes are in `data`; `each`: all of them are barriers.
         """
@@ -169,36 +169,31 @@ class LogWriter:
         head = f.FRAME.pack(
             f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, plain, flags, t, time.monotonic_ns()
         )
-        rows = facts.tobytes()
-        payload: tuple[bytes | bytearray | memoryview, ...] = rows, data
+        frame = self._file.room(f.FRAME_BYTES + stored)
+        payload = frame[f.FRAME_BYTES :]
         if self._cipher:
-            payload = (self._sealed(self._cipher, rows, data, head, stored),)
-        elif plain < COPIED_BYTES:
-            payload = (b"".join(payload),)
-        self._append(f.with_crc(head, *payload), *payload)
+            nonce, bound = self._ordinal.to_bytes(12, "little"), self._bind + head
+            self._cipher.encrypt_into(nonce, self._joined(facts, data, self._plain(plain)), bound, payload)
+        else:
+            self._joined(facts, data, payload)
+        frame[: f.FRAME_BYTES] = f.with_crc(head, payload)
+        self._file.take(len(frame))
         self._ordinal += 1
         self.next += len(facts)
         return self.next - 1
 
-    def _sealed(
-        self, cipher: AESGCM, facts: bytes, data: bytes | bytearray | memoryview, head: bytes, stored: int
-    ) -> bytes | memoryview:
-        """Encrypted; small frames in memory that is used again: mapping some anew costs as much as the cipher."""
-        nonce, bound = self._ordinal.to_bytes(12, "little"), self._bind + head
-        if stored > KEPT_BYTES:
-            return cipher.encrypt(nonce, b"".join((facts, data)), bound)
-        size = len(facts) + len(data)
-        if len(self._buffer) < size + stored:
-            self._buffer = bytearray(2 * KEPT_BYTES if stored > COPIED_BYTES else 2 * COPIED_BYTES)
-        plain, out = memoryview(self._buffer)[:size], memoryview(self._buffer)[size:][:stored]
-        plain[: len(facts)], plain[len(facts) :] = facts, data
-        cipher.encrypt_into(nonce, plain, bound, out)
-        return out
+    def _plain(self, size: int) -> memoryview:
+        """Memory for a frame before it is encrypted; a small one is used again: mapping some anew costs as much as the cipher."""
+        if size > KEPT_BYTES:
+            return memoryview(bytearray(size))
+        if len(self._buffer) < size:
+            self._buffer = bytearray(KEPT_BYTES if size > SMALL_BYTES else SMALL_BYTES)
+        return memoryview(self._buffer)[:size]
 
-    def _append(self, *parts: bytes | bytearray | memoryview) -> None:
-        """One write where that costs little; a large frame is never copied for it."""
-        small = sum(map(len, parts)) < COPIED_BYTES
-        self._file.append(*((b"".join(parts),) if small else parts))
+    @staticmethod
+    def _joined(facts: Facts, data: bytes | bytearray | memoryview, into: memoryview) -> memoryview:
+        into[: facts.nbytes], into[facts.nbytes :] = facts.tobytes(), data
+        return into
 
     def note(self, t: Instant, value: dict[str, Any], *, barrier: bool) -> int:
         """Append one META fact."""
@@ -207,13 +202,21 @@ class LogWriter:
         fact["t"], fact["length"], fact["kind"] = t, len(data), f.FACT_META
         return self.append(fact, data, t, barrier=barrier)
 
+    def past_cache(self, on: bool) -> None:
+        """Write past the page cache from here on, or through it."""
+        self._file.past_cache(on)
+
     def sync(self) -> None:
         """Everything appended before is durable when this returns."""
         self._file.sync()
 
     def close(self) -> None:
-        """Let go of the log; it stays open in the sense of the format until it is sealed."""
+        """Let go of the log, whole; it stays open in the sense of the format until it is sealed."""
         self._file.close()
+
+    def abandon(self) -> None:
+        """Let go of the log as it is."""
+        self._file.abandon()
 
 
 def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[Frame]:
@@ -227,23 +230,29 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[
 class LogReader:
     """The frames of a log.  Thread safety: every method from any thread."""
 
-    def __init__(self, files: Files, ring: Keyring, machine: str, name: Name, *, synced: bool = False) -> None:
-        """`synced`: as long as it is now, all of it durable.
+    def __init__(self, files: Files, ring: Keyring, machine: str, name: Name, *, held: bool = False) -> None:
+        """`held`: as long as it is now, and also when it has lost its name, until `settle`.
 
         Raises FileNotFoundError; StoreDamage when the file has no header of ours.
         """
         self.path = path = f"{FOLDER}/{machine}/{name}"
         self._first, self._bind = name.first, f.bound(ring.store, f.KIND_LOG, path)
         self._files = files
-        self._source: _Source = files.open_synced(path) if synced else _Named(files, path, files.size(path))
+        self._held = files.open_now(path) if held else None
+        self._source: _Source = self._held or _Named(files, path, files.size(path))
         self._cipher: AESGCM | None = None
         if self._source.size >= f.HEADER_BYTES:
             head = parse_header(self._source.read_at(0, f.HEADER_BYTES), f.KIND_LOG, ring.store, path)
             self._cipher = ring.cipher(head.salt, f.KIND_LOG)
 
-    def let_go(self) -> None:
-        """Of the file: from here on it is found by its name."""
-        self._source = _Named(self._files, self.path, self._source.size)
+    def settle(self) -> None:
+        """What was read is durable when this returns: no power cut takes back what a reader shows.
+
+        From here on a file that was held is found by its name.  Raises HvbackupError.
+        """
+        if self._held:
+            self._held.sync()  # after it was read: whoever writes it also writes its last block again
+            self._source, self._held = _Named(self._files, self.path, self._source.size), None
 
     def frames(self) -> Iterator[Frame]:
         """All of them, until the end or the first one that is not whole.  Raises StoreDamage."""

@@ -40,7 +40,7 @@ GOES_ON = "a set that is larger than a file of the journal goes on in the next o
 
 
 class Recorder:
-    """Appends to the journal of one machine.  Thread safety: one thread, except `sync`."""
+    """Appends to the journal of one machine.  Thread safety: one thread."""
 
     def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk], sealing: Sealing | None = None) -> None:
         """Take over the journal: a new epoch begins with the first fact.  `sealing` lives longer than this writer."""
@@ -94,6 +94,7 @@ class Recorder:
         if self._log is None:
             self._log = LogWriter(self._store.files, self._store.ring, self._folder, self.epoch, self._next)
             self._began, self._flushed = t, 0
+            self._log.past_cache(self.in_burst)
             self._log.note(t, self._table(), barrier=False)
         return self._log
 
@@ -200,6 +201,7 @@ class Recorder:
         if self._log is None:
             return
         self._look_at_the_guest()
+        self._log.past_cache(self.in_burst)
         due = self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS
         if due and (self._log.size >= LOG_MAX_BYTES or not self._sealing.is_full):
             self.rotate()
@@ -234,8 +236,10 @@ class Recorder:
             return
         log, self._log = self._log, None
         self._next = log.next
-        log.close()
-        self._sealing.add(log.name, log.size)
+        try:
+            log.close()
+        finally:
+            self._sealing.add(log.name, log.size)
         if log.size >= LOG_MAX_BYTES:
             self._sealing.wait_for_room()
         self._sealing.check()
@@ -247,7 +251,7 @@ class Recorder:
     def abandon(self) -> None:
         """Let go of everything as it is; the next one to take over finds what somebody leaves who dies."""
         if self._log:
-            self._log.close()
+            self._log.abandon()
             self._log = None
         self._sealing.abandon()
 
