@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import sys
@@ -32,7 +31,6 @@ from typing import TYPE_CHECKING
 
 from hvbackup.endings import let_finish
 from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
-from hvbackup.model import KiB, MiB
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -41,8 +39,6 @@ PARTIAL = ".partial"  # behind the name of an image that is not restored to its 
 TMP = "tmp"  # the directory of files that are not finished
 LOCK_POLL_SECONDS = 0.05
 OPEN_FILES_MAX = 256  # handles kept for reading; each pack is one file
-LOG_MEMORY_BYTES = 4 * MiB  # of a log, at most and usually: what is written at a time
-BLOCK_BYTES = 4 * KiB  # of a disk, at most and usually
 _GET_FLAGS, _SET_FLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10  # of linux/fs.h, on 64 bits
 _SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
 
@@ -216,105 +212,6 @@ class NewFile:
         self.abandon()
 
 
-class LogFile:
-    """A file that only grows, under its own name from the first byte: the open log of a journal.
-
-    What is appended is put together in memory, and written in whole blocks when that is full or somebody syncs.  The last block
-    is filled up with zeroes, and written again with what comes next: what it had stays the same, whatever a power cut leaves of
-    it.  So the file can be written past the page cache too, which is half the work.
-
-    What `sync` has returned survives a power cut.  After a crash the reader finds the end by checksums, and nobody ever appends
-    to the file again.  Thread safety: one thread.
-    """
-
-    def __init__(self, files: Files, name: str, mode: int) -> None:
-        self._kernel, self.path = files.kernel, files.path(name)
-        self._memory = _blocks(LOG_MEMORY_BYTES)  # begins with a block
-        files.make_dir(os.path.dirname(name))
-        with named_errors("create", self.path):
-            self._fd = self._kernel.create(str(self.path), mode)
-            self._kernel.sync_dir(str(self.path.parent))
-        self._direct = False
-        self._at = 0  # where in the file the memory begins
-        self._used = 0
-        self._written = 0  # how much of it is in the file
-        self._synced = True
-        self._unsure = False  # a sync failed: nobody knows what of all that was written before will ever be durable
-
-    @property
-    def size(self) -> int:
-        """Bytes appended so far."""
-        return self._at + self._used
-
-    def room(self, size: int) -> memoryview:
-        """Memory for so many bytes behind the last one.  They are appended by `take`, once they are filled in."""
-        if self._used + size > len(self._memory):
-            self._write()
-            self._make_room(size)
-        return self._memory[self._used : self._used + size]
-
-    def take(self, size: int) -> None:
-        """Append what was put into `room`."""
-        self._used += size
-        self._synced = False
-
-    def _make_room(self, size: int) -> None:
-        """What is written in whole blocks goes; memory that was larger than usual for something large goes with it."""
-        whole = self._used - self._used % BLOCK_BYTES
-        rest = bytes(self._memory[whole : self._used])
-        wanted = max(LOG_MEMORY_BYTES, -(-(len(rest) + size) // BLOCK_BYTES) * BLOCK_BYTES)
-        if wanted != len(self._memory):
-            self._memory = _blocks(wanted)
-        self._memory[: len(rest)] = rest
-        self._at, self._used, self._written = self._at + whole, len(rest), len(rest)
-
-    def _write(self) -> None:
-        """Everything that was appended is in the file."""
-        if self._written == self._used:
-            return
-        first = self._written - self._written % BLOCK_BYTES
-        end = -(-self._used // BLOCK_BYTES) * BLOCK_BYTES
-        self._memory[self._used : end] = bytes(end - self._used)
-        with named_errors("write", self.path):
-            self._kernel.write_at(self._fd, self._memory[first:end], self._at + first)
-        self._written = self._used
-
-    def past_cache(self, on: bool) -> None:
-        """Write past the page cache from here on, or through it: then whoever reads the file soon finds it there."""
-        if on != self._direct:
-            self._kernel.set_direct(self._fd, on)
-            self._direct = on
-
-    def sync(self) -> None:
-        """Everything appended before is durable when this returns."""
-        if self._synced:
-            return
-        self._write()
-        with named_errors("write", self.path):
-            if self._unsure:
-                raise OSError(errno.EIO, "it failed before, and what was written then may be lost")
-            self._unsure = True
-            self._kernel.fsync(self._fd)
-        self._unsure, self._synced = False, True
-        self._make_room(0)
-
-    def close(self) -> None:
-        """Everything appended is in the file, and that is let go of."""
-        try:
-            self._write()
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Let go of the file as it is."""
-        self._kernel.close(self._fd)
-
-
-def _blocks(size: int) -> memoryview:
-    """Memory that a disk can be written from; it takes up none before it is used."""
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-
-
 class Opened:
     """A file open for reading, also when it has lost its name; closed when the last one that uses it lets go."""
 
@@ -349,7 +246,7 @@ class Files:
     def __init__(self, root: Path | str, kernel: Kernel | None = None, mode: int = 0o600) -> None:
         self.root = Path(root)
         self.kernel = kernel or Kernel()
-        self._mode = mode
+        self.mode = mode
         self.immutable: tuple[str, ...] = ()  # names that begin so are made immutable
         self.open_max = OPEN_FILES_MAX
         self._handles: OrderedDict[str, Opened] = OrderedDict()
@@ -367,7 +264,7 @@ class Files:
         if name:
             self.make_dir(os.path.dirname(name))
         elif not path.parent.is_dir():
-            Files(path.parent, self.kernel, self._mode).make_dir("")
+            Files(path.parent, self.kernel, self.mode).make_dir("")
         with named_errors("make directory", path):
             try:
                 self.kernel.mkdir(str(path), 0o700)
@@ -377,11 +274,7 @@ class Files:
 
     def new(self) -> NewFile:
         """Begin a file; it gets its name when it is committed."""
-        return NewFile(self, self._mode)
-
-    def log(self, name: str) -> LogFile:
-        """Begin a file that grows.  Raises FileExistsError."""
-        return LogFile(self, name, self._mode)
+        return NewFile(self, self.mode)
 
     def write_new(self, name: str, data: Buffer) -> None:
         """The file exists with this content when this returns.  Raises HvbackupError when it exists with another."""
@@ -539,7 +432,7 @@ class Files:
         """
         path = self.path(name)
         self.make_dir(os.path.dirname(name))
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self.mode)
         try:
             _lock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, what, wait_seconds)
             if not shared:

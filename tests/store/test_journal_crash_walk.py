@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hvbackup import files
 from hvbackup.leases import LEASE_NS
 from hvbackup.model import DiskId
 from hvbackup.protect.cycles import CycleLife
@@ -16,7 +15,7 @@ from hvbackup.protect.events import Rhythm
 from hvbackup.protect.points import Points
 from hvbackup.protect.protection import Protection
 from hvbackup.store.format import keys
-from hvbackup.store.journal import journal, merging, recorder
+from hvbackup.store.journal import journal, logfile, merging, recorder
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.window import Limits
 from hvbackup.store.store import DESCRIPTOR, Store
@@ -187,7 +186,7 @@ def test_a_crash_at_every_step_of_protected_lives(
     ram: Path, secret: keys.Secret | None, order: Order, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 30_000)
-    monkeypatch.setattr(files, "LOG_MEMORY_BYTES", 2 * files.BLOCK_BYTES)  # so there are sets that are not whole
+    monkeypatch.setattr(logfile, "MEMORY_BYTES", 2 * logfile.BLOCK_BYTES)  # so there are sets that are not whole
     run, moments = recorded(ram / "run", secret, order), Moments()
     live(run, moments)
     check_all(run, moments, ram, 150)

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvbackup import files
 from hvbackup.model import SECOND, Disk, Instant, KiB, Token
 from hvbackup.protect import rings as salvaging
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal import journal, recorder, sealing
+from hvbackup.store.journal import journal, logfile, recorder, sealing
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import DESCRIPTOR, Store, init
@@ -195,7 +194,7 @@ class Answered:
 def test_no_answered_write_is_lost_whatever_dies_when(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash after every single step: killed, with what the ring held; or a power cut, which takes the ring."""
     monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 60_000)
-    monkeypatch.setattr(files, "LOG_MEMORY_BYTES", 2 * files.BLOCK_BYTES)  # so there are frames that nobody has synced
+    monkeypatch.setattr(logfile, "MEMORY_BYTES", 2 * logfile.BLOCK_BYTES)  # so there are frames that nobody has synced
     (ram / "run").mkdir()
     kernel = CrashKernel(ram / "run")
     path = ram / "run" / "store"

@@ -30,11 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup.errors import StoreDamage
-from hvbackup.files import Files, LogFile
+from hvbackup.files import Files
 from hvbackup.model import Instant, KiB, MiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.keys import Keyring
 from hvbackup.store.format.sealed import parse_header
+from hvbackup.store.journal.logfile import LogFile
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -145,7 +146,7 @@ class LogWriter:
         self._bind = f.bound(ring.store, f.KIND_LOG, path)
         self._ordinal = 0
         self._buffer = bytearray()
-        self._file: LogFile = files.log(path)
+        self._file = LogFile(files, path)
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
         head = f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0)
         self._file.room(f.HEADER_BYTES)[:] = f.with_crc(head)

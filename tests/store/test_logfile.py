@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from hvbackup.errors import HvbackupError, SpaceExhausted
-from hvbackup.files import BLOCK_BYTES, LOG_MEMORY_BYTES, Files, Kernel, LogFile
+from hvbackup.files import Files, Kernel
 from hvbackup.model import KiB, MiB
+from hvbackup.store.journal import logfile
+from hvbackup.store.journal.logfile import BLOCK_BYTES, MEMORY_BYTES, LogFile
 from tests.crash import Op, Recorder, wrecks
 from tests.faults import FaultyKernel, once
 from tests.world import CarelessKernel
@@ -37,7 +39,7 @@ def some(rng: random.Random, size: int) -> bytes:
 @pytest.mark.parametrize("direct", [True, False], ids=["past the cache", "through it"])
 def test_everything_is_there_in_its_order_and_zeroes_behind_it(tmp_path: Path, direct: bool) -> None:
     rng = random.Random(7)
-    log = Files(tmp_path, CarelessKernel()).log("a")
+    log = LogFile(Files(tmp_path, CarelessKernel()), "a")
     log.past_cache(direct)
     whole = bytearray()
     sizes = [
@@ -49,10 +51,10 @@ def test_everything_is_there_in_its_order_and_zeroes_behind_it(tmp_path: Path, d
         3 * MiB,
         900 * KiB,
         5,
-        LOG_MEMORY_BYTES,
+        MEMORY_BYTES,
         11 * MiB,
         17,
-        LOG_MEMORY_BYTES - 1,
+        MEMORY_BYTES - 1,
         2,
     ]
     for number, size in enumerate(sizes):
@@ -68,7 +70,7 @@ def test_everything_is_there_in_its_order_and_zeroes_behind_it(tmp_path: Path, d
 
 def test_it_changes_from_one_way_to_the_other_in_the_middle_of_a_block(tmp_path: Path) -> None:
     rng = random.Random(8)
-    log = Files(tmp_path).log("a")
+    log = LogFile(Files(tmp_path), "a")
     whole = bytearray()
     for number in range(200):
         log.past_cache(number // 3 % 2 == 1)
@@ -82,7 +84,7 @@ def test_it_changes_from_one_way_to_the_other_in_the_middle_of_a_block(tmp_path:
 
 
 def test_it_is_past_the_cache_when_it_is_told_to(tmp_path: Path) -> None:
-    log = Files(tmp_path).log("a")
+    log = LogFile(Files(tmp_path), "a")
     (fd,) = (int(n) for n in os.listdir("/proc/self/fd") if _leads_to(int(n), tmp_path / "a"))
     said = []
     for on in (False, True, True, False):
@@ -122,7 +124,7 @@ class Picky(Kernel):
 
 def test_a_disk_with_larger_blocks_is_written_through_the_cache(tmp_path: Path) -> None:
     kernel = Picky()
-    log = Files(tmp_path, kernel).log("a")
+    log = LogFile(Files(tmp_path, kernel), "a")
     log.past_cache(True)
     append(log, b"x" * 10_000)
     log.sync()
@@ -141,7 +143,7 @@ def test_a_file_system_that_only_writes_through_the_cache(tmp_path: Path, monkey
         return real(fd, command, flags)
 
     monkeypatch.setattr("hvbackup.files.fcntl.fcntl", refuse)
-    log = Files(tmp_path).log("a")
+    log = LogFile(Files(tmp_path), "a")
     log.past_cache(True)
     append(log, b"x" * 10_000)
     log.close()
@@ -165,7 +167,7 @@ def test_errors_are_named_and_what_was_synced_stays(
     tmp_path: Path, error: int, expected: type[Exception], text: str
 ) -> None:
     kernel = FaultyKernel()
-    log = Files(tmp_path, kernel).log("a")
+    log = LogFile(Files(tmp_path, kernel), "a")
     append(log, b"x" * 5000)
     log.sync()
     for call in ("sync", "room", "close"):
@@ -173,7 +175,7 @@ def test_errors_are_named_and_what_was_synced_stays(
         kernel.arm(once(0, OSError(error, os.strerror(error)), ("write",)))
         with pytest.raises(expected, match=text):
             if call == "room":
-                log.room(LOG_MEMORY_BYTES)
+                log.room(MEMORY_BYTES)
             else:
                 getattr(log, call)()
         kernel.disarm()
@@ -184,7 +186,7 @@ def test_errors_are_named_and_what_was_synced_stays(
 def test_a_failed_sync_is_not_tried_again(tmp_path: Path) -> None:
     """The kernel tells of it once, and the next sync would say that all is well."""
     kernel = FaultyKernel()
-    log = Files(tmp_path, kernel).log("a")
+    log = LogFile(Files(tmp_path, kernel), "a")
     append(log, b"x" * 9000)
     kernel.arm(once(1, OSError(errno.EIO, "Input/output error"), ("fsync",)))
     with pytest.raises(HvbackupError, match="Input/output error"):
@@ -198,18 +200,18 @@ def test_a_failed_sync_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_what_was_not_filled_in_to_its_end_is_no_part_of_it(tmp_path: Path) -> None:
-    log = Files(tmp_path, CarelessKernel()).log("a")
+    log = LogFile(Files(tmp_path, CarelessKernel()), "a")
     append(log, b"x" * 5000)
     log.room(300)[:100] = b"?" * 100
     append(log, b"y" * 50)
-    log.room(LOG_MEMORY_BYTES)[:100] = b"?" * 100
+    log.room(MEMORY_BYTES)[:100] = b"?" * 100
     log.close()
     assert content(tmp_path / "a") == b"x" * 5000 + b"y" * 50
 
 
 def test_nothing_new_needs_no_sync_and_all_is_in_whole_blocks(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
-    log = Files(tmp_path, recorder).log("a")
+    log = LogFile(Files(tmp_path, recorder), "a")
     for _ in range(3):
         append(log, b"x")
         for _ in range(4):
@@ -221,9 +223,9 @@ def test_nothing_new_needs_no_sync_and_all_is_in_whole_blocks(tmp_path: Path) ->
 
 def test_a_power_cut_takes_nothing_that_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever becomes of a block that is written again, what was durable in it is as it was."""
-    monkeypatch.setattr("hvbackup.files.LOG_MEMORY_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(logfile, "MEMORY_BYTES", 2 * BLOCK_BYTES)
     rng, recorder = random.Random(9), Recorder(tmp_path)
-    log = Files(tmp_path, recorder).log("a")
+    log = LogFile(Files(tmp_path, recorder), "a")
     whole = bytearray()
     recorder.note(b"")
     for number in range(60):
@@ -244,14 +246,14 @@ def test_a_power_cut_takes_nothing_that_was_synced(tmp_path: Path, monkeypatch: 
 
 
 def test_memory_for_something_large_is_given_back(tmp_path: Path) -> None:
-    log = Files(tmp_path, CarelessKernel()).log("a")
+    log = LogFile(Files(tmp_path, CarelessKernel()), "a")
     append(log, b"x" * 20 * MiB)
     log.sync()
-    assert _mapped(log) == LOG_MEMORY_BYTES
+    assert _mapped(log) == MEMORY_BYTES
     append(log, b"x" * 20 * MiB)
     for _ in range(100):
         append(log, b"x" * MiB)
-    assert _mapped(log) == LOG_MEMORY_BYTES
+    assert _mapped(log) == MEMORY_BYTES
     log.close()
     assert (tmp_path / "a").stat().st_size == 140 * MiB
 
@@ -263,7 +265,7 @@ def _mapped(log: LogFile) -> int:
 def test_a_reader_never_sees_less_than_was_synced(tmp_path: Path) -> None:
     """It reads through the page cache what is written past it, now and then, at the same time."""
     files = Files(tmp_path)
-    log = files.log("a")
+    log = LogFile(files, "a")
     pattern = bytes(range(1, 252)) * 4000
     synced, ended, wrong = 0, threading.Event(), []
 
