@@ -67,6 +67,7 @@ def test_all_meet() -> None:
     assert met.common(A) == met.common(C)
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("step", [1, 2], ids=["stops too late", "switches too late"])
 def test_who_is_late_is_left_out_and_named(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds are waited for who takes five: A and C, which take none, may each be late by those themselves."""

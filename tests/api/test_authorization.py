@@ -54,6 +54,7 @@ def test_every_route_has_a_gate(site: Site) -> None:
     assert {(m, p) for m, p, gate in found if gate is None} == OPEN - {("GET", "/api/v1/openapi.json")}
 
 
+@pytest.mark.walk
 def test_each_role_on_each_route(site: Site) -> None:
     """A refusal is 403 and nothing else; who may gets anything but 401 and 403 (an empty order is then 422)."""
     wrong = []

@@ -200,6 +200,7 @@ def test_a_provider_that_hangs_holds_few_and_the_others_are_told(
     assert clients[0].get(sent(clients[0])).status_code == 200, "who was told to try again was taken for no guesser"
 
 
+@pytest.mark.walk
 def test_a_provider_that_does_not_answer_is_nobodys_guess(
     site: Site, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

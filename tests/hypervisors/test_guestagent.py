@@ -162,6 +162,7 @@ def test_what_an_agent_may_do_wrong(start: Callable[..., Agent], answer: Answer,
     assert str(agent.path) in str(caught.value)
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("answer", [None, ConnectionError, b"\xff", b'\xff{"return": 1}\n'])
 def test_an_agent_that_does_not_even_synchronise(start: Callable[..., Agent], answer: Answer) -> None:
     agent = start(guest_sync_delimited=answer)
@@ -189,6 +190,7 @@ def test_sockets_nobody_listens_at(tmp_path: Path) -> None:
         GuestAgent(tmp_path / "dead")
 
 
+@pytest.mark.walk
 def test_somebody_else_has_the_agent(start: Callable[..., Agent]) -> None:
     agent = start()
     with (

@@ -150,6 +150,7 @@ def test_a_client_that_stops_in_the_middle_of_a_command_is_dropped(sent: bytes) 
         assert client.drain() == b""
 
 
+@pytest.mark.walk
 def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> None:
     export = MemoryExport(64 * _MiB)
     with _served(export, stall_seconds=2.0) as (server, uri):
@@ -165,6 +166,7 @@ def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> No
             client.sock.close()
 
 
+@pytest.mark.walk
 def test_a_client_that_is_slow_but_not_dead_is_served() -> None:
     export = MemoryExport(24 * _MiB)
     export.data[:] = np.random.default_rng(7).bytes(export.size)
@@ -198,6 +200,7 @@ def test_thousands_of_reads_in_flight_are_all_answered(serve: Serve) -> None:
     assert seen == {n: export.data[n * 104 % _MiB // 8 * 8 :][:8] for n in range(count)}
 
 
+@pytest.mark.walk
 def test_memory_stays_bounded_whatever_is_asked_and_not_taken() -> None:
     with _served(MemoryExport(64 * _MiB), stall_seconds=2.0, buffer_bytes=16 * _MiB) as (_, uri):
         clients = [RawClient(uri).open(structured=bool(n % 2)) for n in range(6)]

@@ -531,6 +531,7 @@ def test_rows_are_limited_and_endless_results_are_not_fetched(still: Catalog) ->
     assert still.query("SELECT 1", max_rows=0)[1] == []
 
 
+@pytest.mark.walk
 def test_an_answer_is_limited_in_length(still: Catalog) -> None:
     with pytest.raises(UsageError, match=r"answer is longer|memory|took longer"):
         still.query("SELECT repeat('x', 1000000) FROM range(1000)", timeout_seconds=30)

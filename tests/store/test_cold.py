@@ -100,6 +100,7 @@ def regroup_until(world: World, step: int) -> bool:
     return True
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("removes", [False, True], ids=["kept", "condemned ones gone"])
 def test_killed_at_every_step_nothing_is_lost_and_the_next_run_ends_it(
     tmp_path: Path, removes: bool, monkeypatch: pytest.MonkeyPatch

@@ -253,6 +253,7 @@ def test_what_cant_be_read_is_for_a_mark_to_judge(tmp_path: Path) -> None:
             run(world, store)
 
 
+@pytest.mark.walk
 def test_of_very_many_pages_a_sample_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(tmp_path, 40 * 256)
     with world.opened() as store:

@@ -53,6 +53,7 @@ def in_processes(work: Callable[..., None], *arguments: tuple[Any, ...]) -> None
         assert process.exitcode == 0
 
 
+@pytest.mark.walk
 def test_captures_of_several_processes_make_one_whole_store(tmp_path: Path) -> None:
     """Of equal and different content, with one chain of records, and nothing lost between them."""
     init(tmp_path / "store", None)
