@@ -111,6 +111,14 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
+        "a writer that was replaced between two logs is listened to",
+        "hvbackup/store/journal/journal.py",
+        "all(n.first < first - 1 for",
+        "all(n.first < first for",
+        ("tests/store/test_history.py::test_a_fenced_writer_that_was_between_two_logs_is_ignored",),
+        quick=True,
+    ),
+    Mutant(
         "a reader of a log shows what a power cut may take back",
         "hvbackup/store/journal/journal.py",
         "            self._held.sync()  #",

@@ -144,6 +144,26 @@ def test_a_fenced_writer_is_ignored(store: Store) -> None:
     assert history.moments[0].tolist() == [kept, newest]
 
 
+def test_a_fenced_writer_that_was_between_two_logs_is_ignored(store: Store) -> None:
+    commit_empty_point(store, SIZE)
+    old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    old.write(VDA, Instant(SECOND), [(0, 3)], b"old")
+    moments = [old.barrier(Instant(SECOND), {})]
+    old.rotate()
+    old.finish()
+    for turn in range(2, 4):
+        new = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+        new.write(VDA, Instant(turn * SECOND), [(0, 3)], b"new")
+        moments.append(new.barrier(Instant(turn * SECOND), {}))
+        old.write(VDA, Instant(turn * SECOND), [(0, 3)], b"bad")
+        old.barrier(Instant(turn * SECOND), {})
+        assert History(store, MACHINE).moments[0].tolist() == moments
+        assert whole(History(store, MACHINE), moments[-1])[:3] == b"new"
+        new.close()
+        assert History(store, MACHINE).moments[0].tolist() == moments
+    old.abandon()
+
+
 def test_logs_are_sealed_by_size_and_by_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SEGMENT_MAX_BYTES", 10_000)
     commit_empty_point(store, SIZE)

@@ -538,4 +538,4 @@ def test_a_log_whose_header_is_gone_stays_and_another_life_begins(store: Store) 
     again.barrier(Instant(2), {})
     again.close()
     assert path.exists()
-    assert suffixes(store) == [LOG, SEGMENT]
+    assert suffixes(store) == [SEGMENT], "nobody can tell what it holds, so nothing waits for it"

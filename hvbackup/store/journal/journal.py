@@ -89,7 +89,8 @@ def list_files(files: Files, machine: str) -> list[Name]:
     """The files of a machine's journal in their order; where a log and its segment both exist, the segment alone, and where a
     merged segment and its parts, the merged one.
 
-    Files of an old epoch that begin at or after a newer epoch are fenced off: a writer that did not know it was replaced.
+    Files of an old epoch that begin at the number which a newer epoch leaves out before its own, or behind it, are fenced off:
+    a writer that did not know it was replaced.
     """
     return counting(all_files(files, machine))
 
@@ -101,7 +102,7 @@ def counting(names: Sequence[Name]) -> list[Name]:
     for n in kept:
         begins[n.epoch] = min(begins.get(n.epoch, n.first), n.first)
     return sorted(
-        (n for n in kept if all(n.first < first for epoch, first in begins.items() if epoch > n.epoch)),
+        (n for n in kept if all(n.first < first - 1 for epoch, first in begins.items() if epoch > n.epoch)),
         key=lambda n: (n.first, n.epoch),
     )
 
