@@ -264,7 +264,7 @@ def test_a_log_before_a_segment_lies_below_it(store: Store, monkeypatch: pytest.
         rec.close()
     rec._sealing.finish()
     assert suffixes(store) == [LOG, SEGMENT]
-    assert whole(History(store, MACHINE), newest)[:5000] == b"\2" * 5000
+    assert set(whole(History(store, MACHINE), newest)[:5000]) == {2}
 
 
 # -- after a death -----------------------------------------------------------------------------------------------------
