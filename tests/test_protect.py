@@ -55,7 +55,8 @@ class World:
             length = self.rng.choice([512, 4096, 40_000])
             start = self.rng.randrange(SIZES[disk] - length)
             data = bytes(length) if self.rng.random() < 0.3 else self.rng.randbytes(length)
-            self.hv.machine("m1").disks[disk].write(start, data)
+            with self.hv._lock:  # no freeze between the bytes and the mark that they have changed
+                self.hv.machine("m1").disks[disk].write(start, data)
 
     def content(self) -> dict[str, bytes]:
         return {d: bytes(self.hv.machine("m1").disks[d].content) for d in SIZES}
