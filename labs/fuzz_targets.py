@@ -22,6 +22,7 @@ from pathlib import Path
 import blake3
 import numpy as np
 import zstandard
+from isal.isal_zlib import crc32
 
 from hvbackup import moments
 from hvbackup.errors import HostUnreachable, KeyRefused, StoreDamage, StoreMissing, UsageError
@@ -40,6 +41,7 @@ from hvbackup.store.index import generation, generations
 from hvbackup.store.index.generation import NOWHERE, Generation
 from hvbackup.store.index.index import Index
 from hvbackup.store.journal import journal, segment
+from hvbackup.store.journal.tables import summary_of
 from hvbackup.store.store import Descriptor, describe
 
 MACHINE, POINT = "00" * 16, "points/00/0"
@@ -183,10 +185,16 @@ def points() -> Sequence[bytes]:
 
 
 def read_log(data: bytes) -> None:
-    """A journal's log up to its last barrier, and its notes."""
+    """A journal's log up to its last barrier, its index, and its notes."""
     keyring = ring(encrypted=bool(data[:1] and data[0] & 2))
     body = _repaired_log(data[1:]) if data[:1] and data[0] & 1 else data[1:]
-    frames = journal.up_to_last_barrier(journal.read_log(Memory(body), keyring, MACHINE, NAME))
+    log = journal.LogReader(Memory(body), keyring, MACHINE, NAME)
+    log.mark()
+    if index := log.index():
+        summary_of(NAME.first, index.facts, [])
+        for i, at in enumerate(index.frames["at"][:20].tolist()):
+            log.frame(at, i, NAME.first)
+    frames = journal.up_to_last_barrier(log.frames())
     facts, stream = journal.joined(frames)
     for _, note in journal.meta_of(1, facts, lambda pos, length: stream[pos : pos + length]):
         with contextlib.suppress(ValueError):
@@ -199,6 +207,10 @@ def _repaired_log(data: bytes) -> bytes:
         stored = int.from_bytes(data[at + 20 : at + 24], "little")
         data = _crc(data, at, 60, data[at + 64 : at + 64 + stored])
         at += f.FRAME_BYTES + stored
+    if data[at : at + 4] == f.INDEX_MAGIC:
+        stored = int.from_bytes(data[at + 20 : at + 24], "little")
+        data = _crc(data, at, 60, data[at + 64 : at + 64 + stored])
+        data = data[:-16] + f.LOG_END.pack(f.INDEX_MAGIC, crc32(data[-8:]), int.from_bytes(data[-8:], "little"))
     return data
 
 
@@ -215,6 +227,7 @@ def _a_log(keyring: keys.Keyring) -> tuple[bytes, bytes]:
         facts["kind"], facts["length"], facts["pos"] = f.FACT_DATA, 300, [0, 300]
         writer.note(Instant(1), {"disks": []}, barrier=False)
         writer.append(facts, bytes(600), Instant(2), barrier=True)
+        writer.sync()
         writer.close()
         frames = list(journal.read_log(files, keyring, MACHINE, NAME))
         segment.write_segment(files, keyring, MACHINE, NAME, frames)

@@ -111,6 +111,30 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
+        "a log that was damaged while it waited is sealed up to the damage",
+        "hvbackup/store/journal/journal.py",
+        "        if index and len(index.facts) != facts:\n",
+        "        if False:\n",
+        ("tests/store/test_runs.py::test_a_damaged_frame_takes_the_moments_that_need_it_and_no_others",),
+        quick=True,
+    ),
+    Mutant(
+        "the index of a log speaks of what a power cut may take back",
+        "hvbackup/store/journal/journal.py",
+        "self._good[0] and self._file.synced):",
+        "self._good[0]):",
+        ("tests/store/test_runs.py::test_no_index_speaks_of_what_is_not_durable",),
+        quick=True,
+    ),
+    Mutant(
+        "all of a log that has ended is read",
+        "hvbackup/store/journal/runs.py",
+        "            if self._mark is None:\n",
+        "            if True:\n",
+        ("tests/store/test_runs.py::test_of_a_log_that_has_ended_only_the_index_is_read",),
+        quick=True,
+    ),
+    Mutant(
         "a writer that was replaced between two logs is listened to",
         "hvbackup/store/journal/journal.py",
         "all(n.first < first - 1 for",
@@ -435,9 +459,9 @@ MUTANTS = (
     Mutant(
         "a log that waits to be sealed laid over newer segments",
         "hvbackup/store/journal/history.py",
-        "        for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):\n",
-        "        runs.sort(key=lambda r: not self._is_whole(r, after, moment))\n"
-        "        for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):\n",
+        "        for merges, group in itertools.groupby(runs, lambda r: self._merges(r, after, moment)):\n",
+        "        runs.sort(key=lambda r: not self._merges(r, after, moment))\n"
+        "        for merges, group in itertools.groupby(runs, lambda r: self._merges(r, after, moment)):\n",
         ("tests/store/test_sealing.py::test_a_log_before_a_segment_lies_below_it",),
         quick=True,
     ),

@@ -28,8 +28,9 @@ from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
 from hvbackup.store.format import keys
 from hvbackup.store.journal import journal
-from hvbackup.store.journal.history import Doubt, History, SealedRun
+from hvbackup.store.journal.history import Doubt, History
 from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.runs import SealedRun
 from hvbackup.store.journal.segment import PieceCache
 from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store, init

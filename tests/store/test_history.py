@@ -16,9 +16,9 @@ from hvbackup.store.format import keys
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import history as history_
 from hvbackup.store.journal import journal, recorder, tables
-from hvbackup.store.journal.history import History, OpenRun
-from hvbackup.store.journal.journal import Facts
+from hvbackup.store.journal.history import History
 from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.runs import OpenRun
 from hvbackup.store.journal.segment import Segment
 from hvbackup.store.store import Store, init
 from tests.store.mortal import Dies
@@ -300,12 +300,12 @@ def test_what_a_reader_shows_is_durable_although_a_block_is_written_again(
         rec.barrier(Instant(2 * SECOND), {VDA: Token("fake", "1")})
         read, sync = OpenRun._read, Opened.sync
 
-        def late(run: OpenRun) -> Facts:
+        def late(run: OpenRun) -> journal.Index:
             kernel.cut = True
             with pytest.raises(Dies):
                 rec.barrier(Instant(3 * SECOND), {VDA: Token("fake", "2")})
             found = read(run)
-            seen.append(len(found))
+            seen.append(len(found.facts))
             return found
 
         def watched(opened: Opened) -> None:

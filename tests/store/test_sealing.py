@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from hvbackup.fold import fold
 from hvbackup.model import SECOND, Instant, KiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, recorder, sealing, window
-from hvbackup.store.journal.history import History, OpenRun
+from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import LOG, SEGMENT, Name
 from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.runs import OpenRun
 from hvbackup.store.journal.sealing import Sealing
 from hvbackup.store.store import Store
 from tests.store.test_history import MACHINE, SIZE, VDA, commit_empty_point, life, store, whole
@@ -58,6 +60,9 @@ class Gate:
 
 
 # -- resting -----------------------------------------------------------------------------------------------------------
+
+
+Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
@@ -106,12 +111,13 @@ def test_a_rest_ends_by_itself(resting: Sealing, sealed: list[Name]) -> None:
     assert eventually(lambda: bool(sealed))
 
 
-@pytest.mark.parametrize("budget", [0, 800])
+@pytest.mark.parametrize(("most", "budget", "free"), [(100, 0, 10**9), (1000, 800, 10**9), (1000, 0, 400)])
 def test_what_is_too_much_is_sealed_all_the_same(
-    store: Store, sealed: list[Name], budget: int, monkeypatch: pytest.MonkeyPatch
+    store: Store, sealed: list[Name], most: int, budget: int, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sealing, "seal", lambda store, machine, name: sealed.append(name))
-    monkeypatch.setattr(sealing, "WAITING_MAX_BYTES", 1000 if budget else 100)
+    monkeypatch.setattr(sealing, "WAITING_MAX_BYTES", most)
+    monkeypatch.setattr(sealing.shutil, "disk_usage", lambda _: Usage(10**10, 10**10 - free, free))
     queue = Sealing(store, MACHINE, budget)
     queue.rest(60)
     for n in range(5):
@@ -435,7 +441,7 @@ def test_no_number_that_a_point_covers_is_used_again(store: Store, place: int, m
 
 
 def test_a_lost_write_is_missed_even_if_it_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last frame of a log that waited was damaged, and it held one fact."""
+    """The last frame of a log that waited was damaged, and it held one fact; an index it had none."""
     commit_empty_point(store, SIZE)
     with monkeypatch.context() as patch:
         unsealed(patch)
@@ -453,7 +459,9 @@ def test_a_lost_write_is_missed_even_if_it_is_one(store: Store, monkeypatch: pyt
                 row["offset"] = 8192
         rec.rotate()
         rec.abandon()
-    damage(sorted(Path(store.files.path("journals")).glob("*/*.log"))[0], -10)
+    path = min(Path(store.files.path("journals")).glob("*/*.log"))
+    path.write_bytes(path.read_bytes()[: int.from_bytes(path.read_bytes()[-8:], "little")])
+    damage(path, -10)
     Recorder(store, MACHINE, DISKS).close()
     with pytest.raises(StoreDamage, match="has lost its facts"):
         whole(History(store, MACHINE), last)

@@ -14,7 +14,7 @@ from hvbackup.errors import HvbackupError
 from hvbackup.store.catalog.loading import Connection, Row, forget, insert
 
 if TYPE_CHECKING:
-    from hvbackup.store.journal.history import SealedRun
+    from hvbackup.store.journal.runs import SealedRun
     from hvbackup.store.store import Store
 
 
@@ -45,8 +45,8 @@ def load_journals(con: Connection, store: Store, wanted: frozenset[str]) -> list
 
 
 def _load_machine(con: Connection, store: Store, folder: str, paths: list[str]) -> list[str]:
-    from hvbackup.store.journal.history import SealedRun
     from hvbackup.store.journal.journal import parse_name
+    from hvbackup.store.journal.runs import SealedRun
     from hvbackup.store.journal.segment import PieceCache
     from hvbackup.store.journal.told import Told
 

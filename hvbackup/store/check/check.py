@@ -138,6 +138,7 @@ class _Check:
         else:
             self._store.index.suspect(self._bad)
         self._points()
+        self._logs()
         for problem in audit.problems(self._store):
             self._report.add("runs", problem)
         return self._report
@@ -221,6 +222,29 @@ class _Check:
                 self._bad.add((found.pack, offset))
         if whole and self._wanted.t:
             self._ledger.note(found.pack, self._wanted.level, self._wanted.t)
+
+    def _logs(self) -> None:
+        """Logs that have ended: one that is damaged waits for ever to be sealed."""
+        wanted = self._wanted
+        if wanted.level == Level.QUICK or wanted.machine or wanted.point:
+            return
+        throttle = Throttle(wanted.bytes_per_second)
+        for machine in self._store.files.names(journal.FOLDER):
+            for name in journal.list_files(self._store.files, machine):
+                if name.suffix == journal.LOG:
+                    self._log(machine, name, throttle)
+
+    def _log(self, machine: str, name: journal.Name, throttle: Throttle) -> None:
+        try:
+            log = journal.LogReader(self._store.files, self._store.ring, machine, name)
+            if log.mark() is not None:  # else it may be written to
+                for frame in log.whole():
+                    throttle.take(len(frame.data))
+                    self._report.read_bytes += len(frame.data)
+        except FileNotFoundError:
+            return  # it has just been sealed
+        except StoreDamage as e:
+            self._report.add("segment", f"{_segment(f'{journal.FOLDER}/{machine}/{name}')}: {e}", lost=True)
 
     def _save(self) -> None:
         """What was done so far survives us."""
@@ -330,7 +354,8 @@ def segments(store: Store) -> Iterator[str]:
 
 
 def _segment(path: str) -> str:
-    return f"Segment {path}, without which moments after its beginning and before the next point can't be rebuilt"
+    what = "Log" if path.endswith(journal.LOG) else "Segment"
+    return f"{what} {path}, without which moments after its beginning and before the next point can't be rebuilt"
 
 
 def _disk_problem(point: RecoveryPoint, root: DiskRoot, lost: Lost) -> Problem:

@@ -2,10 +2,8 @@
 
 A view at a moment is the newest point that holds no later fact, and over it the pieces of every run of facts from there to the
 moment: whole segments, whose pieces are kept under STATE, sixteen of them merged into one table and sixteen of those again; and
-at last the facts of one segment up to the moment.  Opening it reads nothing else, however long ago the point was made, but logs
-that are not sealed yet.
-
-Only what is durable is shown: an open log is fsynced by whoever reads it, before it is believed.
+at last the facts of one segment up to the moment.  Opening it reads nothing else, however long ago the point was made, but the
+log that is written to.
 """
 
 from __future__ import annotations
@@ -14,22 +12,21 @@ import bisect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvbackup.errors import JournalGap, NotFound, StoreDamage
 from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
-from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, tables
-from hvbackup.store.journal.journal import LOG, SEGMENT, Facts, Joining, Name
+from hvbackup.store.journal.journal import LOG, Name
 from hvbackup.store.journal.layered import Layer, LayeredView
 from hvbackup.store.journal.overlay import Pieces, Table
-from hvbackup.store.journal.segment import PieceCache, Segment
-from hvbackup.store.journal.tables import Summary, pieces_of, summary_of
+from hvbackup.store.journal.runs import Run, SealedRun, open_run
+from hvbackup.store.journal.segment import PieceCache
+from hvbackup.store.journal.tables import pieces_of
 from hvbackup.store.journal.told import ClockStep, Common, Doubt, Gap, Mark, Moment, Told
 from hvbackup.store.store import Store
 
@@ -41,131 +38,12 @@ __all__ = [
     "History",
     "Mark",
     "Moment",
-    "OpenRun",
-    "SealedRun",
     "Told",
     "newest_tokens",
 ]
 
 FANOUT = 16  # tables merged into one; a view has at most 15 of each size
 LEVELS = (FANOUT**2, FANOUT)  # segments in a merged table, largest first
-
-
-class Run(Protocol):
-    """A file of the journal, sealed or open: its facts, and their bytes."""
-
-    name: Name
-
-    @property
-    def facts(self) -> Facts:
-        """All facts up to the last barrier; the sequence number of row i is `name.first + i`."""
-
-    def read(self, pos: int, length: int) -> bytes:
-        """Bytes of facts, by their `pos`."""
-
-    def meta(self) -> Iterator[tuple[int, bytes]]:
-        """(sequence number, JSON) of every META fact."""
-
-    @property
-    def summary(self) -> Summary:
-        """What it holds, without reading it where that is known."""
-
-
-class OpenRun:
-    """A log up to its last barrier, durable.  Its facts are in memory; their bytes are read when they are asked for.
-
-    From its segment, when it has become one meanwhile: that has the same facts and the same stream of bytes.
-    """
-
-    def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
-        self.name, self._pieces = name, pieces
-        self._sealed = SealedRun(store, machine, replace(name, suffix=SEGMENT), pieces)
-        self._frames: list[tuple[int, int, int]] = []  # where in the log, first fact, end of its bytes
-        self.facts = np.zeros(0, f.FACT)
-        try:
-            self._log = journal.LogReader(store.files, store.ring, machine, name, held=True)
-            self.facts = self._read()
-            self._log.settle()
-        except StoreDamage:
-            self._frames.clear()  # its header is gone: it offers nothing, and views that would need it are refused
-        self._ends = [end for _, _, end in self._frames]
-
-    def _read(self) -> Facts:
-        joining, at, good = Joining(), f.HEADER_BYTES, (0, 0)
-        for frame in self._log.frames():
-            joining.add(frame)
-            self._frames.append((at, frame.first, joining.bytes))
-            at = frame.end
-            if frame.barrier:
-                good = len(self._frames), frame.first + len(frame.facts) - self.name.first
-        del self._frames[good[0] :]
-        return joining.facts[: good[1]]
-
-    def read(self, pos: int, length: int) -> bytes:
-        """Bytes of facts, by their `pos`; a fact lies in one frame.  Raises StoreDamage."""
-        i = bisect.bisect_right(self._ends, pos)
-        data = self._pieces.get((self._log.path, i), lambda: self._bytes_of(i))
-        at = pos - (self._ends[i] - len(data))
-        return bytes(data[at : at + length])
-
-    def _bytes_of(self, i: int) -> bytes | memoryview:
-        at, first, end = self._frames[i]
-        try:
-            frame = self._log.frame(at, i, first)
-        except FileNotFoundError:
-            begin = self._ends[i - 1] if i else 0
-            return self._sealed.read(begin, end - begin)
-        if frame is None:
-            raise StoreDamage(f"{self._log.path}: frame {i} is not what was read there before")
-        return frame.data
-
-    def meta(self) -> Iterator[tuple[int, bytes]]:
-        """(sequence number, JSON) of every META fact."""
-        return journal.meta_of(self.name.first, self.facts, self.read)
-
-    @cached_property
-    def summary(self) -> Summary:
-        """What it holds."""
-        return _summary(self)
-
-
-class SealedRun(Segment):
-    """A sealed segment whose summary is kept under STATE."""
-
-    def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
-        super().__init__(store.files, store.ring, machine, name, pieces)
-        self._files, self._tables = store.files, tables.Cache(store.state, machine)
-
-    @cached_property
-    def bytes(self) -> int:
-        """How large the file is."""
-        return self._files.size(self._path)
-
-    @cached_property
-    def summary(self) -> Summary:
-        """What it holds; built by reading its facts once."""
-        key = stem(self.name)
-        found = self._tables.summary(key, self.bytes)
-        if found is None:
-            found = _summary(self)
-            self._tables.keep(key, self.bytes, found)
-        return found
-
-
-def open_run(store: Store, machine: str, name: Name, pieces: PieceCache) -> Run:
-    """A file of the journal.  Raises FileNotFoundError; a damaged segment raises when it is read."""
-    return (OpenRun if name.suffix == LOG else SealedRun)(store, machine, name, pieces)
-
-
-def stem(name: Name) -> str:
-    """What the tables of a segment are called."""
-    return name.stem
-
-
-def _summary(run: Run) -> Summary:
-    facts = run.facts
-    metas = [(seq, int(facts["t"][seq - run.name.first]), json.loads(data)) for seq, data in run.meta()]
-    return summary_of(run.name.first, facts, metas)
 
 
 class History:
@@ -380,22 +258,25 @@ class History:
         """The runs of facts after the point, up to the moment, newest first."""
         runs = self._between(after, moment)
         layers: list[Layer] = []
-        for whole, group in itertools.groupby(runs, lambda r: self._is_whole(r, after, moment)):
+        for merges, group in itertools.groupby(runs, lambda r: self._merges(r, after, moment)):
             # In their order, whatever they are: a log may wait to be sealed before a segment.
             found = list(group)
-            layers += self._merged_layers(found, disk) if whole else self._cut_layers(found, after, moment, disk)
+            layers += self._merged_layers(found, disk) if merges else self._own_layers(found, after, moment, disk)
         return [layer for layer in reversed(layers) if len(layer.pieces)]
 
     @staticmethod
     def _is_whole(run: Run, after: int, moment: Moment) -> bool:
-        return run.name.suffix != LOG and run.name.first > after and run.summary.last_seq <= moment.seq
+        return run.name.first > after and run.summary.last_seq <= moment.seq
 
-    @staticmethod
-    def _cut_layers(runs: Iterable[Run], after: int, moment: Moment, disk: DiskId) -> Iterator[Layer]:
+    def _merges(self, run: Run, after: int, moment: Moment) -> bool:
+        return run.name.suffix != LOG and self._is_whole(run, after, moment)
+
+    def _own_layers(self, runs: Iterable[Run], after: int, moment: Moment, disk: DiskId) -> Iterator[Layer]:
         """A layer of each of these, of the facts after the point and up to the moment."""
         for run in runs:
-            number = next((n for n, d in run.summary.disks.items() if d == disk), None)
-            if number is not None:
+            if self._is_whole(run, after, moment):
+                yield Layer(run.summary.table(disk), _reading([run]))
+            elif (number := next((n for n, d in run.summary.disks.items() if d == disk), None)) is not None:
                 facts = run.facts[max(0, after + 1 - run.name.first) : moment.seq + 1 - run.name.first]
                 yield Layer(Table.of(pieces_of(facts, number, 0)), _reading([run]))
 
@@ -427,7 +308,7 @@ class History:
         """The pieces that a group of segments leaves behind; `source` is the number of the segment in the group."""
         if len(group) == 1:
             return group[0].summary.table(disk)
-        key = f"{stem(group[0].name)}+{len(group)}.{_short(disk)}"
+        key = f"{group[0].name.stem}+{len(group)}.{_short(disk)}"
         total = sum(run.bytes for run in group if isinstance(run, SealedRun))
         found = self._tables.merged(key, total, disk)
         if found is None:
@@ -453,7 +334,7 @@ class History:
 
     def forget_removed(self) -> None:
         """Tables of segments that are gone go too."""
-        self._tables.forget({stem(run.name) for run in self.runs})
+        self._tables.forget({run.name.stem for run in self.runs})
 
 
 def _reading(group: Sequence[Run]) -> Any:

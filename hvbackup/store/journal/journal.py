@@ -19,6 +19,7 @@ A log is never appended to after it was reopened: `take_over` seals what is good
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -27,15 +28,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from hvbackup.errors import StoreDamage
+from hvbackup.errors import HvbackupError, StoreDamage
 from hvbackup.files import Files
 from hvbackup.model import Instant, KiB, MiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.format.keys import Keyring
 from hvbackup.store.format.sealed import parse_header
-from hvbackup.store.journal.logfile import LogFile
+from hvbackup.store.journal.logfile import BLOCK_BYTES, LogFile
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -44,6 +46,7 @@ FOLDER = "journals"
 LOG, SEGMENT = ".log", ".seg"
 KEPT_BYTES = MiB  # what of a log's memory is kept from frame to frame
 SMALL_BYTES = 64 * KiB  # and of one that has had small frames only
+INDEX_MAX_BYTES = 8 * MiB  # of facts: a log of more has no index
 
 Facts = NDArray[np.void]  # of format.FACT
 
@@ -135,6 +138,14 @@ class Frame:
     end: int = 0  # where in the log the next one begins
 
 
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a log that has ended holds, up to its last barrier."""
+
+    facts: Facts  # `pos` is a place in the stream of all their bytes, barriers are flagged
+    frames: NDArray[np.void]  # of FRAME_ROW: those that hold them
+
+
 class LogWriter:
     """Appends facts to a log that it creates.  Thread safety: one thread."""
 
@@ -147,6 +158,9 @@ class LogWriter:
         self._bind = f.bound(ring.store, f.KIND_LOG, path)
         self._ordinal = 0
         self._buffer = bytearray()
+        self._joining: Joining | None = Joining()  # what its index will say; None when that is too much
+        self._frames: list[tuple[int, int, int]] = []  # as FRAME_ROW
+        self._good = 0, 0  # how many frames, and facts, make up moments
         self._file = LogFile(files, path)
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
         head = f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0)
@@ -165,12 +179,20 @@ class LogWriter:
 
         `pos` of each fact says where its bytes are in `data`; `each`: all of them are barriers.
         """
+        flags = f.FLAG_BARRIER | f.FLAG_EACH if each else f.FLAG_BARRIER if barrier else 0
+        at = self._file.size
+        self._put(f.FRAME_MAGIC, self.next, facts, data, flags, t)
+        self.next += len(facts)
+        self._note_frame(at, Frame(self.next, facts, memoryview(data), t, barrier, each))
+        return self.next - 1
+
+    def _put(
+        self, magic: bytes, first: int, facts: Facts, data: bytes | bytearray | memoryview, flags: int, t: int
+    ) -> None:
+        """A frame, or what looks like one."""
         plain = len(facts) * f.FACT.itemsize + len(data)
         stored = plain + (16 if self._cipher else 0)
-        flags = f.FLAG_BARRIER | f.FLAG_EACH if each else f.FLAG_BARRIER if barrier else 0
-        head = f.FRAME.pack(
-            f.FRAME_MAGIC, self._ordinal, self.next, len(facts), stored, plain, flags, t, time.monotonic_ns()
-        )
+        head = f.FRAME.pack(magic, self._ordinal, first, len(facts), stored, plain, flags, t, time.monotonic_ns())
         frame = self._file.room(f.FRAME_BYTES + stored)
         payload = frame[f.FRAME_BYTES :]
         if self._cipher:
@@ -181,8 +203,28 @@ class LogWriter:
         frame[: f.FRAME_BYTES] = f.with_crc(head, payload)
         self._file.take(len(frame))
         self._ordinal += 1
-        self.next += len(facts)
-        return self.next - 1
+
+    def _note_frame(self, at: int, frame: Frame) -> None:
+        """The index will have it."""
+        if self._joining is None:
+            return
+        self._joining.add(frame)
+        self._frames.append((at, len(frame.facts), len(frame.data)))
+        if frame.barrier:
+            self._good = len(self._frames), self._joining.count
+        if self._joining.count * f.FACT.itemsize > INDEX_MAX_BYTES:
+            self._joining = None
+
+    def _index(self) -> None:
+        """Behind the frames: whoever reads the log finds its facts there, and reads of the frames what it needs."""
+        assert self._joining is not None
+        frames, facts = self._good
+        rows, at = np.array(self._frames[:frames], f.FRAME_ROW), self._file.size
+        self._put(f.INDEX_MAGIC, self.name.first, self._joining.facts[:facts], rows.tobytes(), 0, 0)
+        end = f.LOG_END.pack(f.INDEX_MAGIC, crc32(at.to_bytes(8, "little")), at)
+        size = -(self._file.size + len(end)) % BLOCK_BYTES + len(end)
+        self._file.room(size)[:] = end.rjust(size, b"\0")
+        self._file.take(size)
 
     def _plain(self, size: int) -> memoryview:
         """Memory for a frame before it is encrypted; a small one is used again: mapping some anew costs as much as the cipher."""
@@ -213,8 +255,15 @@ class LogWriter:
         self._file.sync()
 
     def close(self) -> None:
-        """Let go of the log, whole; it stays open in the sense of the format until it is sealed."""
-        self._file.close()
+        """Let go of the log, whole.  When all of it is durable it has an index: no power cut takes what that speaks of."""
+        if not (self._joining and self._good[0] and self._file.synced):
+            self._file.close()
+            return
+        with contextlib.suppress(HvbackupError):  # no room: whoever reads it reads all of it
+            try:
+                self._index()
+            finally:
+                self._file.close()
 
     def abandon(self) -> None:
         """Let go of the log as it is."""
@@ -263,6 +312,16 @@ class LogReader:
             yield frame
             at, ordinal, first = frame.end, ordinal + 1, first + len(frame.facts)
 
+    def whole(self) -> Iterator[Frame]:
+        """The frames that make up moments.  Raises StoreDamage, at their end, when its index speaks of more."""
+        facts = 0
+        for frame in up_to_last_barrier(self.frames()):
+            yield frame
+            facts += len(frame.facts)
+        index = self.index()
+        if index and len(index.facts) != facts:
+            raise StoreDamage(f"{self.path} has {facts} of its {len(index.facts)} facts; the next one is damaged")
+
     def frame(self, at: int, ordinal: int, first: int) -> Frame | None:
         """The one at this place of the file, with this number and first fact; None when it is not whole.  Raises StoreDamage."""
         if (found := _frame_at(self._source, at)) is None:
@@ -278,6 +337,35 @@ class LogReader:
         barrier, each = bool(fields[6] & f.FLAG_BARRIER), bool(fields[6] & f.FLAG_EACH)
         end = at + f.FRAME_BYTES + len(payload)
         return Frame(first, facts, plain[facts.nbytes :], Instant(fields[7]), barrier, barrier and each, end)
+
+    def mark(self) -> int | None:
+        """What the index is known by, of a log that has ended; None when it has none."""
+        at = self._index_at()
+        head = b"" if at is None else self._source.read_at(at, f.FRAME_BYTES)
+        return self._source.size << 32 | int.from_bytes(head[60:], "little") if len(head) == f.FRAME_BYTES else None
+
+    def index(self) -> Index | None:
+        """The index of a log that has ended; None when it has none that is whole."""
+        at = self._index_at()
+        if at is None or (found := _frame_at(self._source, at, f.INDEX_MAGIC)) is None or found[1][2] != self._first:
+            return None
+        head, fields, payload = found
+        try:
+            plain = _opened(self._cipher, fields[1], head, payload, self._bind, self.path)
+        except StoreDamage:
+            return None
+        size = fields[3] * f.FACT.itemsize
+        if plain is None or len(plain) < size or (len(plain) - size) % f.FRAME_ROW.itemsize:
+            return None
+        return Index(np.frombuffer(plain[:size], f.FACT), np.frombuffer(plain[size:], f.FRAME_ROW))
+
+    def _index_at(self) -> int | None:
+        end = self._source.read_at(max(0, self._source.size - f.LOG_END.size), f.LOG_END.size)
+        if len(end) < f.LOG_END.size or self._source.size % BLOCK_BYTES:
+            return None
+        magic, crc, at = f.LOG_END.unpack(end)
+        is_index = magic == f.INDEX_MAGIC and crc == crc32(end[8:]) and at < self._source.size
+        return int(at) if is_index else None
 
 
 def held_moments(files: Files, machine: str, name: Name) -> bool:
@@ -314,10 +402,10 @@ class _Named:
         return self._files.read_at(self._path, offset, length)
 
 
-def _frame_at(source: _Source, at: int) -> tuple[bytes, tuple[Any, ...], bytes] | None:
+def _frame_at(source: _Source, at: int, magic: bytes = f.FRAME_MAGIC) -> tuple[bytes, tuple[Any, ...], bytes] | None:
     """Header, its fields, and what follows; nobody vouches for any of it yet."""
-    head = source.read_at(at, f.FRAME_BYTES)
-    if len(head) < f.FRAME_BYTES or head[:4] != f.FRAME_MAGIC:
+    head = source.read_at(at, f.FRAME_BYTES) if at < source.size else b""
+    if len(head) < f.FRAME_BYTES or head[:4] != magic:
         return None
     fields = f.FRAME.unpack(head[:60])
     end = at + f.FRAME_BYTES + fields[4]
@@ -351,7 +439,7 @@ class Joining:
     """The facts of frames that follow one another, with `pos` in the one stream of all their bytes."""
 
     def __init__(self) -> None:
-        self._parts, self.bytes = [np.zeros(0, f.FACT)], 0
+        self._parts, self.count, self.bytes = [np.zeros(0, f.FACT)], 0, 0
 
     def add(self, frame: Frame) -> memoryview:
         """One more frame; its bytes, which are not kept."""
@@ -359,6 +447,7 @@ class Joining:
         part["pos"] += self.bytes
         part["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
         self._parts.append(part)
+        self.count += len(part)
         self.bytes += len(frame.data)
         return frame.data
 

@@ -48,6 +48,11 @@ class LogFile:
         """Bytes appended so far."""
         return self._at + self._used
 
+    @property
+    def synced(self) -> bool:
+        """Whether everything appended is durable."""
+        return self._synced
+
     def room(self, size: int) -> memoryview:
         """Memory for so many bytes behind the last one.  They are appended by `take`, once they are filled in."""
         if self._used + size > len(self._memory):

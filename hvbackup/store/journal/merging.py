@@ -19,8 +19,9 @@ import numpy as np
 from hvbackup.model import SECOND, MachineId, MiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, readers
-from hvbackup.store.journal.history import History, SealedRun
+from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import FOLDER, SEGMENT, Facts, Name
+from hvbackup.store.journal.runs import SealedRun
 from hvbackup.store.journal.segment import path_of, write_facts
 from hvbackup.store.journal.tables import Summary
 from hvbackup.store.store import Store

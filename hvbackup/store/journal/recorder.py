@@ -21,8 +21,8 @@ import numpy as np
 
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal.history import open_run
 from hvbackup.store.journal.journal import Facts, LogWriter, Name
+from hvbackup.store.journal.runs import open_run
 from hvbackup.store.journal.sealing import Sealing, take_over
 from hvbackup.store.journal.segment import PieceCache
 from hvbackup.store.journal.told import Doubt, Moment, carried

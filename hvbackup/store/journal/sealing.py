@@ -13,6 +13,7 @@ would be missed: then it takes its share of the processors again.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 import weakref
@@ -31,8 +32,9 @@ from hvbackup.store.store import Store
 
 Lock = AbstractContextManager[bool]
 
-WAITING_MAX_BYTES = 2 * GiB  # of logs that wait: room for a burst, and what a reader has to look through
+WAITING_MAX_BYTES = 8 * GiB  # of logs that wait: a minute or more of all that a guest can write
 BUDGET_SHARE = 8  # and of a budget at most the eighth part
+FREE_SHARE = 4  # and of what is free at most as much as the fourth part
 WARM_SECONDS = 30.0  # a stream seals every few seconds: tables for views are made not more often than this
 
 _locks: weakref.WeakKeyDictionary[Store, dict[MachineId, Lock]] = weakref.WeakKeyDictionary()
@@ -81,8 +83,8 @@ def take_over(store: Store, machine: MachineId) -> Taken:
 def seal(store: Store, machine: MachineId, name: Name) -> None:
     """The segment of a log exists when this returns, if the log holds any moment, and the log is gone.
 
-    A log whose header a power cut took stays where anything in it was durable, for whoever can read it; one that is gone was
-    sealed, or points cover it.
+    A log that is damaged stays where anything in it was durable: its index tells of moments that a shorter segment has not.
+    One that is gone was sealed, or points cover it.
     """
     folder = store.ring.machine_name(machine)
     path = f"{FOLDER}/{folder}/{name}"
@@ -92,8 +94,8 @@ def seal(store: Store, machine: MachineId, name: Name) -> None:
             return
         if not any(n.covers(name) for n in names):
             try:
-                frames = journal.up_to_last_barrier(journal.read_log(store.files, store.ring, folder, name))
-                write_segment(store.files, store.ring, folder, name, frames)
+                log = journal.LogReader(store.files, store.ring, folder, name)
+                write_segment(store.files, store.ring, folder, name, log.whole())
             except StoreDamage:
                 if journal.held_moments(store.files, folder, name):
                     return
@@ -107,6 +109,7 @@ class Sealing:
         """`budget_bytes`: of its journal; 0: it has none."""
         self._store, self._machine = store, machine
         self._waiting_max = min(WAITING_MAX_BYTES, budget_bytes // BUDGET_SHARE or WAITING_MAX_BYTES)
+        self._free = 0  # on the disk of the store
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Name, int]] = deque()
         self._thread: threading.Thread | None = None  # while anything waits, or is being sealed
@@ -137,6 +140,7 @@ class Sealing:
                 thread.start()  # it waits for us to let go
                 self._thread = thread
             self._waiting.append((name, size))
+            self._free = shutil.disk_usage(self._store.files.root).free
             self._changed.notify_all()
 
     @property
@@ -191,7 +195,8 @@ class Sealing:
                 self._changed.wait()
 
     def _full(self) -> bool:
-        return sum(size for _, size in self._waiting) >= self._waiting_max
+        waits = sum(size for _, size in self._waiting)
+        return bool(waits) and waits >= min(self._waiting_max, self._free // FREE_SHARE)
 
     def _due(self) -> bool:
         """Whether the oldest log can't rest any longer."""
