@@ -237,6 +237,7 @@ def test_a_point_made_for_protection_has_fine_checkpoints_and_the_next_backup_re
         assert out == guest.disks[root.disk.id].content
 
 
+@pytest.mark.walk
 def test_a_machine_that_writes_too_much_for_its_budget_is_told_of_and_left_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

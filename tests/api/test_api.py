@@ -125,6 +125,7 @@ def test_an_export_lasts_until_it_is_cancelled(site: Site) -> None:
     assert client.delete(f"/api/v1/jobs/{job}").status_code == 422
 
 
+@pytest.mark.walk
 def test_queries_only_read(site: Site) -> None:
     client = site.client("viewer")
     rows = client.post("/api/v1/sql", json={"query": "select count(*) from machines"}).json()["rows"]

@@ -236,6 +236,7 @@ def test_forgetting_the_freezer_thaws(start: Callable[..., Agent], tmp_path: Pat
     until(lambda: agent.frozen == 0)
 
 
+@pytest.mark.walk
 def test_the_limit_thaws_and_is_told_of(start: Callable[..., Agent], tmp_path: Path) -> None:
     agent = start()
     with freeze(agent, tmp_path, 2) as freezer:
@@ -293,6 +294,7 @@ def test_a_refused_freeze_is_followed_by_a_thaw(start: Callable[..., Agent], tmp
     until(lambda: not (tmp_path / "marker").exists())
 
 
+@pytest.mark.walk
 def test_a_late_answer_to_the_freeze_is_not_taken_for_one_to_the_thaw(
     start: Callable[..., Agent], tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def _per_byte(rows: np.ndarray[tuple[int, int], np.dtype[np.int64]], start: int)
     return np.repeat(rows[:, 2], rows[:, 1]).tolist()
 
 
+@pytest.mark.walk
 @given(_OPERATIONS, st.booleans(), st.randoms(use_true_random=False))
 def test_any_operations_match_a_bytearray(operations: list[tuple[str, int, int]], cached: bool, random: object) -> None:
     export = CachedExport(_SIZE) if cached else MemoryExport(_SIZE)

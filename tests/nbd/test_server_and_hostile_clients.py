@@ -60,6 +60,7 @@ _OPTION_DATA = st.one_of(
 )
 
 
+@pytest.mark.walk
 @given(st.lists(st.tuples(_NUMBERS, _OPTION_DATA), max_size=12))
 def test_any_options_with_any_data(options: list[tuple[int, bytes]]) -> None:
     with _served(MemoryExport(4096)) as (_, uri), RawClient(uri) as client:
@@ -78,6 +79,7 @@ _COMMANDS = st.builds(
 )
 
 
+@pytest.mark.walk
 @given(st.lists(st.one_of(_COMMANDS, st.binary(max_size=40)), max_size=20), st.booleans(), st.booleans())
 def test_any_commands_with_any_arguments(commands: list[bytes], structured: bool, cached: bool) -> None:
     export = CachedExport(65536 * 2) if cached else MemoryExport(65536 * 2)

@@ -190,6 +190,7 @@ class LargeIndexLife(IndexLife):
 
 
 TestLargeIndexLife = LargeIndexLife.TestCase
+TestLargeIndexLife.pytestmark = [pytest.mark.walk]
 TestLargeIndexLife.settings = settings(stateful_step_count=12)
 
 
