@@ -229,8 +229,12 @@ class Opened:
 
     def sync(self) -> None:
         """What was read of it is durable when this returns, whoever wrote it.  Raises HvbackupError."""
-        with named_errors("read", self._path), contextlib.suppress(OSError):
-            os.fsync(self.fd)  # a read-only file system has nothing that is not durable
+        with named_errors("read", self._path):
+            try:
+                os.fsync(self.fd)
+            except OSError as e:
+                if e.errno not in (errno.EROFS, errno.EINVAL):  # what can't be written has nothing that is not durable
+                    raise
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,22 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(os.listdir("/proc/self/fd")) <= before + 4
     files.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+def test_whoever_makes_durable_what_he_has_read_is_told_when_it_fails(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where nothing can be written, nothing waits to be."""
+
+    def fails(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "a").write_bytes(b"content")
+    opened = Files(tmp_path).open_now("a")
+    monkeypatch.setattr(os, "fsync", fails)
+    with nullcontext() if number == errno.EROFS else pytest.raises(HvbackupError, match=r"/a: Input/output error"):
+        opened.sync()
 
 
 def test_a_handle_lives_as_long_as_a_thread_reads_with_it(tmp_path: Path) -> None:
