@@ -32,6 +32,7 @@ FAILED, NOTHING_RAN = 1, 5  # exit codes of pytest
 WALK = "tests/store/test_crash_walk.py::"
 FAULTS = "tests/capture/test_faults.py::"
 DAMAGE = "tests/store/test_damage.py::"
+HEALING = "tests/test_protect_damage.py::"
 PROTECT = "tests/test_protect.py::"
 
 
@@ -111,9 +112,39 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
+        "a damaged file of a journal hides all of it",
+        "hvbackup/store/journal/history.py",
+        "        except HvbackupError as e:\n            self.lost",
+        "        except FileExistsError as e:\n            self.lost",
+        ("tests/store/test_lost_files.py::test_its_moments_are_not_offered_and_those_that_need_it_are_refused",),
+        quick=True,
+    ),
+    Mutant(
+        "numbers of a damaged file of a journal used again",
+        "hvbackup/store/journal/recorder.py",
+        "            return (name.last or name.first) + FACTS_MAX\n",
+        "            return name.last or name.first\n",
+        ("tests/store/test_lost_files.py::test_a_life_behind_it_takes_none_of_its_numbers",),
+        quick=True,
+    ),
+    Mutant(
+        "a life goes on from tokens of a moment that needs a damaged file",
+        "hvbackup/protect/beginning.py",
+        "    if any(doubt.holds(told.tokens_seq) for doubt in told.withheld):\n",
+        "    if False:\n",
+        (f"{HEALING}test_a_point_is_made_of_the_machine_where_none_can_be_made_of_the_journal",),
+    ),
+    Mutant(
+        "a point of a damaged journal tried again for ever",
+        "hvbackup/protect/points.py",
+        "            s.damaged = True\n",
+        "            pass\n",
+        (f"{HEALING}test_a_point_is_made_of_the_machine_where_none_can_be_made_of_the_journal",),
+    ),
+    Mutant(
         "a log that was damaged while it waited is sealed up to the damage",
         "hvbackup/store/journal/journal.py",
-        "        if index and len(index.facts) != facts:\n",
+        "        if self._index_at() not in (None, end):\n",
         "        if False:\n",
         ("tests/store/test_runs.py::test_a_damaged_frame_takes_the_moments_that_need_it_and_no_others",),
         quick=True,
@@ -549,7 +580,7 @@ MUTANTS = (
     Mutant(
         "parts of a merged segment count again when it goes",
         "hvbackup/store/journal/window.py",
-        "                for part in merging.parts_of(store, folder, piece.name):  # first, or they would count again\n",
+        "                for part in merging.parts_of(store, folder, name):  # first, or they would count again\n",
         "                for part in ():\n",
         ("tests/store/test_journal_crash_walk.py::test_a_crash_at_every_step_of_merging",),
     ),

@@ -40,7 +40,7 @@ def begin(setting: Setting, why: str) -> AnyLife:
         if setting.is_full():
             with contextlib.suppress(HvbackupError):
                 recorder.finish()  # what waits to be sealed becomes smaller
-        if history.last and setting.is_full():
+        if history.last and setting.is_full() and not setting.damaged:
             Points(setting, history.last.t).cover(history.last)
         life = resumed(setting, recorder, history, why) or captured(setting, recorder, why)
     except BaseException:
@@ -63,8 +63,10 @@ def present(setting: Setting) -> Machine:
 def resumed(setting: Setting, recorder: Recorder, history: History, why: str) -> AnyLife | None:
     """A life that goes on from the newest barrier, or None when its tokens prove nothing any more."""
     told, last = history.told, history.last
-    if last is None or told.distrusted:
+    if last is None or told.distrusted or setting.damaged:
         return None
+    if any(doubt.holds(told.tokens_seq) for doubt in told.withheld):
+        return None  # what they call unchanged has changed since the newest moment that is offered
     tokens = {d: Token(**v) for d, v in told.tokens.items()}
     try:
         point = history.based(last)
@@ -107,6 +109,7 @@ def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
         outcome = capture(setting.store, setting.hypervisor, setting.machine, options)
     point = outcome.point
     assert point is not None  # every other way out of `capture` raises
+    setting.damaged = False
     doubt = _doubt(told, last) if outcome.distrusted else {}
     recorder.set_disks([d.disk for d in point.disks])
     tokens = {d.disk.id: d.token for d in point.disks if d.token}

@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from hvbackup import memory
-from hvbackup.errors import HvbackupError, Interrupted
+from hvbackup.errors import HvbackupError, Interrupted, StoreDamage
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, DiskId, Instant, Outcome, Token
-from hvbackup.protect.events import Folded, Trouble
+from hvbackup.protect.events import ContinuityLost, Folded, Trouble
 from hvbackup.protect.marks import Mark
 from hvbackup.protect.setting import Setting
 from hvbackup.store.journal.history import Moment
@@ -57,7 +57,15 @@ class Points:
         self._wanted.append((moment, mark))
 
     def keep_up(self, life: Recorded) -> None:
-        """A point is being made if one is due; the journal is within its budget, or SpaceExhausted is raised."""
+        """A point is being made if one is due; the journal is within its budget, or SpaceExhausted is raised.
+
+        Raises ContinuityLost when none can be made of what there is.
+        """
+        if self._set.damaged:
+            raise ContinuityLost(
+                f"The journal of machine {self._set.machine.name} is damaged, and no point can be made of it: "
+                "one is made of the machine itself"
+            )
         if self._folding and self._folding.is_alive() and not self._set.is_full():
             return
         self.join()  # the budget is a promise: the next moment waits for room
@@ -146,8 +154,12 @@ class Points:
     def _made(self, moment: Moment) -> tuple[Outcome, Folded]:
         began, s = time.monotonic(), self._set
         s.sealing.reach(moment.seq)
-        with s.writing:
-            outcome = fold(s.store, s.machine.id, moment, s.options)
+        try:
+            with s.writing:
+                outcome = fold(s.store, s.machine.id, moment, s.options)
+        except StoreDamage:
+            s.damaged = True
+            raise
         point = outcome.point
         assert point is not None  # every other way out of `fold` raises
         removed = self.trim()

@@ -34,6 +34,7 @@ class Setting:
     marks: Marks = field(default_factory=Marks)
     seat: MachineSeat | None = None  # the next moment is to be one with other machines
     left: int | None = None  # bytes that changed behind the newest point, where the journal had no room for them
+    damaged: bool = False  # no point could be made of the newest one and the journal: something of them can't be read
     clock_stepped: bool = False  # since we run: ages mean nothing until somebody starts us again
     sealing: Sealing = field(init=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvbackup.errors import ChunkDamaged
+from hvbackup.errors import ChunkDamaged, StoreDamage
 from hvbackup.files import Opened
 from hvbackup.model import SECOND, Instant, KiB
 from hvbackup.store.check.check import Level, Wanted, check
@@ -16,7 +16,6 @@ from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import LOG, SEGMENT, LogReader, LogWriter
-from hvbackup.store.journal.logfile import BLOCK_BYTES
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import Store
 from tests.store.test_history import MACHINE, SIZE, VDA, commit_empty_point, life, store, whole
@@ -75,6 +74,7 @@ def test_a_damaged_index_costs_nothing_but_time(store: Store, where: str, monkey
     with monkeypatch.context() as patch:
         unsealed(patch)
         images = life(2, store, 12)
+    assert ended_logs(store)
     for log in ended_logs(store):
         size = store.files.size(log.path)
         at = int.from_bytes(store.files.read(log.path)[-8:], "little")
@@ -135,6 +135,37 @@ def test_a_damaged_frame_takes_the_moments_that_need_it_and_no_others(
                 whole(history, seq)
         elif number % 7 == 0 or seq == overwritten:
             assert whole(history, seq)[number % 60 * 4096] == number % 251 + 1
+
+
+@pytest.mark.parametrize("where", ["first frame", "first write", "last frame and index"])
+def test_a_damaged_log_stays_whatever_of_it_is_damaged(
+    store: Store, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_empty_point(store, SIZE)
+    with monkeypatch.context() as patch:
+        unsealed(patch)
+        seqs = stream(store, 3)
+    log = ended_logs(store)[1]
+    index = log.index()
+    assert index
+    places = index.frames["at"].tolist()
+    at = int.from_bytes(store.files.read(log.path)[-8:], "little")
+    for place in {"first frame": [places[0]], "first write": [places[1]], "last frame and index": [at - 9, at]}[where]:
+        change(store, log, place + 70 if place != at - 9 else place)
+    for _ in range(2):
+        history = History(store, MACHINE)
+        offered = history.moments[0].tolist()
+        assert set(offered) >= set(seqs[:50])
+        assert offered == (seqs[:99] + seqs[100:] if where == "last frame and index" else seqs)
+        assert whole(history, seqs[49])[49 * 4096] == 50
+        if where == "first frame":
+            assert whole(history, seqs[98])[38 * 4096] == 99, "it holds nothing that the index does not"
+        else:
+            with pytest.raises(StoreDamage):
+                whole(history, seqs[109])
+        Recorder(store, MACHINE, DISKS).close()
+        assert suffixes(store) == [SEGMENT, LOG, SEGMENT]
+    assert [p.lost for p in check(store, Wanted(Level.AUTHENTICATE)).problems] == [True]
 
 
 def test_of_a_log_that_has_ended_only_the_index_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,14 +250,3 @@ def test_a_log_of_an_older_version_has_no_index_and_is_read_to_its_end(
         path.write_bytes(data[: int.from_bytes(data[-8:], "little")])
     assert not ended_logs(store)
     assert History(store, MACHINE).moments[0].tolist() == seqs
-
-
-def test_an_index_ends_with_a_block(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So its place is found from the end, however the file was written."""
-    commit_empty_point(store, SIZE)
-    with monkeypatch.context() as patch:
-        unsealed(patch)
-        for seed in range(3):
-            life(seed, store, 5)
-    for log in ended_logs(store):
-        assert store.files.size(log.path) % BLOCK_BYTES == 0

@@ -125,7 +125,7 @@ def test_what_is_too_much_is_sealed_all_the_same(
     assert eventually(lambda: len(sealed) == 2)
     time.sleep(0.1)
     assert len(sealed) == 2, "90 bytes wait, and may"
-    queue.wait_for_room()
+    queue.wait_for_room(30)
     queue.finish()
     assert len(sealed) == 5
 
@@ -496,8 +496,37 @@ def test_a_log_larger_than_what_may_wait_is_waited_for_by_nobody(
     monkeypatch.setattr(sealing, "seal", lambda store, machine, name: time.sleep(1) or sealed.append(name))
     queue = Sealing(store, MACHINE, 800)
     queue.add(log(1), 1000)
-    queue.wait_for_room()
+    queue.wait_for_room(1000)
     assert not sealed
+    queue.finish()
+
+
+def test_nobody_waits_for_all_that_is_too_much_when_the_disk_is_filled_by_others(
+    store: Store, sealed: list[Name], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let = threading.Semaphore(0)
+
+    def work(store: Store, machine: object, name: Name) -> None:
+        let.acquire()
+        sealed.append(name)
+
+    monkeypatch.setattr(sealing, "seal", work)
+    queue = Sealing(store, MACHINE)
+    queue.rest(60)
+    for n in range(10):
+        queue.add(log(n), 30)
+    monkeypatch.setattr(sealing.shutil, "disk_usage", lambda _: Usage(1000, 1000, 0))
+    queue.add(log(10), 30)
+    waiter = threading.Thread(target=queue.wait_for_room, args=(60,))
+    waiter.start()
+    let.release()
+    waiter.join(0.3)
+    assert waiter.is_alive(), "as much as was written since has to be sealed"
+    let.release()
+    waiter.join(20)
+    assert not waiter.is_alive()
+    assert len(sealed) == 2
+    let.release(20)
     queue.finish()
 
 

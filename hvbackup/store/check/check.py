@@ -226,7 +226,7 @@ class _Check:
     def _logs(self) -> None:
         """Logs that have ended: one that is damaged waits for ever to be sealed."""
         wanted = self._wanted
-        if wanted.level == Level.QUICK or wanted.machine or wanted.point:
+        if wanted.level == Level.QUICK or wanted.machine or wanted.point or wanted.sample < 1:
             return
         throttle = Throttle(wanted.bytes_per_second)
         for machine in self._store.files.names(journal.FOLDER):

@@ -131,14 +131,15 @@ FLAG_BARRIER = 1
 FLAG_EACH = 2  # always together with FLAG_BARRIER: who does not know it offers the last fact alone
 
 # Index of a log that has ended, behind its frames: a frame of another magic, whose ordinal is how many came before, whose number
-# is that of the first fact of the log, and whose flags are zero.  What follows its header:
+# is that of the first fact of the log; where a frame has its flags it has m.  What follows its header:
 #   n rows of FACT      up to the last barrier, as in a segment
 #   m rows of FRAME_ROW of the frames that hold them
+#   the bytes of those facts that are FACT_META, one after the other
 # The last 16 bytes of the file, which has whole blocks, say where it is.
 INDEX_MAGIC = b"hvI1"
 FRAME_ROW = np.dtype([("at", "<u8"), ("facts", "<u4"), ("bytes", "<u4")])  # where in the log, and what it holds
 #   0  4  magic b"hvI1"
-#   4  4  crc32 of the offset
+#   4  4  crc32 of the salt in the header of the file, then of the offset
 #   8  8  offset of the index
 LOG_END = struct.Struct("<4sIQ")
 

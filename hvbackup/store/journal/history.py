@@ -9,6 +9,7 @@ log that is written to.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvbackup.errors import JournalGap, NotFound, StoreDamage
+from hvbackup.errors import HvbackupError, JournalGap, NotFound, StoreDamage
 from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
 from hvbackup.store.journal import journal, tables
 from hvbackup.store.journal.journal import LOG, Name
@@ -56,7 +57,9 @@ class History:
         """`whole`: also what no point is left for, and so is not offered any more."""
         self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
         self._pieces, self._tables = PieceCache(), tables.Cache(store.state, self._folder)
-        self.runs: list[Run] = self._opened()
+        self.runs: list[Run] = []
+        self.lost: list[tuple[Name, str]] = []  # files that can't be read, and why: their moments are not offered
+        self._open_all()
         if not whole:
             self._drop_baseless()
 
@@ -79,16 +82,23 @@ class History:
         found = [p for p in self._store.points(self._machine) if p.seq is not None]
         return sorted(found, key=lambda p: (p.seq or 0, p.t), reverse=True)
 
-    def _opened(self) -> list[Run]:
+    def _open_all(self) -> None:
         while True:
+            self.runs, self.lost = [], []
             try:
-                names = journal.list_files(self._store.files, self._folder)
-                return [run for name in names if (run := self._open(name)).summary.moments]
+                for name in journal.list_files(self._store.files, self._folder):
+                    self._open(name)
             except FileNotFoundError:
                 continue  # a log was sealed, or a segment's window passed, since we looked
+            return
 
-    def _open(self, name: Name) -> Run:
-        return open_run(self._store, self._folder, name, self._pieces)
+    def _open(self, name: Name) -> None:
+        try:
+            run = open_run(self._store, self._folder, name, self._pieces)
+            if run.summary.moments:
+                self.runs.append(run)
+        except HvbackupError as e:
+            self.lost.append((name, str(e)))
 
     @cached_property
     def moments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -126,8 +136,25 @@ class History:
 
     @cached_property
     def told(self) -> Told:
-        """Everything the META facts say, up to the end."""
-        return self.told_until(None)
+        """Everything the META facts say, up to the end; what needs a file that can't be read is withheld."""
+        told = self.told_until(None)
+        for name, why in self.lost:
+            self._tell_lost(told, name, why)
+        return told
+
+    def _tell_lost(self, told: Told, name: Name, why: str) -> None:
+        """No moment is offered from where a file is missing up to the next point."""
+        before = [run for run in self.runs if run.name.first < name.first]
+        after = [run for run in self.runs if run.name.first > name.first]
+        if not before or not after:
+            return  # nothing is offered behind what has no point before it
+        points = [p.seq for p in self._points() if p.seq is not None and p.seq >= after[0].name.first - 1]
+        until = min(points) - 1 if points else self.runs[-1].summary.last_seq
+        times = [s.times()[i:] for s in (run.summary for run in after) for i in [s.seqs().searchsorted(until, "right")]]
+        end = next((int(t[0]) for t in times if len(t)), self.runs[-1].summary.last_t + 1)
+        last = before[-1].summary
+        told.parts.append(Doubt(last.last_seq, until, last.last_t, Instant(end), why))
+        told.gaps = sorted([Gap(last.last_t, Instant(end), why), *told.gaps], key=lambda g: g.start)
 
     def told_until(self, seq: int | None) -> Told:
         """Everything the META facts up to `seq` say."""
@@ -334,7 +361,7 @@ class History:
 
     def forget_removed(self) -> None:
         """Tables of segments that are gone go too."""
-        self._tables.forget({run.name.stem for run in self.runs})
+        self._tables.forget({key for run in self.runs for key in (run.name.stem, str(run.name))})
 
 
 def _reading(group: Sequence[Run]) -> Any:
@@ -347,16 +374,16 @@ def _short(disk: DiskId) -> str:
 
 
 def newest_tokens(store: Store, machine: MachineId) -> dict[DiskId, dict[str, Any]]:
-    """The tokens that the newest durable barrier of a machine names; read from the last file alone."""
+    """The tokens that the newest durable barrier of a machine names; read from the last file that can be read, alone."""
     folder = store.ring.machine_name(machine)
     while True:
         names = journal.list_files(store.files, folder)
         try:
             for name in reversed(names):
-                run = open_run(store, folder, name, PieceCache())
                 told = Told()
-                for at, t, value in run.summary.metas:
-                    told.tell(at, t, value)
+                with contextlib.suppress(HvbackupError):
+                    for at, t, value in open_run(store, folder, name, PieceCache()).summary.metas:
+                        told.tell(at, t, value)
                 if told.tokens_seq >= 0:
                     return told.tokens
         except FileNotFoundError:

@@ -144,6 +144,7 @@ class Index:
 
     facts: Facts  # `pos` is a place in the stream of all their bytes, barriers are flagged
     frames: NDArray[np.void]  # of FRAME_ROW: those that hold them
+    remarks: bytes  # of the META facts, one after the other
 
 
 class LogWriter:
@@ -160,7 +161,8 @@ class LogWriter:
         self._buffer = bytearray()
         self._joining: Joining | None = Joining()  # what its index will say; None when that is too much
         self._frames: list[tuple[int, int, int]] = []  # as FRAME_ROW
-        self._good = 0, 0  # how many frames, and facts, make up moments
+        self._remarks = bytearray()
+        self._good = 0, 0, 0  # how many frames, facts, and bytes of remarks make up moments
         self._file = LogFile(files, path)
         flags = f.FLAG_ENCRYPTED if self._cipher else 0
         head = f.HEADER.pack(f.HEADER_MAGIC, f.FORMAT, f.KIND_LOG, flags, ring.store, self._salt, 0)
@@ -210,18 +212,21 @@ class LogWriter:
             return
         self._joining.add(frame)
         self._frames.append((at, len(frame.facts), len(frame.data)))
+        self._remarks += remarks_of(frame)
         if frame.barrier:
-            self._good = len(self._frames), self._joining.count
-        if self._joining.count * f.FACT.itemsize > INDEX_MAX_BYTES:
+            self._good = len(self._frames), self._joining.count, len(self._remarks)
+        if self._joining.count * f.FACT.itemsize + len(self._remarks) > INDEX_MAX_BYTES:
             self._joining = None
 
     def _index(self) -> None:
         """Behind the frames: whoever reads the log finds its facts there, and reads of the frames what it needs."""
         assert self._joining is not None
-        frames, facts = self._good
-        rows, at = np.array(self._frames[:frames], f.FRAME_ROW), self._file.size
-        self._put(f.INDEX_MAGIC, self.name.first, self._joining.facts[:facts], rows.tobytes(), 0, 0)
-        end = f.LOG_END.pack(f.INDEX_MAGIC, crc32(at.to_bytes(8, "little")), at)
+        frames, facts, remarks = self._good
+        rows, at = np.array(self._frames[:frames], f.FRAME_ROW).tobytes(), self._file.size
+        self._put(
+            f.INDEX_MAGIC, self.name.first, self._joining.facts[:facts], rows + self._remarks[:remarks], frames, 0
+        )
+        end = f.LOG_END.pack(f.INDEX_MAGIC, crc32(self._salt + at.to_bytes(8, "little")), at)
         size = -(self._file.size + len(end)) % BLOCK_BYTES + len(end)
         self._file.room(size)[:] = end.rjust(size, b"\0")
         self._file.take(size)
@@ -291,10 +296,10 @@ class LogReader:
         self._files = files
         self._held = files.open_now(path) if held else None
         self._source: _Source = self._held or _Named(files, path, files.size(path))
-        self._cipher: AESGCM | None = None
+        self._salt, self._cipher = b"", None
         if self._source.size >= f.HEADER_BYTES:
             head = parse_header(self._source.read_at(0, f.HEADER_BYTES), f.KIND_LOG, ring.store, path)
-            self._cipher = ring.cipher(head.salt, f.KIND_LOG)
+            self._salt, self._cipher = head.salt, ring.cipher(head.salt, f.KIND_LOG)
 
     def settle(self) -> None:
         """What was read is durable when this returns: no power cut takes back what a reader shows.
@@ -313,14 +318,18 @@ class LogReader:
             at, ordinal, first = frame.end, ordinal + 1, first + len(frame.facts)
 
     def whole(self) -> Iterator[Frame]:
-        """The frames that make up moments.  Raises StoreDamage, at their end, when its index speaks of more."""
-        facts = 0
-        for frame in up_to_last_barrier(self.frames()):
-            yield frame
-            facts += len(frame.facts)
-        index = self.index()
-        if index and len(index.facts) != facts:
-            raise StoreDamage(f"{self.path} has {facts} of its {len(index.facts)} facts; the next one is damaged")
+        """The frames that make up moments.  Raises StoreDamage, at their end, when there should be more of them."""
+        end = f.HEADER_BYTES
+
+        def noted() -> Iterator[Frame]:
+            nonlocal end
+            for frame in self.frames():
+                end = frame.end
+                yield frame
+
+        yield from up_to_last_barrier(noted())
+        if self._index_at() not in (None, end):
+            raise StoreDamage(f"{self.path} is damaged at {end}, where a frame begins")
 
     def frame(self, at: int, ordinal: int, first: int) -> Frame | None:
         """The one at this place of the file, with this number and first fact; None when it is not whole.  Raises StoreDamage."""
@@ -354,17 +363,19 @@ class LogReader:
             plain = _opened(self._cipher, fields[1], head, payload, self._bind, self.path)
         except StoreDamage:
             return None
-        size = fields[3] * f.FACT.itemsize
-        if plain is None or len(plain) < size or (len(plain) - size) % f.FRAME_ROW.itemsize:
+        rows = fields[3] * f.FACT.itemsize
+        remarks = rows + fields[6] * f.FRAME_ROW.itemsize
+        if plain is None or len(plain) < remarks:
             return None
-        return Index(np.frombuffer(plain[:size], f.FACT), np.frombuffer(plain[size:], f.FRAME_ROW))
+        facts, frames = np.frombuffer(plain[:rows], f.FACT), np.frombuffer(plain[rows:remarks], f.FRAME_ROW)
+        return Index(facts, frames, plain[remarks:])
 
     def _index_at(self) -> int | None:
         end = self._source.read_at(max(0, self._source.size - f.LOG_END.size), f.LOG_END.size)
         if len(end) < f.LOG_END.size or self._source.size % BLOCK_BYTES:
             return None
         magic, crc, at = f.LOG_END.unpack(end)
-        is_index = magic == f.INDEX_MAGIC and crc == crc32(end[8:]) and at < self._source.size
+        is_index = magic == f.INDEX_MAGIC and crc == crc32(self._salt + end[8:]) and at < self._source.size
         return int(at) if is_index else None
 
 
@@ -461,6 +472,13 @@ def meta_of(first: int, facts: Facts, read: Callable[[int, int], bytes]) -> Iter
     """(sequence number, JSON) of every META fact; `read` gets bytes of the stream."""
     for i in np.flatnonzero(facts["kind"] == f.FACT_META).tolist():
         yield first + i, read(int(facts["pos"][i]), int(facts["length"][i]))
+
+
+def remarks_of(frame: Frame) -> bytes:
+    """The bytes of its META facts, one after the other."""
+    rows = frame.facts[frame.facts["kind"] == f.FACT_META]
+    spans = zip(rows["pos"].tolist(), rows["length"].tolist(), strict=True)
+    return b"".join(bytes(frame.data[at : at + length]) for at, length in spans)
 
 
 def up_to_last_barrier(frames: Iterable[Frame]) -> Iterator[Frame]:

@@ -11,11 +11,13 @@ place on the disks, so what is read together lies together.  Parts stay for a wh
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, MachineId, MiB
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, readers
@@ -65,7 +67,7 @@ def _belong(before: tuple[Name, Summary], after: tuple[Name, Summary], covered: 
 def merge(store: Store, machine: MachineId) -> int:
     """What may be merged is, and parts that nobody reads any more are gone; how many files were merged.
 
-    Only for whoever holds the machine.  Raises ChunkDamaged, SpaceExhausted.
+    Only for whoever holds the machine.  What is damaged stays as it is: `check` tells of it.  Raises SpaceExhausted.
     """
     folder = store.ring.machine_name(machine)
     _remove_parts(store, folder)
@@ -73,11 +75,15 @@ def merge(store: Store, machine: MachineId) -> int:
         return 0  # somebody reads for long; there is always a next time
     runs = {run.name: run for run in History(store, machine, whole=True).runs if isinstance(run, SealedRun)}
     covered = {p.seq for p in store.points(machine) if p.seq is not None}
-    sizes = [(name, run.summary, run.decoded_bytes) for name, run in runs.items()]
-    groups = mergeable(sizes, covered)
-    for group in groups:
-        _write(store, folder, [runs[name] for name in group])
-    return sum(len(group) for group in groups)
+    sizes, merged = [], 0
+    for name, run in runs.items():
+        with contextlib.suppress(StoreDamage):
+            sizes.append((name, run.summary, run.decoded_bytes))
+    for group in mergeable(sizes, covered):
+        with contextlib.suppress(StoreDamage):
+            _write(store, folder, [runs[name] for name in group])
+            merged += len(group)
+    return merged
 
 
 def _write(store: Store, folder: str, runs: Sequence[SealedRun]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from hvbackup.errors import HvbackupError
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal.journal import Facts, LogWriter, Name
@@ -35,6 +36,7 @@ LOG_MAX_BYTES = 512 * MiB  # a log grows to this while too much waits to be seal
 BURST_BYTES = 32 * MiB  # of single writes a second: sealing rests, which would take from what the guest writes with
 LOOK_SECONDS = 0.1  # from one look at that to the next: what begins to be sealed is not stopped
 CALM_SECONDS = 2.0  # and so long afterwards
+FACTS_MAX = 2**32  # no file has as many: numbers that are left out behind one that can't be read
 CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 GOES_ON = "a set that is larger than a file of the journal goes on in the next one"
 
@@ -70,7 +72,11 @@ class Recorder:
         self._sealing.begin(taken.left)
 
     def _end(self, name: Name) -> int:
-        return name.first + len(open_run(self._store, self._folder, name, PieceCache()).facts)
+        """The number behind all that this file may have."""
+        try:
+            return name.first + len(open_run(self._store, self._folder, name, PieceCache()).facts)
+        except HvbackupError:
+            return (name.last or name.first) + FACTS_MAX
 
     @property
     def last(self) -> int:
@@ -241,7 +247,7 @@ class Recorder:
         finally:
             self._sealing.add(log.name, log.size)
         if log.size >= LOG_MAX_BYTES:
-            self._sealing.wait_for_room()
+            self._sealing.wait_for_room(log.size)
         self._sealing.check()
 
     def finish(self) -> None:

@@ -66,14 +66,13 @@ class OpenRun:
             self._kept = _NOTHING  # its header is gone: it offers nothing, and views that would need it are refused
 
     def _read(self) -> Index:
-        joining, rows, at, good = Joining(), [], f.HEADER_BYTES, (0, 0)
-        for frame in self._log.frames():
+        joining, rows, remarks, at = Joining(), [], b"", f.HEADER_BYTES
+        for frame in journal.up_to_last_barrier(self._log.frames()):
             joining.add(frame)
             rows.append((at, len(frame.facts), len(frame.data)))
+            remarks += journal.remarks_of(frame)
             at = frame.end
-            if frame.barrier:
-                good = len(rows), joining.count
-        return Index(joining.facts[: good[1]], np.array(rows[: good[0]], f.FRAME_ROW))
+        return Index(joining.facts, np.array(rows, f.FRAME_ROW), remarks)
 
     def _index(self) -> Index:
         return self._kept or self._log.index() or self._read()
@@ -107,23 +106,32 @@ class OpenRun:
             return self._sealed.read(pos, length)
 
     def _bytes_of(self, i: int) -> memoryview:
-        ats, firsts, _ = self._frames
+        ats, firsts, ends = self._frames
         frame = self._log.frame(ats[i], i, firsts[i]) if i < len(ats) else None
-        if frame is None:
+        if frame is None or len(frame.data) != ends[i] - (ends[i - 1] if i else 0):
             raise ChunkDamaged(f"{self._log.path}: frame {i} is not what was written there")
         return frame.data
 
     def meta(self) -> Iterator[tuple[int, bytes]]:
         """(sequence number, JSON) of every META fact."""
-        return journal.meta_of(self.name.first, self.facts, self.read)
+        try:
+            index = self._index()
+        except FileNotFoundError:
+            yield from self._sealed.meta()
+            return
+        at = 0
+        for i in np.flatnonzero(index.facts["kind"] == f.FACT_META).tolist():
+            end = at + int(index.facts["length"][i])
+            yield self.name.first + i, index.remarks[at:end]
+            at = end
 
     @cached_property
     def summary(self) -> Summary:
         """What it holds; that of a log which has ended is kept under STATE."""
-        return _summary(self) if self._mark is None else _kept_summary(self._tables, self, self._mark)
+        return _summary(self) if self._mark is None else _kept_summary(self._tables, self, str(self.name), self._mark)
 
 
-_NOTHING = Index(np.zeros(0, f.FACT), np.zeros(0, f.FRAME_ROW))
+_NOTHING = Index(np.zeros(0, f.FACT), np.zeros(0, f.FRAME_ROW), b"")
 
 
 class SealedRun(Segment):
@@ -141,7 +149,7 @@ class SealedRun(Segment):
     @cached_property
     def summary(self) -> Summary:
         """What it holds; built by reading its facts once."""
-        return _kept_summary(self._tables, self, self.bytes)
+        return _kept_summary(self._tables, self, self.name.stem, self.bytes)
 
 
 def open_run(store: Store, machine: str, name: Name, pieces: PieceCache) -> Run:
@@ -149,19 +157,16 @@ def open_run(store: Store, machine: str, name: Name, pieces: PieceCache) -> Run:
     return (OpenRun if name.suffix == LOG else SealedRun)(store, machine, name, pieces)
 
 
-def _kept_summary(cache: tables.Cache, run: Run, of: int) -> Summary:
+def _kept_summary(cache: tables.Cache, run: Run, key: str, of: int) -> Summary:
     """From the cache, where it belongs to a file that is known by `of`; else made, and put there."""
-    if (found := cache.summary(run.name.stem, of)) is None:
+    if (found := cache.summary(key, of)) is None:
         made = _summary(run)
-        cache.keep(run.name.stem, of, made)
-        found = cache.summary(run.name.stem, of) or made  # mapped, where it can be
+        cache.keep(key, of, made)
+        found = cache.summary(key, of) or made  # mapped, where it can be
     return found
 
 
 def _summary(run: Run) -> Summary:
     facts = run.facts
-    metas = [
-        (seq, int(facts["t"][seq - run.name.first]), json.loads(data))
-        for seq, data in journal.meta_of(run.name.first, facts, run.read)
-    ]
+    metas = [(seq, int(facts["t"][seq - run.name.first]), json.loads(data)) for seq, data in run.meta()]
     return summary_of(run.name.first, facts, metas)

@@ -93,11 +93,12 @@ def seal(store: Store, machine: MachineId, name: Name) -> None:
         if name not in names:
             return
         if not any(n.covers(name) for n in names):
+            log = None
             try:
                 log = journal.LogReader(store.files, store.ring, folder, name)
                 write_segment(store.files, store.ring, folder, name, log.whole())
             except StoreDamage:
-                if journal.held_moments(store.files, folder, name):
+                if (log and log.mark() is not None) or journal.held_moments(store.files, folder, name):
                     return
         store.files.remove(path)
 
@@ -110,6 +111,7 @@ class Sealing:
         self._store, self._machine = store, machine
         self._waiting_max = min(WAITING_MAX_BYTES, budget_bytes // BUDGET_SHARE or WAITING_MAX_BYTES)
         self._free = 0  # on the disk of the store
+        self._sealed_bytes = 0  # all that has been waiting, and is not any more
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Name, int]] = deque()
         self._thread: threading.Thread | None = None  # while anything waits, or is being sealed
@@ -135,12 +137,13 @@ class Sealing:
         with self._changed:
             if any(name == other for other, _ in self._waiting):
                 return
+            with contextlib.suppress(OSError):
+                self._free = shutil.disk_usage(self._store.files.root).free
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="hvbackup-seal")
                 thread.start()  # it waits for us to let go
                 self._thread = thread
             self._waiting.append((name, size))
-            self._free = shutil.disk_usage(self._store.files.root).free
             self._changed.notify_all()
 
     @property
@@ -162,10 +165,14 @@ class Sealing:
         if failed:
             raise failed
 
-    def wait_for_room(self) -> None:
-        """Less waits than may when this returns, or one log alone, however large."""
+    def wait_for_room(self, size: int) -> None:
+        """Less waits than may when this returns, or one log alone, or so many bytes less than when it was called.
+
+        What may wait is less when somebody else fills the disk: nobody waits for all that is too much then.
+        """
         with self._changed:
-            while self._full() and len(self._waiting) > 1:
+            until = self._sealed_bytes + size
+            while self._full() and len(self._waiting) > 1 and self._sealed_bytes < until:
                 self._changed.wait()
 
     def reach(self, seq: int) -> None:
@@ -211,7 +218,7 @@ class Sealing:
                 self._failed = e
             with self._changed:
                 if self._waiting and self._waiting[0][0] == name:
-                    self._waiting.popleft()
+                    self._sealed_bytes += self._waiting.popleft()[1]
                 self._changed.notify_all()
 
     def _next(self) -> Name | None:

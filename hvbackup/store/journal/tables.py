@@ -1,6 +1,7 @@
 """What is known of a run of facts without reading it: a cache under STATE, one file for each sealed segment, built when missing.
 
     STATE/STORE/journal/MACHINE/EPOCH-SEQ.tab          of one segment: its moments, what its META facts say, its pieces
+    STATE/STORE/journal/MACHINE/EPOCH-SEQ.log.tab      the same of a log that has ended
     STATE/STORE/journal/MACHINE/EPOCH-SEQ+COUNT.tab    the pieces that COUNT segments leave behind together
 
 A file is a header (magic, length, crc32, JSON), columns of numbers that are mapped, not read, and their checksums: a view of a

@@ -91,7 +91,7 @@ class Told:
     clocks: list[ClockStep] = field(default_factory=list)
     commons: list[Common] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
-    parts: list[Doubt] = field(default_factory=list)  # barriers within a set, which end a file and are no moments
+    parts: list[Doubt] = field(default_factory=list)  # barriers within a set; and what needs a file that can't be read
     good: Moment | None = None  # the newest moment at which the tracker's word was tested
     tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
     tokens_seq: int = -1

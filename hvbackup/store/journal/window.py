@@ -118,10 +118,11 @@ def _trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> 
     ]
     try:
         with pins.pinned(store, base, f"the journal of {machine}"):  # what stays builds upon it
-            for piece in gone:
-                for part in merging.parts_of(store, folder, piece.name):  # first, or they would count again
+            lost = [name for name, _ in history.lost if name.first <= gone[-1].last_seq]
+            for name in sorted([*lost, *(piece.name for piece in gone)], key=lambda n: n.first):
+                for part in merging.parts_of(store, folder, name):  # first, or they would count again
                     store.files.remove(f"{FOLDER}/{folder}/{part}")
-                store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
+                store.files.remove(f"{FOLDER}/{folder}/{name}")
     except NotFound:
         return 0  # it was forgotten just now: the next trim knows
     History(store, machine, whole=True).forget_removed()
@@ -144,9 +145,11 @@ def all_needed(store: Store, machine: MachineId) -> list[RecoveryPoint]:
     """Every point without which some moment of the journal could not be offered any more.
 
     That is the one the oldest moments build upon, and the one with which each life began: nothing older may be laid under what
-    follows it.  Raises StoreDamage.
+    follows it.  What a file that can't be read says of that is not known: it keeps the newest point before it.
     """
-    runs = History(store, machine, whole=True).runs
-    bases = {int(value["base"]) for run in runs for _, _, value in run.summary.metas if "base" in value}
+    history = History(store, machine, whole=True)
+    bases = {int(value["base"]) for run in history.runs for _, _, value in run.summary.metas if "base" in value}
+    covered = _covered(store, machine)
+    bases |= {max((seq for seq in covered if seq < name.first), default=0) for name, _ in history.lost}
     oldest = needed(store, machine)
     return [p for p in store.points(machine) if p.seq is not None and (p.seq in bases or p == oldest)]
