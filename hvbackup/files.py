@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvbackup.endings import let_finish
-from hvbackup.errors import Busy, HvbackupError, SpaceExhausted
+from hvbackup.errors import Busy, HvbackupError, SpaceExhausted, StoreDamage
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -225,7 +225,7 @@ class Opened:
         try:
             return os.pread(self.fd, length, offset)
         except OSError as e:
-            raise HvbackupError(f"Cannot read {self._path}: {e.strerror}") from e
+            raise StoreDamage(f"Cannot read {self._path}: {e.strerror}") from e
 
     def sync(self) -> None:
         """What was read of it is durable when this returns, whoever wrote it.  Raises HvbackupError."""

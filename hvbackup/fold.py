@@ -93,14 +93,14 @@ def _built_upon(store: Store, machine: MachineId, moment: Moment, writer: ChunkW
     """The journal, and the point that the moment builds upon, which stays until the writer ends."""
     while True:
         history = History(store, machine)
-        parent = history.base(moment)
+        parent = history.based(moment)
         writer.builds_upon(parent)
         if store.files.exists(store.path_of(parent)):
             return history, parent
 
 
 def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> Outcome:
-    """A recovery point of the moment exists when this returns.  Raises NotFound, ChunkDamaged, SpaceExhausted."""
+    """A recovery point of the moment exists when this returns.  Raises NotFound, StoreDamage, SpaceExhausted."""
     outcome = Outcome()
     options = replace(options, seq=moment.seq, sample_blocks=0, pace=Pace())  # it reads what is in the store already
     writer = store.writer()

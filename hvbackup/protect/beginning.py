@@ -65,8 +65,8 @@ def resumed(setting: Setting, recorder: Recorder, history: History, why: str) ->
     told, last = history.told, history.last
     if last is None or told.distrusted or setting.damaged:
         return None
-    if any(doubt.holds(told.tokens_seq) for doubt in told.withheld):
-        return None  # what they call unchanged has changed since the newest moment that is offered
+    if history.recorded != last:
+        return None  # what the tokens call unchanged has changed since the newest moment that is offered
     tokens = {d: Token(**v) for d, v in told.tokens.items()}
     try:
         point = history.based(last)
@@ -102,9 +102,11 @@ def _catch_up(life: AnyLife) -> None:
 
 def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
     """A life that begins with a point, which compares what it must."""
-    told, last = (history := History(setting.store, setting.machine.id)).told, history.last
+    told, last = (history := History(setting.store, setting.machine.id)).told, history.recorded
     with setting.writing:
-        full = setting.options.full or told.distrusted
+        # A file that can't be read may have said that the tracker lied.
+        unknown = any(name.first > told.tokens_seq for name, _ in history.lost)
+        full = setting.options.full or told.distrusted or unknown
         options = replace(setting.options, seq=recorder.last, full=full, fine=True)
         outcome = capture(setting.store, setting.hypervisor, setting.machine, options)
     point = outcome.point

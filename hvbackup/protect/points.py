@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from hvbackup import memory
-from hvbackup.errors import HvbackupError, Interrupted, StoreDamage
+from hvbackup.errors import HvbackupError, Interrupted, NotFound, StoreDamage
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, DiskId, Instant, Outcome, Token
 from hvbackup.protect.events import ContinuityLost, Folded, Trouble
@@ -157,7 +157,7 @@ class Points:
         try:
             with s.writing:
                 outcome = fold(s.store, s.machine.id, moment, s.options)
-        except StoreDamage:
+        except (NotFound, StoreDamage):
             s.damaged = True
             raise
         point = outcome.point

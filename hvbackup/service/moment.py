@@ -66,10 +66,10 @@ def choose(store: Store, machine: str, at: str, now: Instant) -> Chosen:
     history = History(store, known.machine.id)
     if wanted.point:
         chosen = moments.pick(known.points, wanted, name, local)
-        if chosen.seq is not None and history.doubt_of(chosen.seq):
+        if chosen.seq is not None and history.doubt_of_point(chosen.seq):
             history.by_seq(chosen.seq)  # which says why not
         return Chosen(chosen, store, notes)
-    points = [p for p in known.points if p.seq is None or not history.doubt_of(p.seq)]
+    points = [p for p in known.points if p.seq is None or not history.doubt_of_point(p.seq)]
     if wanted.seq is not None:
         found: Moment | None = _by_seq(history, points, wanted.seq, name)
     elif wanted.tag:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvbackup.errors import ChunkDamaged, StoreDamage
+from hvbackup.errors import ChunkDamaged, JournalGap, StoreDamage
 from hvbackup.files import Opened
 from hvbackup.model import SECOND, Instant, KiB
 from hvbackup.store.check.check import Level, Wanted, check
@@ -156,12 +156,12 @@ def test_a_damaged_log_stays_whatever_of_it_is_damaged(
         history = History(store, MACHINE)
         offered = history.moments[0].tolist()
         assert set(offered) >= set(seqs[:50])
-        assert offered == (seqs[:99] + seqs[100:] if where == "last frame and index" else seqs)
+        assert offered == (seqs[:99] if where == "last frame and index" else seqs)
         assert whole(history, seqs[49])[49 * 4096] == 50
         if where == "first frame":
             assert whole(history, seqs[98])[38 * 4096] == 99, "it holds nothing that the index does not"
         else:
-            with pytest.raises(StoreDamage):
+            with pytest.raises((StoreDamage, JournalGap), match=log.path):
                 whole(history, seqs[109])
         Recorder(store, MACHINE, DISKS).close()
         assert suffixes(store) == [SEGMENT, LOG, SEGMENT]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hvbackup.errors import HvbackupError, JournalGap, NotFound, StoreDamage
 from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
 from hvbackup.store.journal import journal, tables
-from hvbackup.store.journal.journal import LOG, Name
+from hvbackup.store.journal.journal import FOLDER, LOG, Name
 from hvbackup.store.journal.layered import Layer, LayeredView
 from hvbackup.store.journal.overlay import Pieces, Table
 from hvbackup.store.journal.runs import Run, SealedRun, open_run
@@ -58,7 +58,8 @@ class History:
         self._store, self._machine, self._folder = store, machine, store.ring.machine_name(machine)
         self._pieces, self._tables = PieceCache(), tables.Cache(store.state, self._folder)
         self.runs: list[Run] = []
-        self.lost: list[tuple[Name, str]] = []  # files that can't be read, and why: their moments are not offered
+        self.lost: list[tuple[Name, str]] = []  # files that can't be read to their end, and why
+        self._begins: dict[int, int] = {}  # epoch -> its first number in any file that counts
         self._open_all()
         if not whole:
             self._drop_baseless()
@@ -73,7 +74,7 @@ class History:
             if seqs[-1] <= oldest:
                 break
         while self.runs and not any(
-            self.runs[0].name.first - 2 <= s <= self.runs[0].summary.first_moment for s in seqs
+            self._follows(self.runs[0]) <= s <= self.runs[0].summary.first_moment for s in seqs
         ):
             self.runs.pop(0)
 
@@ -86,7 +87,9 @@ class History:
         while True:
             self.runs, self.lost = [], []
             try:
-                for name in journal.list_files(self._store.files, self._folder):
+                names = journal.list_files(self._store.files, self._folder)
+                self._begins = {n.epoch: n.first for n in reversed(names)}
+                for name in names:
                     self._open(name)
             except FileNotFoundError:
                 continue  # a log was sealed, or a segment's window passed, since we looked
@@ -97,6 +100,8 @@ class History:
             run = open_run(self._store, self._folder, name, self._pieces)
             if run.summary.moments:
                 self.runs.append(run)
+            if run.torn:
+                self.lost.append((name, run.torn))
         except HvbackupError as e:
             self.lost.append((name, str(e)))
 
@@ -119,16 +124,27 @@ class History:
     @property
     def last(self) -> Moment | None:
         """The newest moment, if there is one."""
-        found = self._in_run(len(self.runs) - 1, self.runs[-1].summary.moments - 1) if self.runs else None
-        return self._sure(found)
+        return self._sure(self._newest(), self.told.withheld)
+
+    @property
+    def recorded(self) -> Moment | None:
+        """The newest moment, also when a file that it needs can't be read."""
+        return self._sure(self._newest(), [*self.told.doubts, *self.told.parts])
+
+    def _newest(self) -> Moment | None:
+        return self._in_run(len(self.runs) - 1, self.runs[-1].summary.moments - 1) if self.runs else None
 
     def doubt_of(self, seq: int) -> Doubt | None:
         """Why a moment is not offered although it was recorded."""
-        return next((d for d in self.told.withheld if d.holds(seq)), None)
+        return _doubt_of(seq, self.told.withheld)
 
-    def _sure(self, found: Moment | None) -> Moment | None:
+    def doubt_of_point(self, seq: int) -> Doubt | None:
+        """Why a point of a moment is not offered: it holds all that it needs, but that may not be true."""
+        return _doubt_of(seq, self.told.doubts)
+
+    def _sure(self, found: Moment | None, withheld: Sequence[Doubt]) -> Moment | None:
         """The moment itself, or the newest one before it that is in no doubt."""
-        while found and (doubt := self.doubt_of(found.seq)):
+        while found and (doubt := _doubt_of(found.seq, withheld)):
             number = bisect.bisect_right([run.summary.first_moment for run in self.runs], doubt.after) - 1
             i = int(self.runs[number].summary.seqs().searchsorted(doubt.after, side="right")) - 1 if number >= 0 else -1
             found = self._in_run(number, i) if i >= 0 else None
@@ -144,17 +160,32 @@ class History:
 
     def _tell_lost(self, told: Told, name: Name, why: str) -> None:
         """No moment is offered from where a file is missing up to the next point."""
-        before = [run for run in self.runs if run.name.first < name.first]
+        before = [run.summary for run in self.runs if run.name.first <= name.first]
         after = [run for run in self.runs if run.name.first > name.first]
-        if not before or not after:
+        if not before:
             return  # nothing is offered behind what has no point before it
+        last = before[-1]
+        if not after:
+            self._tell_gap(told, Gap(last.last_t, self._written(name), why))
+            return
         points = [p.seq for p in self._points() if p.seq is not None and p.seq >= after[0].name.first - 1]
         until = min(points) - 1 if points else self.runs[-1].summary.last_seq
         times = [s.times()[i:] for s in (run.summary for run in after) for i in [s.seqs().searchsorted(until, "right")]]
-        end = next((int(t[0]) for t in times if len(t)), self.runs[-1].summary.last_t + 1)
-        last = before[-1].summary
-        told.parts.append(Doubt(last.last_seq, until, last.last_t, Instant(end), why))
-        told.gaps = sorted([Gap(last.last_t, Instant(end), why), *told.gaps], key=lambda g: g.start)
+        end = Instant(next((int(t[0]) for t in times if len(t)), self.runs[-1].summary.last_t + 1))
+        told.withhold(Doubt(last.last_seq, until, last.last_t, end, why))
+        self._tell_gap(told, Gap(last.last_t, end, why))
+
+    @staticmethod
+    def _tell_gap(told: Told, gap: Gap) -> None:
+        if gap.end > gap.start:
+            told.gaps = sorted([gap, *told.gaps], key=lambda g: g.start)
+
+    def _written(self, name: Name) -> Instant:
+        """When a file was written last."""
+        try:
+            return Instant(self._store.files.path(f"{FOLDER}/{self._folder}/{name}").stat().st_mtime_ns)
+        except OSError:
+            return Instant(0)
 
     def told_until(self, seq: int | None) -> Told:
         """Everything the META facts up to `seq` say."""
@@ -185,7 +216,7 @@ class History:
 
     def newest_at(self, t: Instant) -> Moment | None:
         """The newest moment not after `t`, whether or not `t` is in a gap."""
-        return self._sure(self._newest_at(t))
+        return self._sure(self._newest_at(t), self.told.withheld)
 
     def _newest_at(self, t: Instant) -> Moment | None:
         number = bisect.bisect_right(self._latest, t)
@@ -258,7 +289,7 @@ class History:
 
         Raises NotFound when there is none.
         """
-        oldest = max(self.told_until(moment.seq).base, self.runs[0].name.first - 2 if self.runs else 0)
+        oldest = max(self.told_until(moment.seq).base, self._follows(self.runs[0]) if self.runs else 0)
         found = next((p for p in self._points() if (p.seq or 0) <= moment.seq), None)
         if found is None or (found.seq or 0) < oldest:
             raise NotFound(f"No recovery point is left to build seq:{moment.seq} upon")
@@ -310,16 +341,23 @@ class History:
     def _between(self, after: int, moment: Moment) -> list[Run]:
         """The files with what came between a point and a moment.  Raises StoreDamage when one is missing."""
         runs = [r for r in self.runs if r.summary.last_seq > after and r.name.first <= moment.seq]
-        end, epoch = after, 0
+        end = after
         for run in runs:
-            # A new epoch leaves one number out, and a point that begins one takes it.
-            if run.name.first > end + (1 if run.name.epoch == epoch else 2):
-                raise StoreDamage(
-                    f"The journal of machine {self._machine} has lost its facts {end + 1} to {run.name.first - 1}; "
-                    "moments that need them can't be read"
-                )
-            end, epoch = run.summary.last_seq, run.name.epoch
+            if self._follows(run) > end:
+                raise self._lacks(end + 1, run.name.first - 1)
+            end = run.summary.last_seq
+        if end < moment.seq:
+            raise self._lacks(end + 1, moment.seq)
         return runs
+
+    def _lacks(self, first: int, last: int) -> StoreDamage:
+        return StoreDamage(
+            f"The journal of machine {self._machine} has lost its facts {first} to {last}; moments that need them can't be read"
+        )
+
+    def _follows(self, run: Run) -> int:
+        """The last number that may be before it: an epoch leaves one out, and a point that begins it takes that."""
+        return run.name.first - (2 if run.name.first == self._begins[run.name.epoch] else 1)
 
     def _merged_layers(self, runs: Sequence[Run], disk: DiskId) -> list[Layer]:
         """Layers of whole segments, oldest first: as many as possible in merged tables."""
@@ -362,6 +400,10 @@ class History:
     def forget_removed(self) -> None:
         """Tables of segments that are gone go too."""
         self._tables.forget({key for run in self.runs for key in (run.name.stem, str(run.name))})
+
+
+def _doubt_of(seq: int, withheld: Sequence[Doubt]) -> Doubt | None:
+    return next((d for d in withheld if d.holds(seq)), None)
 
 
 def _reading(group: Sequence[Run]) -> Any:

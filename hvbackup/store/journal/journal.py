@@ -283,6 +283,10 @@ def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[
     return LogReader(files, ring, machine, name).frames()
 
 
+class TornLog(StoreDamage):
+    """A log that has ended, of which not all frames can be read."""
+
+
 class LogReader:
     """The frames of a log.  Thread safety: every method from any thread."""
 
@@ -318,7 +322,7 @@ class LogReader:
             at, ordinal, first = frame.end, ordinal + 1, first + len(frame.facts)
 
     def whole(self) -> Iterator[Frame]:
-        """The frames that make up moments.  Raises StoreDamage, at their end, when there should be more of them."""
+        """The frames that make up moments.  Raises TornLog, at their end, when there should be more of them."""
         end = f.HEADER_BYTES
 
         def noted() -> Iterator[Frame]:
@@ -329,7 +333,7 @@ class LogReader:
 
         yield from up_to_last_barrier(noted())
         if self._index_at() not in (None, end):
-            raise StoreDamage(f"{self.path} is damaged at {end}, where a frame begins")
+            raise TornLog(f"{self.path} is damaged at {end}, where a frame begins")
 
     def frame(self, at: int, ordinal: int, first: int) -> Frame | None:
         """The one at this place of the file, with this number and first fact; None when it is not whole.  Raises StoreDamage."""

@@ -24,7 +24,7 @@ from hvbackup.store.journal import journal, readers
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.journal import FOLDER, SEGMENT, Facts, Name
 from hvbackup.store.journal.runs import SealedRun
-from hvbackup.store.journal.segment import path_of, write_facts
+from hvbackup.store.journal.segment import PieceCache, path_of, write_facts
 from hvbackup.store.journal.tables import Summary
 from hvbackup.store.store import Store
 
@@ -124,5 +124,15 @@ def _remove_parts(store: Store, folder: str) -> None:
             continue
         age = time.time() - store.files.path(path_of(folder, merged)).stat().st_mtime
         if age >= READERS_SECONDS or age < 0:
-            for part in parts_of(store, folder, merged):
-                store.files.remove(f"{FOLDER}/{folder}/{part}")
+            parts = parts_of(store, folder, merged)
+            if parts and _is_whole(SealedRun(store, folder, merged, PieceCache())):
+                for part in parts:
+                    store.files.remove(f"{FOLDER}/{folder}/{part}")
+
+
+def _is_whole(run: SealedRun) -> bool:
+    try:
+        _ = run.facts, run.stream
+    except StoreDamage:
+        return False
+    return True

@@ -12,6 +12,7 @@ goes on from the moment before it, and whatever it reads lies over it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -73,10 +74,11 @@ class Recorder:
 
     def _end(self, name: Name) -> int:
         """The number behind all that this file may have."""
-        try:
-            return name.first + len(open_run(self._store, self._folder, name, PieceCache()).facts)
-        except HvbackupError:
-            return (name.last or name.first) + FACTS_MAX
+        with contextlib.suppress(HvbackupError):
+            run = open_run(self._store, self._folder, name, PieceCache())
+            if not run.torn:
+                return name.first + len(run.facts)
+        return (name.last or name.first) + FACTS_MAX
 
     @property
     def last(self) -> int:

@@ -14,10 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
-from hvbackup.errors import ChunkDamaged, StoreDamage
+from hvbackup.errors import ChunkDamaged
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import journal, tables
-from hvbackup.store.journal.journal import LOG, SEGMENT, Facts, Index, Joining, LogReader, Name
+from hvbackup.store.journal.journal import LOG, SEGMENT, Facts, Index, Joining, LogReader, Name, TornLog
 from hvbackup.store.journal.segment import PieceCache, Segment
 from hvbackup.store.journal.tables import Summary, summary_of
 from hvbackup.store.store import Store
@@ -27,6 +27,7 @@ class Run(Protocol):
     """A file of the journal: its facts, and their bytes."""
 
     name: Name
+    torn: str  # why not all of it can be read; empty: it can, or nobody has tried
 
     @property
     def facts(self) -> Facts:
@@ -51,27 +52,31 @@ class OpenRun:
     """
 
     def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
+        """Raises FileNotFoundError, StoreDamage."""
         self.name, self._pieces = name, pieces
         self._sealed = SealedRun(store, machine, replace(name, suffix=SEGMENT), pieces)
         self._tables = tables.Cache(store.state, machine)
-        self._mark: int | None = None
-        self._kept: Index | None = None  # of a log without an index
-        try:
-            self._log = LogReader(store.files, store.ring, machine, name, held=True)
-            self._mark = self._log.mark()
-            if self._mark is None:
-                self._kept = self._read()
-            self._log.settle()
-        except StoreDamage:
-            self._kept = _NOTHING  # its header is gone: it offers nothing, and views that would need it are refused
+        self._kept: Index | None = None  # of a log without an index that can be read
+        self.torn = ""
+        self._log = LogReader(store.files, store.ring, machine, name, held=True)
+        self._mark = self._log.mark()
+        if not self._is_known() and self._log.index() is None:
+            self._kept, self._mark = self._read(), None
+        self._log.settle()
+
+    def _is_known(self) -> bool:
+        return self._mark is not None and self._tables.summary(str(self.name), self._mark) is not None
 
     def _read(self) -> Index:
         joining, rows, remarks, at = Joining(), [], b"", f.HEADER_BYTES
-        for frame in journal.up_to_last_barrier(self._log.frames()):
-            joining.add(frame)
-            rows.append((at, len(frame.facts), len(frame.data)))
-            remarks += journal.remarks_of(frame)
-            at = frame.end
+        try:
+            for frame in self._log.whole():
+                joining.add(frame)
+                rows.append((at, len(frame.facts), len(frame.data)))
+                remarks += journal.remarks_of(frame)
+                at = frame.end
+        except TornLog as e:
+            self.torn = str(e)
         return Index(joining.facts, np.array(rows, f.FRAME_ROW), remarks)
 
     def _index(self) -> Index:
@@ -131,11 +136,10 @@ class OpenRun:
         return _summary(self) if self._mark is None else _kept_summary(self._tables, self, str(self.name), self._mark)
 
 
-_NOTHING = Index(np.zeros(0, f.FACT), np.zeros(0, f.FRAME_ROW), b"")
-
-
 class SealedRun(Segment):
     """A sealed segment whose summary is kept under STATE."""
+
+    torn = ""
 
     def __init__(self, store: Store, machine: str, name: Name, pieces: PieceCache) -> None:
         super().__init__(store.files, store.ring, machine, name, pieces)

@@ -91,7 +91,8 @@ class Told:
     clocks: list[ClockStep] = field(default_factory=list)
     commons: list[Common] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
-    parts: list[Doubt] = field(default_factory=list)  # barriers within a set; and what needs a file that can't be read
+    parts: list[Doubt] = field(default_factory=list)  # barriers within a set, which end a file and are no moments
+    lost: list[Doubt] = field(default_factory=list)  # what needs a file that can't be read
     good: Moment | None = None  # the newest moment at which the tracker's word was tested
     tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
     tokens_seq: int = -1
@@ -133,10 +134,18 @@ class Told:
             self.tokens = {DiskId(d): token for d, token in value["tokens"].items()}
             self.tokens_seq = seq
 
-    def _doubt(self, doubt: Doubt) -> None:
-        self.doubts.append(doubt)
+    def withhold(self, lost: Doubt) -> None:
+        """These moments need a file that can't be read."""
+        self.lost.append(lost)
+        self._unmark(lost)
+
+    def _unmark(self, doubt: Doubt) -> None:
         self.marks = [m for m in self.marks if not doubt.holds(m.seq)]
         self.commons = [c for c in self.commons if not doubt.holds(c.seq)]
+
+    def _doubt(self, doubt: Doubt) -> None:
+        self.doubts.append(doubt)
+        self._unmark(doubt)
         self._gap(Gap(doubt.start, Instant(doubt.end + 1), doubt.why))
 
     def _part(self, part: Doubt) -> None:
@@ -158,7 +167,7 @@ class Told:
     @property
     def withheld(self) -> list[Doubt]:
         """Barriers that are not offered."""
-        return [*self.doubts, *self.parts]
+        return [*self.doubts, *self.parts, *self.lost]
 
     @property
     def distrusted(self) -> bool:

@@ -7,6 +7,7 @@ more is recorded until a point is made or the budget is raised, and the journal 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -101,10 +102,7 @@ def _trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> 
     history = History(store, machine, whole=True)
     limits = limits if by_age else Limits(0, limits.budget_bytes)
     folder = store.ring.machine_name(machine)
-    pieces = [
-        Piece(run.name, _size(store, f"{FOLDER}/{folder}/{run.name}"), run.summary.last_seq, run.summary.last_t)
-        for run in history.runs
-    ]
+    pieces = _pieces(store, folder, history)
     gone = removable(pieces, _covered(store, machine), limits)
     pinned = readers.pinned_from(store, machine)
     if pinned is not None and any(piece.last_seq > pinned for piece in gone):
@@ -118,15 +116,27 @@ def _trim(store: Store, machine: MachineId, limits: Limits, *, by_age: bool) -> 
     ]
     try:
         with pins.pinned(store, base, f"the journal of {machine}"):  # what stays builds upon it
-            lost = [name for name, _ in history.lost if name.first <= gone[-1].last_seq]
-            for name in sorted([*lost, *(piece.name for piece in gone)], key=lambda n: n.first):
-                for part in merging.parts_of(store, folder, name):  # first, or they would count again
+            for piece in gone:
+                for part in merging.parts_of(store, folder, piece.name):  # first, or they would count again
                     store.files.remove(f"{FOLDER}/{folder}/{part}")
-                store.files.remove(f"{FOLDER}/{folder}/{name}")
+                store.files.remove(f"{FOLDER}/{folder}/{piece.name}")
     except NotFound:
         return 0  # it was forgotten just now: the next trim knows
     History(store, machine, whole=True).forget_removed()
     return sum(piece.size for piece in gone)
+
+
+def _pieces(store: Store, folder: str, history: History) -> list[Piece]:
+    """The files of a journal in their order; one that can't be read ends at the latest where the next one begins."""
+    known = {run.name: run.summary for run in history.runs}
+    names = sorted({*known, *(name for name, _ in history.lost)}, key=lambda n: (n.first, n.epoch))
+    ends = [name.first - 1 for name in names[1:]] + [sys.maxsize]
+    pieces, t = [], Instant(0)
+    for name, end in zip(names, ends, strict=True):
+        t = known[name].last_t if name in known else t
+        last = known[name].last_seq if name in known else end
+        pieces.append(Piece(name, _size(store, f"{FOLDER}/{folder}/{name}"), last, t))
+    return pieces
 
 
 def _covered(store: Store, machine: MachineId) -> set[int]:
@@ -145,11 +155,11 @@ def all_needed(store: Store, machine: MachineId) -> list[RecoveryPoint]:
     """Every point without which some moment of the journal could not be offered any more.
 
     That is the one the oldest moments build upon, and the one with which each life began: nothing older may be laid under what
-    follows it.  What a file that can't be read says of that is not known: it keeps the newest point before it.
+    follows it.  While a file can't be read every one is: nobody knows what it says of that, and what follows needs the next one.
     """
     history = History(store, machine, whole=True)
     bases = {int(value["base"]) for run in history.runs for _, _, value in run.summary.metas if "base" in value}
-    covered = _covered(store, machine)
-    bases |= {max((seq for seq in covered if seq < name.first), default=0) for name, _ in history.lost}
+    if history.lost:
+        bases |= _covered(store, machine)
     oldest = needed(store, machine)
     return [p for p in store.points(machine) if p.seq is not None and (p.seq in bases or p == oldest)]
