@@ -212,6 +212,12 @@ class NewFile:
         self.abandon()
 
 
+def _unreadable(path: Path, error: OSError) -> HvbackupError:
+    """A disk that has lost the bytes has damaged them; whoever has no right or no room to read will have it another time."""
+    kind = StoreDamage if error.errno in (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA) else HvbackupError
+    return kind(f"Cannot read {path}: {error.strerror}")
+
+
 class Opened:
     """A file open for reading, also when it has lost its name; closed when the last one that uses it lets go."""
 
@@ -225,7 +231,7 @@ class Opened:
         try:
             return os.pread(self.fd, length, offset)
         except OSError as e:
-            raise StoreDamage(f"Cannot read {self._path}: {e.strerror}") from e
+            raise _unreadable(self._path, e) from e
 
     def sync(self) -> None:
         """What was read of it is durable when this returns, whoever wrote it.  Raises HvbackupError."""
@@ -368,7 +374,7 @@ class Files:
         except FileNotFoundError:
             raise
         except OSError as e:
-            raise HvbackupError(f"Cannot read {self.path(name)}: {e.strerror}") from e
+            raise _unreadable(self.path(name), e) from e
 
     def will_read(self, name: str, offset: int, length: int) -> None:
         """The disk may begin to fetch this range; nothing happens where it can't, or where the kernel has it."""

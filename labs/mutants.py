@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant(
         "a damaged file of a journal hides all of it",
         "hvbackup/store/journal/history.py",
-        "        except HvbackupError as e:\n            self.lost",
+        "        except StoreDamage as e:\n            self.lost",
         "        except FileExistsError as e:\n            self.lost",
         ("tests/store/test_lost_files.py::test_its_moments_are_not_offered_and_those_that_need_it_are_refused",),
         quick=True,

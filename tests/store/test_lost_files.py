@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import JournalGap, NotFound, StoreDamage
+from hvbackup.errors import HvbackupError, JournalGap, NotFound, StoreDamage
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, Disk, Instant, Token
 from hvbackup.service.moment import choose
@@ -172,15 +172,19 @@ def test_a_disk_that_can_not_be_read_is_damage(store: Store, monkeypatch: pytest
 
     def fails(fd: int, length: int, offset: int) -> bytes:
         if os.readlink(f"/proc/self/fd/{fd}") == str(paths[2]):
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(number, os.strerror(number))
         return pread(fd, length, offset)
 
     with monkeypatch.context() as patch:
+        number = errno.EIO
         patch.setattr(os, "pread", fails)
         with pytest.raises(StoreDamage, match="Input/output error"):
             fold(store, MACHINE, Moment(seqs[3], Instant(4 * SECOND)), Options())
         forget_tables(store)
         assert History(store, MACHINE).moments[0].tolist() == seqs[:2]
+        number = errno.ENOMEM
+        with pytest.raises(HvbackupError, match="Cannot allocate memory"):
+            History(store, MACHINE)
     assert History(store, MACHINE).moments[0].tolist() == seqs
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvbackup.errors import HvbackupError, JournalGap, NotFound, StoreDamage
+from hvbackup.errors import JournalGap, NotFound, StoreDamage
 from hvbackup.model import DiskId, Instant, MachineId, RecoveryPoint
 from hvbackup.store.journal import journal, tables
 from hvbackup.store.journal.journal import FOLDER, LOG, Name
@@ -102,7 +102,7 @@ class History:
                 self.runs.append(run)
             if run.torn:
                 self.lost.append((name, run.torn))
-        except HvbackupError as e:
+        except StoreDamage as e:
             self.lost.append((name, str(e)))
 
     @cached_property
@@ -423,7 +423,7 @@ def newest_tokens(store: Store, machine: MachineId) -> dict[DiskId, dict[str, An
         try:
             for name in reversed(names):
                 told = Told()
-                with contextlib.suppress(HvbackupError):
+                with contextlib.suppress(StoreDamage):
                     for at, t, value in open_run(store, folder, name, PieceCache()).summary.metas:
                         told.tell(at, t, value)
                 if told.tokens_seq >= 0:

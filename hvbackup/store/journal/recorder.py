@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hvbackup.errors import HvbackupError
+from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal.journal import Facts, LogWriter, Name
@@ -74,7 +74,7 @@ class Recorder:
 
     def _end(self, name: Name) -> int:
         """The number behind all that this file may have."""
-        with contextlib.suppress(HvbackupError):
+        with contextlib.suppress(StoreDamage):
             run = open_run(self._store, self._folder, name, PieceCache())
             if not run.torn:
                 return name.first + len(run.facts)
