@@ -193,7 +193,8 @@ def read_log(data: bytes) -> None:
     if index := log.index():
         summary_of(NAME.first, index.facts, [])
         for i, at in enumerate(index.frames["at"][:20].tolist()):
-            log.frame(at, i, NAME.first)
+            with contextlib.suppress(StoreDamage):
+                log.frame(at, i, NAME.first)
     frames = journal.up_to_last_barrier(log.frames())
     facts, stream = journal.joined(frames)
     for _, note in journal.meta_of(1, facts, lambda pos, length: stream[pos : pos + length]):
@@ -210,7 +211,9 @@ def _repaired_log(data: bytes) -> bytes:
     if data[at : at + 4] == f.INDEX_MAGIC:
         stored = int.from_bytes(data[at + 20 : at + 24], "little")
         data = _crc(data, at, 60, data[at + 64 : at + 64 + stored])
-        data = data[:-16] + f.LOG_END.pack(f.INDEX_MAGIC, crc32(data[-8:]), int.from_bytes(data[-8:], "little"))
+        data = data[:-16] + f.LOG_END.pack(
+            f.INDEX_MAGIC, crc32(data[24:56] + data[-8:]), int.from_bytes(data[-8:], "little")
+        )
     return data
 
 
