@@ -196,8 +196,9 @@ def read_log(data: bytes) -> None:
             with contextlib.suppress(StoreDamage):
                 log.frame(at, i, NAME.first)
     frames = journal.up_to_last_barrier(log.frames())
-    facts, stream = journal.joined(frames)
-    for _, note in journal.meta_of(1, facts, lambda pos, length: stream[pos : pos + length]):
+    joining = journal.Joining()
+    stream = b"".join(joining.add(frame) for frame in frames)
+    for _, note in journal.meta_of(1, joining.facts, lambda pos, length: stream[pos : pos + length]):
         with contextlib.suppress(ValueError):
             f.parse_json(note)
 
@@ -232,7 +233,7 @@ def _a_log(keyring: keys.Keyring) -> tuple[bytes, bytes]:
         writer.append(facts, bytes(600), Instant(2), barrier=True)
         writer.sync()
         writer.close()
-        frames = list(journal.read_log(files, keyring, MACHINE, NAME))
+        frames = list(journal.LogReader(files, keyring, MACHINE, NAME).frames())
         segment.write_segment(files, keyring, MACHINE, NAME, frames)
         return files.read(f"{journal.FOLDER}/{MACHINE}/{NAME}"), files.read(segment.path_of(MACHINE, NAME))
 

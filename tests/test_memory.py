@@ -15,9 +15,7 @@ from tests.hypervisors.daemon import Daemon, make_image, node
 from tests.test_stream_kills import StreamWorker
 
 DISK = 128 * MiB
-KEPT_BYTES = (
-    CACHE_BYTES + 6 * MiB
-)  # between points, with the index of the log; without anything given back it is 35 MiB
+KEPT_BYTES = CACHE_BYTES + 4 * MiB  # between points; without anything given back they keep 35 MiB
 
 
 class FoldingWorker(StreamWorker):

@@ -252,8 +252,8 @@ def test_a_machine_that_moves_to_another_qemu_by_live_migration(folder: Path) ->
         with arriving(guest, disk, folder) as target:
             guest.qmp("migrate", uri=f"unix:{folder}/migration")
             wait_until(lambda: target.qmp("query-status")["status"] == "running", 90)
-            # A cycle that was under way is refused first, for what it wanted of the disk is the other QEMU's.
-            wait_until(lambda: any("live migration" in e["error"]["message"] for e in events(worker, "trouble")))
+            worker.wait_for("trouble")
+            assert "live migration" in events(worker, "trouble")[0]["error"]["message"]
             count = len(events(worker, "moment"))
             guest.console, taken = target.console, guest.console
             write_number(guest, 2)

@@ -192,8 +192,10 @@ def test_a_file_of_a_journal_under_another_name_is_refused(tmp_path: Path) -> No
         log = next(store.files.root.glob("journals/*/*.log"))
         moved = log.with_name(log.name.replace("00000001-", "00000002-", 1))
         moved.write_bytes(log.read_bytes())
+        name = journal.parse_name(moved.name)
+        assert name
         with pytest.raises(StoreDamage, match="not what was written there"):
-            list(journal.read_log(store.files, store.ring, log.parent.name, journal.parse_name(moved.name)))  # type: ignore[arg-type]
+            list(journal.LogReader(store.files, store.ring, log.parent.name, name).frames())
         moved.unlink()
         rec.close()
         segment = next(store.files.root.glob("journals/*/*.seg"))

@@ -149,7 +149,7 @@ def test_a_reader_that_does_not_know_single_writes_offers_fewer_moments(store: S
     take(rec, guest.ring, (0, 0), each=True)
     folder = store.ring.machine_name(MACHINE)
     [name] = journal.list_files(store.files, folder)
-    for frame in journal.read_log(store.files, store.ring, folder, name):
+    for frame in journal.LogReader(store.files, store.ring, folder, name).frames():
         assert frame.barrier or not frame.each
     rec.abandon()
     guest.ring.close()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,7 +160,8 @@ class LogWriter:
         self._bind = f.bound(ring.store, f.KIND_LOG, path)
         self._ordinal = 0
         self._buffer = bytearray()
-        self._joining: Joining | None = Joining()  # what its index will say; None when that is too much
+        self._facts: Facts | None = _room(INDEX_MAX_BYTES)  # what its index will say; None when that is too much
+        self._count, self._bytes = 0, 0  # of facts so far, and of their bytes
         self._frames: list[tuple[int, int, int]] = []  # as FRAME_ROW
         self._remarks = bytearray()
         self._good = 0, 0, 0  # how many frames, facts, and bytes of remarks make up moments
@@ -208,24 +210,25 @@ class LogWriter:
 
     def _note_frame(self, at: int, frame: Frame) -> None:
         """The index will have it."""
-        if self._joining is None:
+        if self._facts is None:
             return
-        self._joining.add(frame)
-        self._frames.append((at, len(frame.facts), len(frame.data)))
+        begin, self._count = self._count, self._count + len(frame.facts)
         self._remarks += remarks_of(frame)
+        if self._count * f.FACT.itemsize + len(self._remarks) > INDEX_MAX_BYTES:
+            self._facts = None
+            return
+        join(frame, self._facts[begin : self._count], self._bytes)
+        self._frames.append((at, len(frame.facts), len(frame.data)))
+        self._bytes += len(frame.data)
         if frame.barrier:
-            self._good = len(self._frames), self._joining.count, len(self._remarks)
-        if self._joining.count * f.FACT.itemsize + len(self._remarks) > INDEX_MAX_BYTES:
-            self._joining = None
+            self._good = len(self._frames), self._count, len(self._remarks)
 
     def _index(self) -> None:
         """Behind the frames: whoever reads the log finds its facts there, and reads of the frames what it needs."""
-        assert self._joining is not None
+        assert self._facts is not None
         frames, facts, remarks = self._good
         rows, at = np.array(self._frames[:frames], f.FRAME_ROW).tobytes(), self._file.size
-        self._put(
-            f.INDEX_MAGIC, self.name.first, self._joining.facts[:facts], rows + self._remarks[:remarks], frames, 0
-        )
+        self._put(f.INDEX_MAGIC, self.name.first, self._facts[:facts], rows + self._remarks[:remarks], frames, 0)
         end = f.LOG_END.pack(f.INDEX_MAGIC, crc32(self._salt + at.to_bytes(8, "little")), at)
         size = -(self._file.size + len(end)) % BLOCK_BYTES + len(end)
         self._file.room(size)[:] = end.rjust(size, b"\0")
@@ -261,7 +264,7 @@ class LogWriter:
 
     def close(self) -> None:
         """Let go of the log, whole.  When all of it is durable it has an index: no power cut takes what that speaks of."""
-        if not (self._joining and self._good[0] and self._file.synced):
+        if not (self._facts is not None and self._good[0] and self._file.synced):
             self._file.close()
             return
         with contextlib.suppress(HvbackupError):  # no room: whoever reads it reads all of it
@@ -273,14 +276,6 @@ class LogWriter:
     def abandon(self) -> None:
         """Let go of the log as it is."""
         self._file.abandon()
-
-
-def read_log(files: Files, ring: Keyring, machine: str, name: Name) -> Iterator[Frame]:
-    """The frames of a log, until its end or the first one that is not whole.
-
-    Raises StoreDamage when the file has no header of ours (a log that was cut before it is read as empty).
-    """
-    return LogReader(files, ring, machine, name).frames()
 
 
 class TornLog(StoreDamage):
@@ -443,26 +438,29 @@ def _opened(cipher: AESGCM | None, ordinal: int, head: bytes, payload: bytes, bi
     return payload if f.crc_matches(head[:60], head[60:], payload) else None
 
 
-def joined(frames: Iterable[Frame]) -> tuple[Facts, bytes]:
-    """All facts of frames, with `pos` in the one stream of all their bytes, and that stream."""
-    joining = Joining()
-    data = b"".join(joining.add(frame) for frame in frames)
-    return joining.facts, data
+def join(frame: Frame, into: Facts, begin: int) -> None:
+    """Its facts as those of a stream are, in which their bytes begin at `begin`."""
+    into[:] = frame.facts
+    into["pos"] += begin
+    into["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
+
+
+def _room(size: int) -> Facts:
+    """Memory of its own, which takes up none before it is used, and is given back as a whole."""
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), f.FACT)
 
 
 class Joining:
     """The facts of frames that follow one another, with `pos` in the one stream of all their bytes."""
 
     def __init__(self) -> None:
-        self._parts, self.count, self.bytes = [np.zeros(0, f.FACT)], 0, 0
+        self._parts, self.bytes = [np.zeros(0, f.FACT)], 0
 
     def add(self, frame: Frame) -> memoryview:
         """One more frame; its bytes, which are not kept."""
-        part = frame.facts.copy()
-        part["pos"] += self.bytes
-        part["flags"][0 if frame.each else -1 :] |= f.FLAG_FACT_BARRIER if frame.barrier else 0
+        part = np.empty(len(frame.facts), f.FACT)
+        join(frame, part, self.bytes)
         self._parts.append(part)
-        self.count += len(part)
         self.bytes += len(frame.data)
         return frame.data
 
