@@ -164,6 +164,7 @@ class Points:
         assert point is not None  # every other way out of `fold` raises
         removed = self.trim()
         merge(s.store, s.machine.id)
+        s.store.chunks.forget()
         memory.give_back()
         return outcome, Folded(point, time.monotonic() - began, removed)
 

@@ -71,6 +71,10 @@ def test_what_is_in_memory_is_known_to_be(ram: Path) -> None:
         assert view.cached(5, 10) == b"x" * 10
         assert view.cached(2 * BLOCK, 10) == bytes(10)
         assert view.cached(BLOCK - 5, 10) is None, "a range over two blocks is not answered from here"
+        store.chunks.forget()
+        assert view.cached(5, 10) is None
+        view.read_into(0, memoryview(bytearray(10)))
+        assert view.cached(5, 10) == b"x" * 10
 
 
 def test_what_will_be_read_is_asked_of_the_disk_beforehand(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,13 @@ class ChunkReader:
                     self._cached_bytes -= len(self._cache.popitem(last=False)[1])
         return data
 
+    def forget(self) -> None:
+        """Decoded blocks are let go: after work that read each of them once.  Map pages stay, every reading begins with them."""
+        with self._lock:
+            self._cache.clear()
+            self._frames.clear()
+            self._cached_bytes = 0
+
     def blocks(self, ids: Ids) -> Iterable[tuple[int, memoryview]]:
         """(position in `ids`, content) of each id, in the order of the packs; read in large pieces, not cached.
 
