@@ -169,13 +169,22 @@ class QemuCycles:
                 for disk in frozen.disks:
                     disk.close()
             self._end()
-        except BaseException:
+        except BaseException as e:
             self._drop_wire()
-            with contextlib.suppress(
-                HvbackupError
-            ):  # the first error says more; the lease stays, and so does the watchdog
+            with contextlib.suppress(HvbackupError):  # the first error says more; the lease and the watchdog stay
                 self._sweep()
+            if isinstance(e, HostUnreachable):
+                self._refuse_moved()
             raise
+
+    def _refuse_moved(self) -> None:
+        """A QEMU that its machine has left while this went on refuses anything.  Raises HostUnreachable, which says why."""
+        try:
+            with Wire(self._set.path, self._set.reply_seconds) as wire:
+                status = wire.one("query-status")
+        except HvbackupError:
+            return
+        qemu_stop.refuse_elsewhere(self._set.path, status)
 
     def _guard(self) -> None:
         """A watchdog looks after the scratch; the one before may have had to let the guest go."""
