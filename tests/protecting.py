@@ -55,9 +55,13 @@ class Worker:
         for line in self.process.stdout:
             self.events.append(json.loads(line))
 
+    def told(self, event: str) -> int:
+        """How many of these events there were."""
+        return sum(e.get("event") == event for e in self.events)
+
     def wait_for(self, event: str, count: int = 1, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
-        while sum(e.get("event") == event for e in self.events) < count:
+        while self.told(event) < count:
             assert self.process.poll() is None, f"the worker ended: {self._path.read_text()[-2000:]}"
             assert time.monotonic() < end, f"no {event} in time, only {self.events[-3:]}"
             time.sleep(0.02)
