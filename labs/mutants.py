@@ -541,6 +541,27 @@ MUTANTS = (
         ("tests/test_stream_target.py::test_a_worker_stands_back_in_a_burst_and_not_for_a_while_after_it_was_called",),
     ),
     Mutant(
+        "a stream goes on with a machine that has moved to another QEMU",
+        "hvbackup/hypervisors/qemu_stream.py",
+        '            if self._set.ask == "query-block":',
+        '            if self._set.ask == "query":',
+        ("tests/test_protect_safety.py::test_a_machine_that_moves_to_another_qemu_by_live_migration",),
+    ),
+    Mutant(
+        "an idle machine that nobody looks at has moments",
+        "hvbackup/protect/streaming.py",
+        "        if self._seen - self.newest.t >= IDLE_NS:",
+        "        if self.setting.options.clock() - self.newest.t >= IDLE_NS:",
+        ("tests/test_stream_qemu.py::test_an_idle_guest_has_moments_of_looks_that_found_it_there",),
+    ),
+    Mutant(
+        "what a fold has read stays in memory",
+        "hvbackup/protect/points.py",
+        "        s.store.chunks.forget()\n",
+        "",
+        ("tests/test_memory.py",),
+    ),
+    Mutant(
         "sealing goes on while a guest writes as much as it can",
         "hvbackup/store/journal/recorder.py",
         "                self._sealing.rest(CALM_SECONDS)\n",

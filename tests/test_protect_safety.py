@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from hvbackup.errors import JournalGap
-from hvbackup.model import Instant, MachineId, MiB
+from hvbackup.errors import HostUnreachable, JournalGap
+from hvbackup.hypervisors.qemu import QemuHypervisor
+from hvbackup.model import Instant, LeaseId, MachineId, MiB
 from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store, init
 from labs.guest import Guest, LabDisk, make_disk
@@ -22,6 +23,7 @@ from tests.endtoend.mounts import needs_mount, small_disk
 from tests.hypervisors.daemon import Daemon, make_image, node
 from tests.protecting import Worker
 from tests.scribe import Scribe
+from tests.test_stream_kills import StreamWorker
 
 pytestmark = pytest.mark.real
 SIZES = {"vda": 8 * MiB, "vdb": 4 * MiB}
@@ -240,12 +242,13 @@ def test_a_disk_that_is_resized_under_a_running_guest(folder: Path) -> None:
 
 @pytest.mark.guest
 @pytest.mark.timeout(600)
-def test_a_machine_that_moves_to_another_qemu_by_live_migration(folder: Path) -> None:
+@pytest.mark.parametrize("kind", [Worker, StreamWorker])
+def test_a_machine_that_moves_to_another_qemu_by_live_migration(folder: Path, kind: type[Worker]) -> None:
     """The one it has left says so and records nothing; protection of the new one goes on with the same machine and a gap."""
     init(folder / "store", None)
     disk = make_disk(folder / "a.raw", 16 * MiB, "raw", ext4=False)
     with Guest(folder / "g", [disk]) as guest:
-        worker = Worker(folder, f"qemu:{guest.qmp_path}", name="")
+        worker = kind(folder, f"qemu:{guest.qmp_path}", name="")
         worker.wait_for("moment", 2)
         write_number(guest, 1)
         before = tagged(worker, "before")
@@ -257,10 +260,11 @@ def test_a_machine_that_moves_to_another_qemu_by_live_migration(folder: Path) ->
             count = len(events(worker, "moment"))
             guest.console, taken = target.console, guest.console
             write_number(guest, 2)
-            time.sleep(2)
+            elsewhere = Instant(time.time_ns())
+            time.sleep(7)
             assert len(events(worker, "moment")) == count, "a disk that nobody writes to any more has no moments"
             worker.end(signal.SIGTERM)
-            again = Worker(folder, f"qemu:{target.qmp_path}", name="")
+            again = kind(folder, f"qemu:{target.qmp_path}", name="")
             again.wait_for("moment", 1)
             after = tagged(again, "after")
             [begun] = events(again, "begun")
@@ -272,8 +276,46 @@ def test_a_machine_that_moves_to_another_qemu_by_live_migration(folder: Path) ->
     with Store.open(folder / "store", folder / "state2", []) as store:
         history = History(store, MachineId(guest.uuid))
         gaps = history.told.gaps
-        with pytest.raises(JournalGap):
-            history.at(Instant((gaps[-1].start + gaps[-1].end) // 2))
+        for t in (elsewhere, Instant((gaps[-1].start + gaps[-1].end) // 2)):
+            with pytest.raises(JournalGap):
+                history.at(t)
+
+
+class Leaving:
+    """A place among others in which the machine moves to another QEMU before it could stop."""
+
+    def __init__(self, move: Callable[[], None]) -> None:
+        self._move = move
+
+    def ready(self) -> bool:
+        self._move()
+        return False
+
+    def standing(self) -> bool:
+        raise AssertionError("it has not stopped")
+
+    def switched(self, t: Instant) -> bool:
+        raise AssertionError(t)
+
+    def leave(self, why: str) -> None:
+        raise AssertionError(why)
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+def test_a_machine_that_moves_in_the_middle_of_a_cycle(folder: Path) -> None:
+    """QEMU then refuses whatever comes next, each with words of its own; the user reads that the machine has moved."""
+    disk = make_disk(folder / "a.raw", 16 * MiB, "raw", ext4=False)
+    with Guest(folder / "g", [disk]) as guest, arriving(guest, disk, folder) as target:
+
+        def move() -> None:
+            guest.qmp("migrate", uri=f"unix:{folder}/migration")
+            wait_until(lambda: target.qmp("query-status")["status"] == "running", 90)
+
+        qemu = QemuHypervisor(guest.qmp_path, "0123abcd", scratch_dir=folder / "run")
+        cycles = qemu.cycles(qemu.machines()[0], LeaseId("cycles"))
+        with pytest.raises(HostUnreachable, match="live migration"), cycles.snapshot({}, seat=Leaving(move)):
+            pass
 
 
 def arriving(guest: Guest, disk: LabDisk, folder: Path) -> Guest:

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from hvbackup.capture import Options
+from hvbackup.errors import HostUnreachable
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MiB
 from hvbackup.processes import may_idle
+from hvbackup.protect import looks, streaming
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
@@ -83,6 +85,34 @@ def remarks(history: History) -> set[int]:
     """Sequence numbers of facts that are no writes: a moment there holds what the one before holds."""
     found = [run.name.first + np.flatnonzero(run.facts["kind"] == f.FACT_META) for run in history.runs]
     return {int(seq) for seqs in found for seq in seqs}
+
+
+def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that has moved writes somewhere else: that nothing arrives does not say that nothing was written."""
+    for module, name, value in (
+        (looks, "LOOK_SECONDS", 0.1),
+        (streaming, "KEEP_UP_SECONDS", 0),
+        (streaming, "IDLE_NS", SECOND),
+    ):
+        monkeypatch.setattr(module, name, value)
+    life = begun(protection_of(store, daemon, rhythm(tmp_path)))
+
+    def unknown(_: object) -> None:
+        raise HostUnreachable("planted: somebody else holds the monitor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(life.stream, "check", unknown)
+        closed, end = life.newest, time.monotonic() + 2.5
+        while time.monotonic() < end:
+            time.sleep(life.step())
+        assert life.newest == closed
+    asked, end = time.time_ns(), time.monotonic() + 30
+    while life.newest == closed and time.monotonic() < end:
+        time.sleep(life.step())
+    assert asked <= life.newest.t <= time.time_ns()
+    life.close()
 
 
 def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_path: Path) -> None:

@@ -31,10 +31,12 @@ ELSEWHERE = {
 }
 
 
-def refuse_elsewhere(path: Path, status: Mapping[str, Any] | None) -> None:
-    """The machine runs in this QEMU; its disks would not be what they are.  Raises HostUnreachable."""
+def refuse_elsewhere(
+    path: Path, status: Mapping[str, Any] | None, kind: type[HostUnreachable] = HostUnreachable
+) -> None:
+    """The machine runs in this QEMU; its disks would not be what they are.  Raises HostUnreachable, of this kind."""
     if status and (where := ELSEWHERE.get(status["status"])):
-        raise HostUnreachable(f"QEMU at {path} {where}; name the socket of the one in which the machine runs")
+        raise kind(f"QEMU at {path} {where}; name the socket of the one in which the machine runs")
 
 
 def can_stop(wire: Wire) -> str:

@@ -8,8 +8,9 @@
 What was measured with QEMU 7.2, and shapes this: a write is on the disk before it is at the target, so whoever reads a disk and
 wants what he saw to be in the stream has to drain QEMU first (any transaction does).  The mirror forwards no flush and swallows
 discards.  A target that hangs holds the guest's write for ever, and a job that is cancelled meanwhile holds QEMU's main loop:
-see qemu_stream_guard.py.  `qom-set` of a drive goes past the mirror unseen, therefore `check`.  A connection that broke is not
-to be taken up again: its job stops, the guest goes on, and another life begins with another target.
+see qemu_stream_guard.py.  `qom-set` of a drive goes past the mirror unseen, and a machine that has moved to another QEMU writes
+there, while the mirrors here stay ready: therefore `check`.  A connection that broke is not to be taken up again: its job stops,
+the guest goes on, and another life begins with another target.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, StreamBroken, StreamBypassed
-from hvbackup.hypervisors import qemu_server
+from hvbackup.hypervisors import qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_cycles import GRAIN_BYTES, CycleDisk, Setting, seats_of
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive, device_id
@@ -267,10 +268,12 @@ class QemuStream:
         return found
 
     def check(self, arrived: Arrived) -> None:
-        """Every write that QEMU has counted has arrived.  Raises StreamBroken, StreamBypassed."""
+        """The machine runs here, and every write that QEMU has counted has arrived.  Raises StreamBroken, StreamBypassed."""
         if self.reason:
             raise StreamBroken(f"The stream of machine {self._set.machine.name} was broken off: {self.reason}")
         with self._wire() as wire:
+            if self._set.ask == "query-block":  # else it is a storage daemon, in which no machine runs
+                qemu_stop.refuse_elsewhere(self._set.path, wire.one("query-status"), StreamBypassed)
             jobs, seats = self._jobs(wire), seats_of(wire.one(self._set.ask), self._set.names.store.prefix)
             counted = self._counted(wire)
         there = {disk: arrived(disk) for disk in counted}  # after QEMU was asked: what it counted has arrived by now

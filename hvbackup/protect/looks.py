@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hvbackup.errors import HostUnreachable, StreamBroken
 from hvbackup.hypervisors import Stream
-from hvbackup.model import DiskId, Token
+from hvbackup.model import DiskId, Instant, Token
 from hvbackup.store.journal.history import Moment
 
 LOOK_SECONDS = 1.0  # so many moments are in doubt when writes went past us
@@ -20,6 +20,7 @@ SETTLE_SECONDS = 60.0  # between two checkpoints: bounds what the next life has 
 class Look:
     """What one look has found."""
 
+    t: Instant  # when it began
     good: Moment | None = None  # nothing went past us until this moment
     tokens: Mapping[DiskId, Token] | None = None  # checkpoints that were made: what had arrived before is not in them
     error: StreamBroken | None = None
@@ -28,8 +29,8 @@ class Look:
 class Looks:
     """The looks of one life.  Thread safety: one thread."""
 
-    def __init__(self, stream: Stream, arrived: Callable[[DiskId], int]) -> None:
-        self._stream, self._arrived = stream, arrived
+    def __init__(self, stream: Stream, arrived: Callable[[DiskId], int], clock: Callable[[], int]) -> None:
+        self._stream, self._arrived, self._clock = stream, arrived, clock
         self._thread: threading.Thread | None = None
         self._found: Look | None = None
         self._looked = self._settled = time.monotonic()
@@ -46,7 +47,7 @@ class Looks:
         return None
 
     def _look(self, newest: Moment) -> None:
-        self._found = look = Look()
+        self._found = look = Look(Instant(self._clock()))
         try:
             self._stream.check(self._arrived)
             look.good = newest

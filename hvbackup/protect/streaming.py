@@ -48,7 +48,7 @@ from hvbackup.target.process import Export, Target
 SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = 768 * KiB  # taken out of the ring at a time: fits the processor's cache, and is many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
-IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: it says that we are there
+IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: of a look that found the machine there
 CALLED_SECONDS = 10.0  # whoever had to be called does not stand back for so long
 LEFT_ALONE = "a stream leaves the guest alone"
 
@@ -74,6 +74,7 @@ class StreamLife:
     _failed: bool = False  # to append to the journal
     _closed: bool = False  # the gap at the head of the life: single writes are moments from here on
     _good: Moment | None = None  # known at the newest look at QEMU
+    _seen: int = 0  # when that look began
     _looks: Looks | None = None
     _kept_up: float = 0.0
     _called_until: float = 0.0  # no standing back until then
@@ -111,7 +112,7 @@ class StreamLife:
         seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
         self.told_gap, self._closed, self.setting.left = gap or self.told_gap, True, None
-        self._looks = Looks(self.stream, self._arrived)
+        self._looks = Looks(self.stream, self._arrived, self.setting.options.clock)
         self.stream.keep(self._kept())
 
     def let_go(self) -> None:
@@ -303,7 +304,8 @@ class StreamLife:
             self._closed = False  # what is in the ring belongs to no moment either
         if look.error:
             raise look.error
-        self._good = look.good or self._good
+        if look.good:
+            self._good, self._seen = look.good, look.t
         if look.tokens and self.target:
             self._record(self.target)  # what the new checkpoints don't hold has arrived before
             self.tokens = look.tokens
@@ -314,9 +316,8 @@ class StreamLife:
         """Points are made when they are due, and what was done is told."""
         self._kept_up = time.monotonic()
         self.lease = self.setting.leases.renew(self.lease)
-        now = Instant(self.setting.options.clock())
-        if now - self.newest.t >= IDLE_NS:
-            self._name(now)
+        if self._seen - self.newest.t >= IDLE_NS:  # all that had arrived by then is in the journal
+            self._name(Instant(self._seen))
         if self._since:
             self.setting.report(self._since)
             self._since = None
