@@ -92,7 +92,7 @@ class Case:
                 shutil.rmtree(self.folder / gone, ignore_errors=True)
         if victim in ("both", "host"):
             self.daemon.start()
-        hows = [e["how"] for e in worker.events if e["event"] == "begun"]
+        hows = [e["how"] for e in worker.events if e.get("event") == "begun"]
         self.tally.resumed += hows.count("resumed")
         self.tally.captured += hows.count("captured")
         self.tally.kills[victim] += 1

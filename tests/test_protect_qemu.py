@@ -215,7 +215,7 @@ def test_a_pause_ends_by_itself(daemon: Daemon, tmp_path: Path) -> None:
     init(tmp_path / "store", None)
     worker = Worker(tmp_path, f"qemu:{daemon.qmp_path}")
     worker.wait_for("begun")
-    assert worker.run("protect", "pause", "m1", "--for", "2s").returncode == 0
+    assert worker.run("protect", "pause", "m1", "--for", "10s").returncode == 0
     worker.wait_for("begun", 2)
     assert worker.end(signal.SIGTERM) == 0
     assert worker.run("protect", "m1", "--for", "2s").returncode == 2, "only a pause lasts for so long"

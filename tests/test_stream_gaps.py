@@ -93,7 +93,8 @@ def test_more_than_a_journal_takes_at_once_is_held_by_a_point(
         scribe.rate = SLOW if limited == "a set" else 600  # what changes while a point is made may be over the budget
         with Running(protection_of(store, daemon, wanted, again), again) as made:
             scribe.rate = SLOW
-            time.sleep(2.5)  # the budget was looked at
+            time.sleep(2.5)
+            made.wait(lambda: not limits.budget_bytes or journal_bytes(store, machine) <= limits.budget_bytes)
             [begun] = [e for e in again if isinstance(e, Begun)]
             assert begun.how == "captured"
             scribe.wait(scribe.acked + 40)

@@ -494,10 +494,10 @@ static void keep_pace(int64_t time)
 /* A worker that stands back is back in some milliseconds, whether or not there was anything to take. */
 static void look_at_the_worker(int64_t time)
 {
-    static int64_t moved;
+    static int64_t moved; /* 0: at our first look, which may come when the worker stands back already */
     static uint64_t seen;
     uint64_t tail = atomic_load(&ring->rows_tail);
-    if (tail != seen || !atomic_load(&ring->idler))
+    if (!moved || tail != seen || !atomic_load(&ring->idler))
         moved = time, seen = tail;
     else if (time - moved > LATE_NS)
         hurry();

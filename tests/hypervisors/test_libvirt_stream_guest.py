@@ -44,7 +44,7 @@ def test_a_killed_worker_costs_a_gap_and_nothing_that_was_answered(vm: LibvirtGu
     acked = vm.wait_acked(vm.acked() + 50)
     known_at = time.time_ns()
     time.sleep(2.5 * FSYNC_NS / SECOND)
-    at_the_end = vm.acked()
+    at_the_end = vm.wait_acked(vm.acked() + 2)
     worker.end(signal.SIGKILL)
     vm.wait_acked(vm.acked() + 50)  # nobody of ours is there, and the guest goes on
     again = StreamWorker(vm.folder, vm.source())
