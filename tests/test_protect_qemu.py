@@ -277,7 +277,7 @@ def test_a_snapshot_of_the_administrator_begins_a_new_life(daemon: Daemon, tmp_p
             file = {"driver": "file", "filename": str(overlay)}
             qmp.command("blockdev-add", driver="qcow2", node_name="over", file=file, backing=None)
             qmp.command("blockdev-snapshot", node="vda", overlay="over")
-        with pytest.raises(HostUnreachable, match="not where they were"):
+        with pytest.raises(HostUnreachable, match="not what they were"):
             life.cycle()
         life.recorder.close()
         life.cycles.close()

@@ -44,9 +44,10 @@ from hvbackup.hypervisors.libvirt_room import Room
 from hvbackup.hypervisors.libvirt_seen import Seen
 from hvbackup.hypervisors.qemu import attached_devices, bitmap_doubt
 from hvbackup.hypervisors.qemu_config import CommandLine
-from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting, seats_of
+from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting
 from hvbackup.hypervisors.qemu_graph import BlockGraph, Drive
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND
+from hvbackup.hypervisors.qemu_seats import seats_of
 from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.model import Disk, DiskId, LeaseId, Machine, Token
 
@@ -203,7 +204,7 @@ def prepare(
     monitor = Monitor(domain, names.folder(seen.machine.id))
     try:
         with monitor.connect() as qmp:
-            seats = seats_of(qmp.command("query-block"), room.names.prefix)
+            seats = seats_of(qmp.command("query-block"))
             drives = drives_of(qmp, seen)
             qemu_fleece.refuse_leftovers(qmp, room.names)
             server = qemu_server.start(qmp, folder, CommandLine(), room.names)

@@ -24,7 +24,7 @@ from typing import Any
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
 from hvbackup.hypervisors import Can, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
-from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting, seats_of
+from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting
 from hvbackup.hypervisors.qemu_fleeced import FleecedDisk, has_size
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_graph import (
@@ -38,6 +38,7 @@ from hvbackup.hypervisors.qemu_graph import (
     why_skipped,
 )
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames, StoreNames
+from hvbackup.hypervisors.qemu_seats import seats_of
 from hvbackup.hypervisors.qemu_stream import QemuStream, end_left
 from hvbackup.hypervisors.qemu_watch import Watch
 from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
@@ -148,7 +149,7 @@ class QemuHypervisor:
         folder = self._scratch_dir / names.folder(machine.id)
         with self._connect() as qmp:
             ask = "query-block-exports" if _optional(qmp, "query-uuid") is None else "query-block"
-            seats = seats_of(qmp.command(ask), self._names.prefix)
+            seats = seats_of(qmp.command(ask))
             seen = self._look(qmp)
             if seen.machine.id != machine.id:
                 raise NotFound(
@@ -311,7 +312,7 @@ class QemuHypervisor:
         line = qemu_config.of_peer(qmp.peer)
         graph = BlockGraph.parse(qmp.command("query-named-block-nodes", flat=True), _optional(qmp, _GRAPH))
         uuid = _optional(qmp, "query-uuid")
-        qemu_stop.refuse_elsewhere(self.path, _optional(qmp, "query-status"))
+        qemu_stop.refuse_elsewhere(self.path, _optional(qmp, "query-status"), lambda: _optional(qmp, "query-migrate"))
         skipped: dict[str, str] = {}
         devices = self._daemon(qmp, graph) if uuid is None else attached_devices(qmp, skipped)
         drives = [graph.drive(device) for device in devices]

@@ -23,7 +23,17 @@ from typing import Any
 
 from hvbackup import extents
 from hvbackup.errors import HostUnreachable, HvbackupError, ReadFailed
-from hvbackup.hypervisors import LEFT_ALONE, Changes, Seat, Standstill, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
+from hvbackup.hypervisors import (
+    LEFT_ALONE,
+    Changes,
+    Seat,
+    Standstill,
+    qemu_fleece,
+    qemu_freeze,
+    qemu_seats,
+    qemu_server,
+    qemu_stop,
+)
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames
 from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
@@ -181,10 +191,10 @@ class QemuCycles:
         """A QEMU that its machine has left while this went on refuses anything.  Raises HostUnreachable, which says why."""
         try:
             with Wire(self._set.path, self._set.reply_seconds) as wire:
-                status = wire.one("query-status")
+                status, migration = wire.all([("query-status", {}), ("query-migrate", {})])
         except HvbackupError:
             return
-        qemu_stop.refuse_elsewhere(self._set.path, status)
+        qemu_stop.refuse_elsewhere(self._set.path, status, lambda: migration)
 
     def _guard(self) -> None:
         """A watchdog looks after the scratch; the one before may have had to let the guest go."""
@@ -217,23 +227,19 @@ class QemuCycles:
         )
 
     def _present(self, wire: Wire) -> Sequence[Drive]:
-        """The disks as they are now.  Raises HostUnreachable when a snapshot, a job or a resize has moved one.
+        """The disks as they are now.  Raises HostUnreachable when one is not what it was, is gone, or is new.
 
         The bitmap of a node that nobody writes to any more would say that nothing changed.
         """
         status: list[Command] = [] if self._set.ask == "query-block-exports" else [("query-status", {})]
         answers = wire.all([("query-named-block-nodes", {"flat": True}), (self._set.ask, {}), *status])
-        qemu_stop.refuse_elsewhere(self._set.path, answers[2] if status else None)
+        if status:
+            qemu_stop.refuse_elsewhere(self._set.path, answers[2], lambda: wire.one("query-migrate"))
         nodes = {n["node-name"]: n for n in answers[0]}
-        now = seats_of(answers[1], self._set.names.store.prefix)
-        moved = [seat for seat, node in self._set.seats.items() if now.get(seat, node) != node]
-        moved += [d.node for d in self._drives if d.node not in nodes]
-        moved += [
-            d.node for d in self._drives if d.node in nodes and nodes[d.node]["image"]["virtual-size"] != d.disk.size
-        ]
-        if moved:
+        moved = qemu_seats.moved(self._set.seats, qemu_seats.seats_of(answers[1]))
+        if moved := moved + qemu_seats.replaced(self._drives, nodes):
             raise HostUnreachable(
-                f"Disks of machine {self._set.machine.name} are not where they were: {', '.join(moved)}"
+                f"Disks of machine {self._set.machine.name} are not what they were: {', '.join(moved)}"
             )
         found = []
         for drive in self._drives:
@@ -425,14 +431,6 @@ class _Switch:
         """QEMU has the scratch open; it goes with the node."""
         for index in range(len(self._drives)):
             self._cycles.scratch_path(index).unlink(missing_ok=True)
-
-
-def seats_of(answer: Sequence[Mapping[str, Any]], ours: str) -> dict[str, str]:
-    """Device or export -> node, without what begins with `ours`."""
-    if answer and "inserted" not in answer[0] and "node-name" in answer[0]:
-        return {str(e["id"]): str(e["node-name"]) for e in answer if not str(e["id"]).startswith(ours)}
-    used = [b for b in answer if b.get("inserted")]
-    return {str(b.get("qdev") or b.get("device")): str(b["inserted"].get("node-name", "")) for b in used}
 
 
 def _is_over(wire: Wire, names: LeaseNames) -> bool:

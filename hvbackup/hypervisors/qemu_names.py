@@ -23,6 +23,7 @@ from hvbackup.errors import UsageError
 from hvbackup.model import LeaseId
 
 TOKEN_KIND = "qemu-bitmap"
+PREFIX = "hvb-"  # of every store's names
 
 
 def _short(text: str, digits: int) -> str:
@@ -42,7 +43,7 @@ class StoreNames:
     @property
     def prefix(self) -> str:
         """Everything of ours begins with this."""
-        return f"hvb-{self.store_id}-"
+        return f"{PREFIX}{self.store_id}-"
 
     def new_checkpoint(self) -> str:
         """A name no checkpoint ever had: an old token must never find a bitmap of another moment."""

@@ -11,7 +11,7 @@ A machine that somebody else has stopped stands still already, and stays so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,16 @@ ELSEWHERE = {
 
 
 def refuse_elsewhere(
-    path: Path, status: Mapping[str, Any] | None, kind: type[HostUnreachable] = HostUnreachable
+    path: Path,
+    status: Mapping[str, Any] | None,
+    migration: Callable[[], Mapping[str, Any] | None],
+    kind: type[HostUnreachable] = HostUnreachable,
 ) -> None:
     """The machine runs in this QEMU; its disks would not be what they are.  Raises HostUnreachable, of this kind."""
-    if status and (where := ELSEWHERE.get(status["status"])):
+    found = str(status["status"]) if status else ""
+    if found == "prelaunch" and (migration() or {}).get("status") == "completed":
+        found = "postmigrate"  # and it was reset since
+    if where := ELSEWHERE.get(found):
         raise kind(f"QEMU at {path} {where}; name the socket of the one in which the machine runs")
 
 

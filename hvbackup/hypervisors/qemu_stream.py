@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from hvbackup.errors import Busy, HostUnreachable, HvbackupError, StreamBroken, StreamBypassed
-from hvbackup.hypervisors import qemu_server, qemu_stop
+from hvbackup.hypervisors import qemu_seats, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine
-from hvbackup.hypervisors.qemu_cycles import GRAIN_BYTES, CycleDisk, Setting, seats_of
+from hvbackup.hypervisors.qemu_cycles import GRAIN_BYTES, CycleDisk, Setting
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive, device_id
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND
 from hvbackup.hypervisors.qemu_watch import StreamGuard, relieve
@@ -63,6 +63,7 @@ class QemuStream:
         self._keeping: set[str] | None = None  # names of checkpoints; None: not told yet, so nothing goes
         self._seats: Mapping[str, str] = {}  # where the guest's devices were after arming
         self._offset: dict[DiskId, int] = {}  # what QEMU had counted and the target had not, by disk
+        self._failed: dict[DiskId, int] = {}  # writes that had failed before, by disk
         self.disks = [d.disk for d in drives]
         self.socket = qemu_server.socket_path(setting.folder).with_name(TARGET_SOCKET)
 
@@ -85,6 +86,7 @@ class QemuStream:
             fds = [stack.enter_context(line).fileno for line in self._out_of_band()]
             self._guard = StreamGuard(s.path, s.names.prefix, target, ring, fds)
         with self._wire() as wire:
+            self._refuse_standing(wire, HostUnreachable)
             try:
                 wire.all([c for i, drive in enumerate(self._drives) for c in self._mirror(i, drive)])
             except CommandRefused as refused:
@@ -94,9 +96,9 @@ class QemuStream:
             wire.one(
                 "transaction", actions=[]
             )  # drains: what was counted before has arrived, or went by before we were here
-            counted = self._counted(wire)
+            self._seats = qemu_seats.seats_of(wire.one(s.ask))
+            counted, self._failed = self._counted(wire)
             self._offset = {d: counted[d] - before[d] for d in counted}
-            self._seats = seats_of(wire.one(s.ask), s.names.store.prefix)
         passed = [seat for seat, node in self._seats.items() if node in {d.node for d in self._drives}]
         if passed:
             raise StreamBroken(f"QEMU at {s.path} does not send the writes of {', '.join(passed)} through the mirror")
@@ -258,8 +260,7 @@ class QemuStream:
 
     def _present(self, wire: Wire) -> list[Drive]:
         """The disks with the bitmaps they have now.  Raises StreamBroken when one is gone."""
-        nodes = {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
-        found = []
+        nodes, found = _nodes(wire), []
         for d in self._drives:
             if d.node not in nodes:
                 raise StreamBroken(f"Disk {d.disk.id} of machine {self._set.machine.name} is not where it was")
@@ -268,18 +269,26 @@ class QemuStream:
         return found
 
     def check(self, arrived: Arrived) -> None:
-        """The machine runs here, and every write that QEMU has counted has arrived.  Raises StreamBroken, StreamBypassed."""
+        """The machine runs here, its disks are what they were, and every write that QEMU has counted has arrived.
+
+        Raises StreamBroken, StreamBypassed, HostUnreachable.
+        """
         if self.reason:
             raise StreamBroken(f"The stream of machine {self._set.machine.name} was broken off: {self.reason}")
         with self._wire() as wire:
-            if self._set.ask == "query-block":  # else it is a storage daemon, in which no machine runs
-                qemu_stop.refuse_elsewhere(self._set.path, wire.one("query-status"), StreamBypassed)
-            jobs, seats = self._jobs(wire), seats_of(wire.one(self._set.ask), self._set.names.store.prefix)
-            counted = self._counted(wire)
+            self._refuse_standing(wire, StreamBypassed)
+            jobs, seats = self._jobs(wire), qemu_seats.seats_of(wire.one(self._set.ask))
+            moved = qemu_seats.moved(self._seats, seats) + qemu_seats.replaced(self._drives, _nodes(wire))
+            counted, failed = self._counted(wire)
         there = {disk: arrived(disk) for disk in counted}  # after QEMU was asked: what it counted has arrived by now
-        moved = [seat for seat, node in self._seats.items() if seats.get(seat, node) != node]
         if moved:
-            raise StreamBypassed(f"The writes of {', '.join(moved)} do not go through the mirror any more")
+            raise StreamBypassed(
+                f"Disks are not what they were, or their writes do not come by the mirror: {', '.join(moved)}"
+            )
+        if spoilt := [d for d, count in failed.items() if count != self._failed.get(d, 0)]:
+            raise StreamBypassed(
+                f"A write to disk {', '.join(spoilt)} failed, and a part of it may be there and not here"
+            )
         for disk, count in counted.items():
             if count - self._offset[disk] > there[disk]:
                 missed = count - self._offset[disk] - there[disk]
@@ -289,16 +298,39 @@ class QemuStream:
             said = [str(job.get("error", job["status"])) for job in jobs if job["status"] != "ready"]
             raise StreamBypassed(f"QEMU at {self._set.path} broke its mirror off: {'; '.join(said) or 'it is gone'}")
 
-    def _counted(self, wire: Wire) -> dict[DiskId, int]:
-        """Bytes that the guest has written, as QEMU counts them; a storage daemon does not."""
-        known = {d.id for d in self.disks}
-        rows = wire.one("query-blockstats") if self._set.ask == "query-block" else []
-        names = [device_id(row) if row.get("qdev") or row.get("device") else "" for row in rows]
-        disks = [DiskId(self._aliases.get(name, name)) for name in names]
-        return {d: int(row["stats"]["wr_bytes"]) for d, row in zip(disks, rows, strict=True) if d in known}
+    def _counted(self, wire: Wire) -> tuple[dict[DiskId, int], dict[DiskId, int]]:
+        """Bytes that the guest has written, and its writes that failed, as QEMU counts them; a storage daemon does not."""
+        known, filters = {d.id for d in self.disks}, {self._set.names.filter(i): d.id for i, d in enumerate(self.disks)}
+        written: dict[DiskId, int] = {}
+        failed: dict[DiskId, int] = {}
+        for row in wire.one("query-blockstats") if self._set.ask == "query-block" else []:
+            if not (row.get("qdev") or row.get("device")):
+                continue
+            name = device_id(row)
+            disk = filters.get(self._seats.get(qemu_seats.seat_of(row), ""), DiskId(self._aliases.get(name, name)))
+            if disk in known:
+                written[disk] = int(row["stats"]["wr_bytes"])
+                failed[disk] = int(row["stats"]["failed_wr_operations"])
+        return written, failed
+
+    def _refuse_standing(self, wire: Wire, kind: type[HostUnreachable]) -> None:
+        """The machine runs here, and no write of it has failed half-way and waits to be made anew.  Raises `kind`."""
+        if self._set.ask != "query-block":
+            return  # a storage daemon, in which no machine runs
+        status = wire.one("query-status")
+        qemu_stop.refuse_elsewhere(self._set.path, status, lambda: wire.one("query-migrate"), kind)
+        if status["status"] == "io-error":
+            raise kind(
+                f"Machine {self._set.machine.name} stands still, for QEMU could not write to its disk (io-error): "
+                "its writes are recorded again when it goes on"
+            )
 
     def _wire(self) -> Wire:
         return Wire(self._set.path, self._set.reply_seconds)
+
+
+def _nodes(wire: Wire) -> dict[str, dict[str, Any]]:
+    return {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
 
 
 def end_left(connect: Callable[[], AbstractContextManager[Qmp]], path: Path, prefix: str, seconds: float) -> None:

@@ -38,7 +38,7 @@ class Looks:
     def poll(self, newest: Moment) -> Look | None:
         """What the last look has found, once; the next one begins when it is time for it."""
         if self._thread and not self._thread.is_alive():
-            self._thread, found = None, self._found
+            self._thread, found, self._found = None, self._found, None
             return found
         if not self._thread and time.monotonic() - self._looked >= LOOK_SECONDS:
             self._looked = time.monotonic()
@@ -46,12 +46,19 @@ class Looks:
             self._thread.start()
         return None
 
-    def _look(self, newest: Moment) -> None:
+    def last(self, newest: Moment) -> list[Look]:
+        """What a look has found that nobody was told of, and one more; nobody looks any more when this returns."""
+        self.join()
+        found = [self._found] if self._found else []
+        self._look(newest, settle=False)
+        return [*found, *([self._found] if self._found else [])]
+
+    def _look(self, newest: Moment, *, settle: bool = True) -> None:
         self._found = look = Look(Instant(self._clock()))
         try:
             self._stream.check(self._arrived)
             look.good = newest
-            if time.monotonic() - self._settled >= SETTLE_SECONDS:
+            if settle and time.monotonic() - self._settled >= SETTLE_SECONDS:
                 look.tokens = self._stream.settle()
                 self._settled = time.monotonic()
         except StreamBroken as e:

@@ -80,9 +80,10 @@ class Points:
             self._begin(self._fold, self.prepare(life))
 
     def _is_due(self, now: Instant) -> bool:
-        if now < self._again:
+        if 0 < self._again - now <= FOLD_AGAIN_NS:
             return False
-        return self._set.is_full(FOLD_AT) or now - self._folded >= self._set.rhythm.fold_every_ns
+        since = now - self._folded  # less than nothing: the clock was set back
+        return self._set.is_full(FOLD_AT) or not 0 <= since < self._set.rhythm.fold_every_ns
 
     def _begin(self, work: Callable[[Any], None], what: object) -> None:
         self._folding = threading.Thread(target=work, args=(what,), name="hvbackup-fold")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from hvbackup.store.store import Store
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
 IDLE_TIMES = 4  # as long as an attempt took a machine is left alone that writes too much for its journal
 LOOK_SECONDS = 1.0  # for the end of a pause
+PASSING = (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled, StoreDamage)  # by itself, perhaps
 
 
 class Protection:
@@ -50,7 +52,7 @@ class Protection:
         self.setting = Setting(store, hypervisor, machine, options, rhythm, report, lock, leases)
         self._wake, self._ended = threading.Event(), threading.Event()
         self._failures = 0
-        self._living = self._begun = False
+        self._living = self._begun = self._protected = False
 
     def meet(self, meeting: Meeting) -> None:
         """The next moment, which comes at once, is to be one with other machines."""
@@ -101,7 +103,7 @@ class Protection:
         return pauses.current(self.setting.store, self.setting.machine.id, self.setting.options.clock())
 
     def run(self) -> None:
-        """Protect until told to end.  Raises UsageError; whatever may pass by itself is waited for."""
+        """Protect until told to end.  Raises what makes no sense from the start, as UsageError; all else is waited for."""
         try:
             self._run()
         finally:
@@ -120,11 +122,21 @@ class Protection:
                     self._live(self.begin(why))
             except Interrupted:
                 continue  # told to end, or to pause
-            except (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled, StoreDamage) as e:
-                why = str(e)
-                self._retry(e, time.monotonic() - began)
+            except Exception as e:  # noqa: BLE001 - the machine is to be protected, whatever one life stumbles over
+                trouble = self._trouble(e)
+                why = str(trouble)
+                self._retry(trouble, time.monotonic() - began)
             finally:
                 self._living = self._begun = False
+
+    def _trouble(self, e: Exception) -> HvbackupError:
+        """What a person reads of an error after which another life is begun.  Raises it when none was possible from the start."""
+        if isinstance(e, HvbackupError):
+            if isinstance(e, PASSING) or self._protected:
+                return e
+            raise e
+        traceback.print_exception(e)
+        return HvbackupError(f"Protection of machine {self.setting.machine.name} met an error: {type(e).__name__}: {e}")
 
     def _retry(self, trouble: HvbackupError, took: float) -> None:
         """Wait until a new life is worth an attempt, after one that took so many seconds."""
@@ -159,7 +171,7 @@ class Protection:
 
     def _live(self, life: Life) -> None:
         """Until told to end, or paused: then one more moment is made, the last before the administrator's work."""
-        self._begun = True
+        self._begun = self._protected = True
         seconds, paused = self.setting.rhythm.every_ns / SECOND, False
         try:
             while not self._ended.is_set() and not paused:

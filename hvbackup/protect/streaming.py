@@ -103,6 +103,7 @@ class StreamLife:
         tokens = self.stream.settle()
         self._take(target, each=False)
         self._look_at_target(target)
+        self.stream.check(self._arrived)
         self._close_gap(tokens)
         self._since = Streamed(self.newest, 0, read, 0.0, 0.0)
 
@@ -111,6 +112,7 @@ class StreamLife:
         gap = {"to": int(t), **self.gap} if self.gap else None
         seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
+        self._good = self.newest
         self.told_gap, self._closed, self.setting.left = gap or self.told_gap, True, None
         self._looks = Looks(self.stream, self._arrived, self.setting.options.clock)
         self.stream.keep(self._kept())
@@ -120,12 +122,30 @@ class StreamLife:
         with contextlib.ExitStack() as stack:
             stack.callback(self.recorder.end_stream)
             stack.callback(self._end_target)
-            if self.target:
-                self.target.ring.end()
+            stack.callback(self._disarm)
             if self._looks:
-                self._looks.join()
-            self.stream.close(healthy=self.target is not None and not self.target.dead)
+                stack.callback(self._looks.join)
+            if self.target:
+                stack.callback(self.target.ring.end)
+                self._look_back(self.target)
         self.setting.leases.remove(self.lease.id)
+
+    def _look_back(self, target: Target) -> None:
+        """What went past us since the newest look is told of: nobody is offered a moment that lacks it.
+
+        Whoever can't ask QEMU closes all the same; a stream that broke off has ended for all disks at one moment.
+        """
+        if not (self._looks and self._closed) or self._failed or target.dead or target.ring.heads.broken:
+            return
+        try:
+            self._record(target)
+            for look in self._looks.last(self.newest):
+                self._heed(look)
+        except StreamBroken as e:
+            self.setting.report(Trouble(e, 0))
+
+    def _disarm(self) -> None:
+        self.stream.close(healthy=self.target is not None and not self.target.dead)
 
     def _end_target(self) -> None:
         """What had arrived is in the journal, or else stays in the ring: the next life finds it."""
@@ -316,12 +336,19 @@ class StreamLife:
         """Points are made when they are due, and what was done is told."""
         self._kept_up = time.monotonic()
         self.lease = self.setting.leases.renew(self.lease)
-        if self._seen - self.newest.t >= IDLE_NS:  # all that had arrived by then is in the journal
+        if self._is_idle():
             self._name(Instant(self._seen))
         if self._since:
             self.setting.report(self._since)
             self._since = None
         self.points.keep_up(self)
+
+    def _is_idle(self) -> bool:
+        """Whether nothing has come for a while before the newest good look; all that had is in the journal by now."""
+        if self._seen - self.newest.t >= IDLE_NS:
+            return True
+        now = self.setting.options.clock()
+        return self.newest.t - now >= IDLE_NS > now - self._seen >= 0  # the clock was set back
 
     def _kept(self) -> list[Token]:
         """What barrier and point name: no clean-up may remove it."""
