@@ -140,8 +140,8 @@ def test_a_full_journal_disk_opens_a_gap_and_loses_nothing(daemons: list[Daemon]
         wait_until(lambda: not [f for f in daemons[0].leftovers() if f.startswith("hvb-")])
         acked = scribe.acked
         wait_until(lambda: scribe.acked > acked + 100)
-        disk.empty()
         begun = len(events(worker, "begun"))
+        disk.empty()
         worker.wait_for("begun", begun + 1)
         assert events(worker, "begun")[-1]["how"] == "resumed"
         worker.wait_for("moment", 1 + len(events(worker, "moment")))

@@ -23,6 +23,8 @@ from tests.cli.rig import World, make_disk
 
 SIZE = 1 << 20
 CONFIG = """
+[service]
+prune = ""
 [source.a]
 uri = "image:{folder}/a.raw"
 name = "web1"
@@ -42,6 +44,7 @@ machines = ["nosuch"]
 [store.main]
 path = "{folder}/store"
 check = ""
+reclaim = ""
 regroup = ""
 """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.requests import Request
@@ -110,12 +110,11 @@ def test_an_export_lasts_until_it_is_cancelled(site: Site) -> None:
 
     client = site.client("restorer")
     job = client.post(f"/api/v1/machines/{site.key('web1')}/map", json={"at": "latest"}).json()["id"]
-    answer: Any = None
-    for _ in range(200):
+    end = time.monotonic() + 180
+    while not (answer := client.get(f"/api/v1/jobs/{job}").json()["answer"]):
+        assert time.monotonic() < end
         site.keeper.step()
-        if answer := client.get(f"/api/v1/jobs/{job}").json()["answer"]:
-            break
-        __import__("time").sleep(0.05)
+        time.sleep(0.05)
     with NbdClient.open(answer["disks"][0]["uri"]) as export:
         buffer = bytearray(SIZE)
         export.read_into(0, memoryview(buffer))

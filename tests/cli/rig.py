@@ -106,6 +106,14 @@ class World:
         return found
 
 
+def dead(pid: int) -> bool:
+    """Whether a process has ended; nobody may have asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def make_disk(path: Path, size: int, *, seed: int = 1) -> bytes:
     """A raw disk of random bytes, with a hole in the middle."""
     third = size // 3

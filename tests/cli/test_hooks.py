@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.rig import World, make_disk
+from tests.cli.rig import World, dead, make_disk
 
 pytestmark = pytest.mark.real
 
@@ -163,14 +163,6 @@ def test_the_death_of_both_is_made_good_by_the_next_run(hooked: Hooked) -> None:
     assert hooked.log()[1:3] == ["hook post-thaw post-thaw vm late", "hook pre-freeze pre-freeze vm"]
     hooked.world.done("backup", hooked.source, "--hook", hooked.folder)
     assert [line for line in hooked.log() if "late" in line] == hooked.log()[1:2]
-
-
-def dead(pid: int) -> bool:
-    """Whether a process has ended; nobody may have asked how."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def children(pid: int) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hvbackup.model import MiB
-from tests.cli.rig import World, make_disk
+from tests.cli.rig import World, dead, make_disk
 from tests.hypervisors.daemon import Daemon, make_image
 
 
@@ -170,7 +170,7 @@ def test_a_booted_machine_is_listed_and_discarded(stored: World) -> None:
     finally:
         stored.done("discard", "trial")
     for pid in booted.json["processes"].values():
-        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+        assert dead(pid)
 
 
 def test_an_answer_that_cannot_be_written_is_a_failure(stored: World) -> None:

@@ -54,7 +54,7 @@ def notes(world: World) -> list[dict[str, Any]]:
     for path in (world.folder / "run/workers").glob("*.json"):
         try:
             note = json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             continue
         if Path(f"/proc/{note['process']['pid']}").exists():
             found.append(note)

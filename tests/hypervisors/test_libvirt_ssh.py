@@ -5,6 +5,7 @@ It needs `apt install openssh-server`, and fails without it.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import Continuity
 from labs.libvirtd import Libvirtd, run
 from tests.hypervisors.conformance import BLOCK, Cycle
-from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine, wait_until
+from tests.hypervisors.libvirtd import LibvirtMachine, machine, wait_until
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.real, pytest.mark.soak]
@@ -79,10 +80,12 @@ def test_a_machine_of_another_host_is_read_through_ssh(libvirtd: Libvirtd, ssh: 
         uri = f"qemu+ssh://root@localhost/system?socket={libvirtd.folder}/libvirt-sock&command={ssh}"
         where = LibvirtUri.parse(f"{uri}&netcat={ssh.with_name('nc')}&domain={vm.uuid}")
 
+        store = secrets.token_hex(4)  # what is below /var/tmp is seen by everybody
+
         def hypervisor(**_: object) -> LibvirtHypervisor:
             settings = Settings(15.0, 15.0, 0)
             return LibvirtHypervisor(
-                where, STORE, scratch_dir=vm.folder / "s", runtime=vm.folder / "r", settings=settings
+                where, store, scratch_dir=vm.folder / "s", runtime=vm.folder / "r", settings=settings
             )
 
         vm.hypervisor = hypervisor  # type: ignore[method-assign]
@@ -98,7 +101,7 @@ def test_a_machine_of_another_host_is_read_through_ssh(libvirtd: Libvirtd, ssh: 
         cycle.capture()
         assert set(cycle.how.values()) == {Continuity.INCREMENTAL}
         assert cycle.equal()
-        left = [p.name for p in Path("/var/tmp").glob("hvb-*")] + [p.name for p in vm.folder.glob("*.scratch")]
+        left = [p.name for p in Path("/var/tmp").glob(f"hvb-{store}-*")] + [p.name for p in vm.folder.glob("*.scratch")]
         assert not left
         _only_checkpoints(vm)
 

@@ -184,9 +184,10 @@ def test_closing_leaves_no_thread(monitor: Callable[[Script], Path]) -> None:
         greet(client)
         until_hangup(client)
 
-    qmp = Qmp(monitor(script), timeout_seconds=60)
+    qmp = Qmp(path := monitor(script), timeout_seconds=60)
+    assert f"qmp {path}" in [t.name for t in threading.enumerate()]
     qmp.close()
     qmp.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("qmp ")]
+    assert f"qmp {path}" not in [t.name for t in threading.enumerate()]
     with pytest.raises(HostUnreachable, match="closed"):
         qmp.command("query-status")

@@ -41,6 +41,6 @@ def _name(pid: int) -> str:
     """What a process is, while it lives."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if state.rpartition(")")[2].split()[0] == "Z" else state[state.index("(") + 1 : state.rindex(")")]

@@ -289,20 +289,21 @@ def test_a_crowd_of_slow_commands_gets_all_the_threads(serve: Serve) -> None:
 def test_threads_come_when_an_export_is_slow_and_go_when_it_is_quick(serve: Serve, pace: Pace) -> None:
     slow = threading.Event()
     export = TrickExport(1 << 20, lambda offset, length: pace.sleep(0.02) if slow.is_set() else None)
+    before = set(threading.enumerate())
+
+    def session_threads() -> int:
+        return sum(t.name in ("nbd client", "nbd disk") for t in threading.enumerate() if t not in before)
+
     with NbdClient.open(serve(export), settings=Settings(request_bytes=4096)) as client:
         _read(client, 0, 1 << 20)
-        assert _session_threads() == 1
+        assert session_threads() == 1
         slow.set()
         _read(client, 0, 1 << 20)
-        assert export.most_inside == _session_threads() == Limits().workers
+        assert export.most_inside == session_threads() == Limits().workers
         slow.clear()
         for _ in range(20):
             _read(client, 0, 1 << 20)
-        assert wait_for(lambda: _session_threads() <= 2)  # one may still sleep at the input
-
-
-def _session_threads() -> int:
-    return sum(thread.name in ("nbd client", "nbd disk") for thread in threading.enumerate())
+        assert wait_for(lambda: session_threads() <= 2)  # one may still sleep at the input
 
 
 def test_a_serial_export_sees_one_request_after_the_other_in_order(serve: Serve) -> None:

@@ -104,10 +104,11 @@ def test_nothing_is_sealed_while_it_rests_and_all_of_it_in_order_afterwards(
 
 
 def test_a_rest_ends_by_itself(resting: Sealing, sealed: list[Name]) -> None:
-    resting.rest(0.2)
+    resting.rest(60)
     resting.add(log(1), 1)
     time.sleep(0.05)
     assert not sealed
+    resting.rest(0.2)
     assert eventually(lambda: bool(sealed))
 
 
@@ -497,11 +498,18 @@ def test_a_log_that_waits_is_never_taken_for_a_later_one(store: Store) -> None:
 def test_a_log_larger_than_what_may_wait_is_waited_for_by_nobody(
     store: Store, sealed: list[Name], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "seal", lambda store, machine, name: time.sleep(1) or sealed.append(name))
+    let = threading.Event()
+
+    def work(store: Store, machine: object, name: Name) -> None:
+        let.wait(20)
+        sealed.append(name)
+
+    monkeypatch.setattr(sealing, "seal", work)
     queue = Sealing(store, MACHINE, 800)
     queue.add(log(1), 1000)
     queue.wait_for_room(1000)
     assert not sealed
+    let.set()
     queue.finish()
 
 
@@ -523,8 +531,9 @@ def test_nobody_waits_for_all_that_is_too_much_when_the_disk_is_filled_by_others
     queue.add(log(10), 30)
     waiter = threading.Thread(target=queue.wait_for_room, args=(60,))
     waiter.start()
-    waiter.join(0.3)
+    assert eventually(lambda: len(queue._changed._waiters) == 1), "what is sealed before it waits is not for it"
     let.release()
+    assert eventually(lambda: queue._sealed_bytes == 30)
     waiter.join(0.3)
     assert waiter.is_alive(), "as much as was written since has to be sealed"
     let.release()
