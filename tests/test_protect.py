@@ -261,6 +261,28 @@ def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
     assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
 
 
+def test_a_clock_that_is_set_back_keeps_no_point_from_being_made(world: World) -> None:
+    now = [Instant(1_700_000_000 * SECOND)]
+    world.hv._clock = lambda: now[0]
+    world.protection.setting.options = replace(world.protection.setting.options, clock=lambda: now[0])
+    events: list[Event] = []
+    world.protection.setting.report = events.append
+    life = world.protection.begin("a test")
+    for step, due in ((SECOND, 0), (-7200 * SECOND, 1), (SECOND, 1), (3600 * SECOND, 2)):
+        now[0] = Instant(now[0] + step)
+        life.step()
+        life.points.join()
+        assert sum(isinstance(e, Folded) for e in events) == due
+    life.points._try_again(life.newest)
+    now[0] = Instant(now[0] + SECOND)
+    life.step()
+    now[0] = Instant(now[0] - 7200 * SECOND)
+    life.step()
+    life.points.join()
+    assert sum(isinstance(e, Folded) for e in events) == 3, "nobody waits two hours to try again"
+    life.close()
+
+
 def lie(world: World) -> None:
     for disk in world.hv.machine("m1").disks.values():
         disk.tracking = Tracking.LIES

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hvbackup.errors import UsageError
-from hvbackup.hypervisors import qemu_config, qemu_server
+from hvbackup.errors import StreamBypassed, UsageError
+from hvbackup.hypervisors import qemu_config, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_graph import BlockGraph, Device, daemon_devices, device_id, qom_path, why_skipped
 from hvbackup.hypervisors.qemu_names import StoreNames
@@ -168,3 +169,24 @@ def test_names_fit_into_qemu_and_tell_leases_apart() -> None:
     assert not StoreNames("ffffffff").is_checkpoint(store.new_checkpoint())
     assert Path(one.folder("m1")).name.startswith(store.folder_prefix("m1"))
     assert store.folder_prefix("m1") != store.folder_prefix("m2")
+
+
+@pytest.mark.parametrize(
+    ("status", "migration", "elsewhere"),
+    [
+        ("running", "completed", False),  # it has come here
+        ("paused", "completed", False),
+        ("prelaunch", None, False),
+        ("prelaunch", "failed", False),
+        ("postmigrate", "completed", True),
+        ("prelaunch", "completed", True),  # it has gone, and what is left of it was reset
+        ("finish-migrate", "active", True),
+        ("inmigrate", None, True),
+    ],
+)
+def test_a_machine_that_has_gone_to_another_qemu_is_known_by_its_state(
+    status: str, migration: str | None, elsewhere: bool
+) -> None:
+    said = {"status": migration} if migration else {}
+    with pytest.raises(StreamBypassed, match="live migration") if elsewhere else contextlib.nullcontext():
+        qemu_stop.refuse_elsewhere(Path("qmp.sock"), {"status": status}, lambda: said, StreamBypassed)
