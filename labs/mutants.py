@@ -567,7 +567,7 @@ MUTANTS = (
         "hvbackup/hypervisors/qemu_seats.py",
         "for seat in then if seat not in now)",
         "for seat in then if seat is now)",
-        ("tests/test_protect_bypass.py::test_a_disk_that_is_plugged_in_under_another_name",),
+        ("tests/test_protect_bypass.py::test_a_disk_that_is_unplugged_is_none_any_more",),
     ),
     Mutant(
         "a disk that is new is none of ours",

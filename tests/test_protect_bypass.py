@@ -86,7 +86,7 @@ def protection_of(
     return Protection(store, hypervisor, only(hypervisor), Options(), rhythm, report)
 
 
-def noticed(life: AnyLife, kind: type[HostUnreachable], match: str = "") -> None:
+def noticed(life: AnyLife, kind: type[HostUnreachable], match: str = ".") -> None:
     """The life ends with this error, soon."""
 
     def steps() -> None:
@@ -135,6 +135,16 @@ def test_a_disk_that_is_plugged_in_under_another_name(store: Store, guest: Guest
     assert "other" not in newest(protection)
     assert newest(protection)["vdb"] < 2
     begins_again(protection, {"vda": 0, "other": 2})
+
+
+@pytest.mark.guest
+def test_a_disk_that_is_unplugged_is_none_any_more(store: Store, guest: Guest, folder: Path) -> None:
+    """What is done to its node meanwhile would go past its bitmap."""
+    protection = protection_of(store, guest, folder, False)
+    life = protection.begin("a test")
+    unplug(guest, "vdb")
+    noticed(life, HostUnreachable, "vdb.*unplugged")
+    begins_again(protection, {"vda": 0})
 
 
 @pytest.mark.guest
