@@ -7,8 +7,10 @@
     │   └── StoreMissing              no store there, or a store of another kind or version
     ├── HostUnreachable           4   a hypervisor, disk server or host does not answer
     │   ├── ReadFailed                it answered, and could not read or write these bytes
+    │   ├── DiskReplaced              a disk has another content, and what tracks its changes does not know
     │   └── StreamBroken              a machine's writes do not reach us any more
     │       └── StreamBypassed        and some were missed before that was noticed
+    │           └── StreamUncertain   or may have been; what tracks changes knows which
     ├── Busy                      5   somebody else holds the store, the machine or the disk
     ├── SpaceExhausted            1   no room left; what was committed is untouched
     ├── HookFailed                1   a program of the administrator's said no, or did not end
@@ -64,6 +66,14 @@ class StreamBroken(HostUnreachable):
 
 class StreamBypassed(StreamBroken):
     """Writes of a machine went past us before that was noticed: moments since the last good look may lack some."""
+
+
+class StreamUncertain(StreamBypassed):
+    """Moments since the last good look may lack a write; QEMU's bitmaps have it."""
+
+
+class DiskReplaced(HostUnreachable):
+    """A disk is another file under the name it had: what its bitmap calls unchanged proves nothing."""
 
 
 class ReadFailed(HostUnreachable):

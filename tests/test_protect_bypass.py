@@ -113,8 +113,10 @@ def newest(protection: Protection) -> dict[str, int]:
     return found
 
 
-def begins_again(protection: Protection, expected: dict[str, int]) -> None:
-    """And the first moment is what the machine is then."""
+def begins_again(protection: Protection, expected: dict[str, int], *, full: bool = False) -> None:
+    """And the first moment is what the machine is then; `full`: no bitmap is believed, and every disk is read whole."""
+    history = History(protection.setting.store, protection.setting.machine.id)
+    assert history.told.distrusted is full
     life = protection.begin("a test")
     life.close()
     assert newest(protection) == expected
@@ -134,7 +136,7 @@ def test_a_disk_that_is_plugged_in_under_another_name(store: Store, guest: Guest
     noticed(life, HostUnreachable, "other|vdb")
     assert "other" not in newest(protection)
     assert newest(protection)["vdb"] < 2
-    begins_again(protection, {"vda": 0, "other": 2})
+    begins_again(protection, {"vda": 0, "other": 2}, full=streamed)
 
 
 @pytest.mark.guest
@@ -174,9 +176,7 @@ def test_a_disk_that_is_another_file_under_the_same_name(
     guest.qmp("blockdev-reopen", options=[{"driver": "raw", "node-name": "disk1", "file": "other-file"}])
     noticed(life, HostUnreachable, "vdb")
     assert newest(protection)["vdb"] == 0
-    protection.setting.options = Options(full=True)  # whoever does this has to say so: the bitmap stays with the name
-    protection.setting.damaged = True
-    begins_again(protection, {"vda": 0, "vdb": 4})
+    begins_again(protection, {"vda": 0, "vdb": 4}, full=True)
 
 
 @pytest.mark.guest
@@ -198,7 +198,7 @@ def test_a_write_past_the_mirror_before_the_first_look_and_after_the_last(
     else:
         noticed(life, StreamBypassed)
     assert newest(protection) == {"vda": 0, "vdb": 0}
-    begins_again(protection, {"vda": 5, "vdb": 5})
+    begins_again(protection, {"vda": 5, "vdb": 5}, full=True)
 
 
 @pytest.mark.guest

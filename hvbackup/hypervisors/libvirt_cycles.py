@@ -204,8 +204,9 @@ def prepare(
     monitor = Monitor(domain, names.folder(seen.machine.id))
     try:
         with monitor.connect() as qmp:
-            seats = seats_of(qmp.command("query-block"))
+            blocks = qmp.command("query-block")
             drives = drives_of(qmp, seen)
+            seats = seats_of(blocks, {d.node for d in drives})
             qemu_fleece.refuse_leftovers(qmp, room.names)
             server = qemu_server.start(qmp, folder, CommandLine(), room.names)
     except BaseException:

@@ -149,8 +149,9 @@ class QemuHypervisor:
         folder = self._scratch_dir / names.folder(machine.id)
         with self._connect() as qmp:
             ask = "query-block-exports" if _optional(qmp, "query-uuid") is None else "query-block"
-            seats = seats_of(qmp.command(ask))
+            blocks = qmp.command(ask)
             seen = self._look(qmp)
+            seats = seats_of(blocks, {d.node for d in seen.drives})
             if seen.machine.id != machine.id:
                 raise NotFound(
                     f"QEMU at {self.path} is not machine {machine.name} ({machine.id}) but {seen.machine.id}"

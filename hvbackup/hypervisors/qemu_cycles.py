@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hvbackup import extents
-from hvbackup.errors import HostUnreachable, HvbackupError, ReadFailed
+from hvbackup.errors import DiskReplaced, HostUnreachable, HvbackupError, ReadFailed
 from hvbackup.hypervisors import (
     LEFT_ALONE,
     Changes,
@@ -37,6 +37,7 @@ from hvbackup.hypervisors import (
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND, LeaseNames
 from hvbackup.hypervisors.qemu_scratch import write_empty_qcow2
+from hvbackup.hypervisors.qemu_seats import Used
 from hvbackup.hypervisors.qemu_watch import Watch
 from hvbackup.hypervisors.qemu_wire import Command, Wire, dashed, until
 from hvbackup.hypervisors.qmp import CommandRefused, Peer
@@ -71,7 +72,7 @@ class Setting:
     reserve_bytes: int
     clock: Callable[[], int]
     ask: str  # the command that tells where the disks are used: devices, or the exports of a storage daemon
-    seats: Mapping[str, str]  # device or export -> the node it uses, looked up before the disks were
+    seats: Mapping[str, Used]  # by device or export, looked up before the disks were
     doubt: Callable[[Drive, Token | None], str]
     sweep: Callable[[], None]
     release: Callable[[Collection[Token]], None]
@@ -183,7 +184,7 @@ class QemuCycles:
             self._drop_wire()
             with contextlib.suppress(HvbackupError):  # the first error says more; the lease and the watchdog stay
                 self._sweep()
-            if isinstance(e, HostUnreachable):
+            if isinstance(e, CommandRefused | ReadFailed):
                 self._refuse_moved()
             raise
 
@@ -236,11 +237,13 @@ class QemuCycles:
         if status:
             qemu_stop.refuse_elsewhere(self._set.path, answers[2], lambda: wire.one("query-migrate"))
         nodes = {n["node-name"]: n for n in answers[0]}
-        moved = qemu_seats.moved(self._set.seats, qemu_seats.seats_of(answers[1]))
-        if moved := moved + qemu_seats.replaced(self._drives, nodes):
-            raise HostUnreachable(
-                f"Disks of machine {self._set.machine.name} are not what they were: {', '.join(moved)}"
-            )
+        then, now = self._set.seats, qemu_seats.seats_of(answers[1], {d.node for d in self._drives})
+        said = f"Disks of machine {self._set.machine.name} are not what they were"
+        if files := qemu_seats.other_files(self._drives, nodes):
+            raise DiskReplaced(f"{said}: another file is in the node of {', '.join(files)}")
+        changed = [*qemu_seats.moved(then, now), *qemu_seats.unplugged(then, now), *qemu_seats.added(then, now)]
+        if changed := [*changed, *qemu_seats.other_sizes(self._drives, nodes)]:
+            raise HostUnreachable(f"{said}: {', '.join(changed)}")
         found = []
         for drive in self._drives:
             bitmaps = {b["name"]: Bitmap.parse(b) for b in nodes[drive.node].get("dirty-bitmaps", ()) if b.get("name")}

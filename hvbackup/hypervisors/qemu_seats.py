@@ -7,8 +7,8 @@ Pure: made from what QEMU answered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from hvbackup.hypervisors.qemu_graph import Drive
 from hvbackup.hypervisors.qemu_names import PREFIX
@@ -16,12 +16,28 @@ from hvbackup.hypervisors.qemu_names import PREFIX
 Answer = Mapping[str, Any]
 
 
-def seats_of(answer: Sequence[Answer]) -> dict[str, str]:
-    """Device -> node from query-block, without media that come and go; export -> node from query-block-exports, without ours."""
+class Used(NamedTuple):
+    """What a device or an export of a storage daemon uses."""
+
+    node: str
+    file: str = ""
+    size: int = 0  # neither is told of exports
+
+
+def seats_of(answer: Sequence[Answer], captured: Collection[str] = ()) -> dict[str, Used]:
+    """By device, from query-block; by export, from query-block-exports, without ours.
+
+    Media that come and go are left out, but for those whose nodes are `captured`.
+    """
     if answer and "inserted" not in answer[0] and "node-name" in answer[0]:
-        return {str(e["id"]): str(e["node-name"]) for e in answer if not str(e["id"]).startswith(PREFIX)}
-    used = [b for b in answer if b.get("inserted") and not b.get("removable")]
-    return {seat_of(b): str(b["inserted"].get("node-name", "")) for b in used}
+        return {str(e["id"]): Used(str(e["node-name"])) for e in answer if not str(e["id"]).startswith(PREFIX)}
+    found = {}
+    for block in answer:
+        if inserted := block.get("inserted"):
+            node = str(inserted.get("node-name", ""))
+            if not block.get("removable") or node in captured:
+                found[seat_of(block)] = Used(node, str(inserted["file"]), int(inserted["image"]["virtual-size"]))
+    return found
 
 
 def seat_of(block: Answer) -> str:
@@ -29,20 +45,38 @@ def seat_of(block: Answer) -> str:
     return str(block.get("qdev") or block.get("device"))
 
 
-def moved(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is used elsewhere than then, not any more, or is new."""
-    changed = [seat for seat, node in then.items() if now.get(seat, node) != node]
+def moved(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
+    """What uses another node than then."""
+    return [seat for seat, was in then.items() if seat in now and now[seat].node != was.node]
+
+
+def replaced(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
+    """What uses the same node, in which another file is."""
     return [
-        *changed,
-        *(f"{seat} (unplugged)" for seat in then if seat not in now),
-        *(f"{seat} (new)" for seat in now if seat not in then),
+        seat for seat, was in then.items() if seat in now and now[seat][:2] == (was.node, now[seat].file) != was[:2]
     ]
 
 
-def replaced(drives: Sequence[Drive], nodes: Mapping[str, Answer]) -> list[str]:
-    """Disks whose node is gone, or has another file now or another size."""
-    return [d.disk.id for d in drives if (node := nodes.get(d.node)) is None or not _is_as_it_was(d, node)]
+def unplugged(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
+    """What is not there any more."""
+    return [f"{seat} (unplugged)" for seat in then if seat not in now]
 
 
-def _is_as_it_was(drive: Drive, node: Answer) -> bool:
-    return bool(node["image"]["virtual-size"] == drive.disk.size and str(node["file"]) == drive.disk.path)
+def resized(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
+    """What has another size."""
+    return [f"{seat} (resized)" for seat, was in then.items() if seat in now and now[seat].size != was.size]
+
+
+def added(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
+    """What was not there then."""
+    return [f"{seat} (new)" for seat in now if seat not in then]
+
+
+def other_files(drives: Sequence[Drive], nodes: Mapping[str, Answer]) -> list[str]:
+    """Disks in whose node another file is now."""
+    return [d.disk.id for d in drives if d.node in nodes and str(nodes[d.node]["file"]) != d.disk.path]
+
+
+def other_sizes(drives: Sequence[Drive], nodes: Mapping[str, Answer]) -> list[str]:
+    """Disks whose node is gone, or has another size."""
+    return [d.disk.id for d in drives if d.node not in nodes or nodes[d.node]["image"]["virtual-size"] != d.disk.size]

@@ -39,8 +39,8 @@ def refuse_elsewhere(
 ) -> None:
     """The machine runs in this QEMU; its disks would not be what they are.  Raises HostUnreachable, of this kind."""
     found = str(status["status"]) if status else ""
-    if found == "prelaunch" and (migration() or {}).get("status") == "completed":
-        found = "postmigrate"  # and it was reset since
+    if found == "prelaunch" and (gone := migration() or {}).get("status") == "completed" and "total-time" in gone:
+        found = "postmigrate"  # and it was reset since; the QEMU to which a machine came tells no times
     if where := ELSEWHERE.get(found):
         raise kind(f"QEMU at {path} {where}; name the socket of the one in which the machine runs")
 

@@ -23,12 +23,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from hvbackup.errors import Busy, HostUnreachable, HvbackupError, StreamBroken, StreamBypassed
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, StreamBroken, StreamBypassed, StreamUncertain
 from hvbackup.hypervisors import qemu_seats, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_cycles import GRAIN_BYTES, CycleDisk, Setting
 from hvbackup.hypervisors.qemu_graph import Bitmap, Drive, device_id
 from hvbackup.hypervisors.qemu_names import TOKEN_KIND
+from hvbackup.hypervisors.qemu_seats import Used
 from hvbackup.hypervisors.qemu_watch import StreamGuard, relieve
 from hvbackup.hypervisors.qemu_wire import Command, Wire, dashed, until
 from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
@@ -61,7 +62,7 @@ class QemuStream:
         self._second = [m for m in monitors(line) if m.resolve() != setting.path.resolve()]
         self._guard: StreamGuard | None = None
         self._keeping: set[str] | None = None  # names of checkpoints; None: not told yet, so nothing goes
-        self._seats: Mapping[str, str] = {}  # where the guest's devices were after arming
+        self._seats: Mapping[str, Used] = {}  # where the guest's devices were after arming
         self._offset: dict[DiskId, int] = {}  # what QEMU had counted and the target had not, by disk
         self._failed: dict[DiskId, int] = {}  # writes that had failed before, by disk
         self.disks = [d.disk for d in drives]
@@ -96,11 +97,10 @@ class QemuStream:
             wire.one(
                 "transaction", actions=[]
             )  # drains: what was counted before has arrived, or went by before we were here
-            self._seats = qemu_seats.seats_of(wire.one(s.ask))
+            self._seats = qemu_seats.seats_of(wire.one(s.ask), self._nodes())
             counted, self._failed = self._counted(wire)
             self._offset = {d: counted[d] - before[d] for d in counted}
-        passed = [seat for seat, node in self._seats.items() if node in {d.node for d in self._drives}]
-        if passed:
+        if passed := self._passed(self._seats):
             raise StreamBroken(f"QEMU at {s.path} does not send the writes of {', '.join(passed)} through the mirror")
 
     def _out_of_band(self) -> Iterator[_OutOfBand]:
@@ -260,7 +260,8 @@ class QemuStream:
 
     def _present(self, wire: Wire) -> list[Drive]:
         """The disks with the bitmaps they have now.  Raises StreamBroken when one is gone."""
-        nodes, found = _nodes(wire), []
+        nodes = {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
+        found = []
         for d in self._drives:
             if d.node not in nodes:
                 raise StreamBroken(f"Disk {d.disk.id} of machine {self._set.machine.name} is not where it was")
@@ -276,17 +277,13 @@ class QemuStream:
         if self.reason:
             raise StreamBroken(f"The stream of machine {self._set.machine.name} was broken off: {self.reason}")
         with self._wire() as wire:
-            self._refuse_standing(wire, StreamBypassed)
-            jobs, seats = self._jobs(wire), qemu_seats.seats_of(wire.one(self._set.ask))
-            moved = qemu_seats.moved(self._seats, seats) + qemu_seats.replaced(self._drives, _nodes(wire))
+            self._refuse_standing(wire, StreamUncertain)
+            jobs, blocks = self._jobs(wire), wire.one(self._set.ask)
             counted, failed = self._counted(wire)
         there = {disk: arrived(disk) for disk in counted}  # after QEMU was asked: what it counted has arrived by now
-        if moved:
-            raise StreamBypassed(
-                f"Disks are not what they were, or their writes do not come by the mirror: {', '.join(moved)}"
-            )
+        self._compare(qemu_seats.seats_of(blocks, self._nodes()))
         if spoilt := [d for d, count in failed.items() if count != self._failed.get(d, 0)]:
-            raise StreamBypassed(
+            raise StreamUncertain(
                 f"A write to disk {', '.join(spoilt)} failed, and a part of it may be there and not here"
             )
         for disk, count in counted.items():
@@ -298,6 +295,26 @@ class QemuStream:
             said = [str(job.get("error", job["status"])) for job in jobs if job["status"] != "ready"]
             raise StreamBypassed(f"QEMU at {self._set.path} broke its mirror off: {'; '.join(said) or 'it is gone'}")
 
+    def _nodes(self) -> set[str]:
+        """Where a device of a captured disk may be: in its node, or the mirror's filter above it."""
+        return {d.node for d in self._drives} | {self._set.names.filter(i) for i in range(len(self._drives))}
+
+    def _passed(self, seats: Mapping[str, Used]) -> list[str]:
+        """What uses a disk below the mirror's filter."""
+        return [seat for seat, used in seats.items() if used.node in {d.node for d in self._drives}]
+
+    def _compare(self, now: Mapping[str, Used]) -> None:
+        """The disks are what they were.  Raises StreamBypassed, StreamUncertain, StreamBroken when only a new one is there."""
+        then = self._seats
+        if moved := [*qemu_seats.moved(then, now), *qemu_seats.replaced(then, now), *self._passed(now)]:
+            raise StreamBypassed(f"The writes of {', '.join(moved)} do not go to the disk through the mirror any more")
+        if changed := [*qemu_seats.unplugged(then, now), *qemu_seats.resized(then, now)]:
+            raise StreamUncertain(
+                f"Disks of machine {self._set.machine.name} are not what they were: {', '.join(changed)}"
+            )
+        if new := qemu_seats.added(then, now):
+            raise StreamBroken(f"Machine {self._set.machine.name} has other disks than before: {', '.join(new)}")
+
     def _counted(self, wire: Wire) -> tuple[dict[DiskId, int], dict[DiskId, int]]:
         """Bytes that the guest has written, and its writes that failed, as QEMU counts them; a storage daemon does not."""
         known, filters = {d.id for d in self.disks}, {self._set.names.filter(i): d.id for i, d in enumerate(self.disks)}
@@ -307,7 +324,8 @@ class QemuStream:
             if not (row.get("qdev") or row.get("device")):
                 continue
             name = device_id(row)
-            disk = filters.get(self._seats.get(qemu_seats.seat_of(row), ""), DiskId(self._aliases.get(name, name)))
+            seat = self._seats.get(qemu_seats.seat_of(row), Used(""))
+            disk = filters.get(seat.node, DiskId(self._aliases.get(name, name)))
             if disk in known:
                 written[disk] = int(row["stats"]["wr_bytes"])
                 failed[disk] = int(row["stats"]["failed_wr_operations"])
@@ -321,16 +339,12 @@ class QemuStream:
         qemu_stop.refuse_elsewhere(self._set.path, status, lambda: wire.one("query-migrate"), kind)
         if status["status"] == "io-error":
             raise kind(
-                f"Machine {self._set.machine.name} stands still, for QEMU could not write to its disk (io-error): "
+                f"Machine {self._set.machine.name} stands still, for an error of a disk (io-error): "
                 "its writes are recorded again when it goes on"
             )
 
     def _wire(self) -> Wire:
         return Wire(self._set.path, self._set.reply_seconds)
-
-
-def _nodes(wire: Wire) -> dict[str, dict[str, Any]]:
-    return {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
 
 
 def end_left(connect: Callable[[], AbstractContextManager[Qmp]], path: Path, prefix: str, seconds: float) -> None:

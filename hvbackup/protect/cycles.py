@@ -24,7 +24,7 @@ from typing import cast
 from hvbackup import extents
 from hvbackup.capture import Progress
 from hvbackup.copying import copy, portions
-from hvbackup.errors import StoreDamage
+from hvbackup.errors import DiskReplaced, StoreDamage
 from hvbackup.hypervisors import Changes, Cycles, Cycling, Frozen, FrozenDisk, Hypervisor, Seat
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, LeaseId, Machine, MiB, RecoveryPoint, Token
@@ -148,7 +148,10 @@ class CycleLife:
         except BaseException as e:
             self.journaling.drain()
             if isinstance(e, TrackerLied):
-                self._doubt(str(e))
+                good = History(self.setting.store, self.setting.machine.id).told.good
+                self._doubt(str(e), good or Moment(0, Instant(0)))
+            if isinstance(e, DiskReplaced):
+                self._doubt(str(e), self.newest)  # which was the disk; its tokens prove nothing any more
             raise
 
     def _cycle(self) -> Cycle:
@@ -277,9 +280,8 @@ class CycleLife:
         self.samples.compared(self.setting.options.clock())
         return {"sampled": compared}
 
-    def _doubt(self, why: str) -> None:
-        """No moment since the last good sample is offered any more when this returns."""
+    def _doubt(self, why: str, good: Moment) -> None:
+        """No moment since the last good one is offered any more, and no token believed, when this returns."""
         self.recorder.rotate()  # what was appended belongs to no moment
-        good = History(self.setting.store, self.setting.machine.id).told.good or Moment(0, Instant(0))
         doubt = {"after": good.seq, "start": int(good.t), "why": why}
         self.recorder.barrier(self.newest.t, self.tokens, doubt=doubt)

@@ -23,7 +23,7 @@ class Look:
     t: Instant  # when it began
     good: Moment | None = None  # nothing went past us until this moment
     tokens: Mapping[DiskId, Token] | None = None  # checkpoints that were made: what had arrived before is not in them
-    error: StreamBroken | None = None
+    error: Exception | None = None
 
 
 class Looks:
@@ -56,15 +56,18 @@ class Looks:
     def _look(self, newest: Moment, *, settle: bool = True) -> None:
         self._found = look = Look(Instant(self._clock()))
         try:
-            self._stream.check(self._arrived)
-            look.good = newest
+            tokens = None
             if settle and time.monotonic() - self._settled >= SETTLE_SECONDS:
-                look.tokens = self._stream.settle()
+                tokens = self._stream.settle()
                 self._settled = time.monotonic()
+            self._stream.check(self._arrived)  # afterwards: what went past us before is in the earlier checkpoints
+            look.good, look.tokens = newest, tokens
         except StreamBroken as e:
             look.error = e
         except HostUnreachable:
             return  # somebody else holds the monitor; a QEMU that is gone cuts its connections
+        except Exception as e:  # noqa: BLE001 - handed to the thread of the life, which ends with it
+            look.error = e
 
     def join(self) -> None:
         """Nobody looks any more."""

@@ -26,6 +26,7 @@ from hvbackup.store.shelves.pauses import Pause
 from hvbackup.store.store import Store
 
 BACKOFF_SECONDS = (1, 2, 5, 10, 30, 60)  # between lives, while the host does not answer
+STEADY_SECONDS = 5.0  # a life that lasts as long begins the count anew
 IDLE_TIMES = 4  # as long as an attempt took a machine is left alone that writes too much for its journal
 LOOK_SECONDS = 1.0  # for the end of a pause
 PASSING = (HostUnreachable, ContinuityLost, Busy, SpaceExhausted, JournalStalled, StoreDamage)  # by itself, perhaps
@@ -51,7 +52,7 @@ class Protection:
         lock = writing or threading.RLock()
         self.setting = Setting(store, hypervisor, machine, options, rhythm, report, lock, leases)
         self._wake, self._ended = threading.Event(), threading.Event()
-        self._failures = 0
+        self._failures, self._unexpected = 0, ""
         self._living = self._begun = self._protected = False
 
     def meet(self, meeting: Meeting) -> None:
@@ -135,7 +136,9 @@ class Protection:
             if isinstance(e, PASSING) or self._protected:
                 return e
             raise e
-        traceback.print_exception(e)
+        if str(e) != self._unexpected:  # once, not every minute
+            traceback.print_exception(e)
+        self._unexpected = str(e)
         return HvbackupError(f"Protection of machine {self.setting.machine.name} met an error: {type(e).__name__}: {e}")
 
     def _retry(self, trouble: HvbackupError, took: float) -> None:
@@ -172,6 +175,7 @@ class Protection:
     def _live(self, life: Life) -> None:
         """Until told to end, or paused: then one more moment is made, the last before the administrator's work."""
         self._begun = self._protected = True
+        began = time.monotonic()
         seconds, paused = self.setting.rhythm.every_ns / SECOND, False
         try:
             while not self._ended.is_set() and not paused:
@@ -181,7 +185,8 @@ class Protection:
                 self._wake.clear()
                 paused = self._pause() is not None
                 seconds = life.step()
-                self._failures = 0
+                if time.monotonic() - began >= STEADY_SECONDS:
+                    self._failures = 0
         except BaseException as e:
             if isinstance(e, JournalStalled):
                 self.setting.report(Trouble(e, 0))  # at once: closing waits for that disk

@@ -55,6 +55,8 @@ def _append(recorder: Recorder, history: History, ring: Ring) -> bool:
     told, (row, at) = history.told, ring.tails
     if told.stream is None or told.stream.ring != ring.id:
         return False
+    if any(doubt.holds(told.stream.seq) for doubt in told.doubts):
+        return False  # something went past the stream: what is left would be laid over moments that lack it
     taken = told.stream.rows + _writes_after(history, told.stream.seq)
     if not row <= taken < ring.heads.rows:
         return False

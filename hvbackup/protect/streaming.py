@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from hvbackup import extents
 from hvbackup.capture import Progress
 from hvbackup.copying import copy, portions
-from hvbackup.errors import StreamBroken, StreamBypassed
+from hvbackup.errors import StreamBroken, StreamBypassed, StreamUncertain
 from hvbackup.hypervisors import FrozenDisk, Reader, Stream
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, KiB, MiB, RecoveryPoint, Token
@@ -135,11 +135,14 @@ class StreamLife:
 
         Whoever can't ask QEMU closes all the same; a stream that broke off has ended for all disks at one moment.
         """
-        if not (self._looks and self._closed) or self._failed or target.dead or target.ring.heads.broken:
+        if not (self._looks and self._closed) or self._failed or _broke_off(target):
             return
         try:
             self._record(target)
-            for look in self._looks.last(self.newest):
+            looks = self._looks.last(self.newest)
+            if _broke_off(target):
+                return  # meanwhile, so what QEMU has counted since did not arrive
+            for look in looks:
                 self._heed(look)
         except StreamBroken as e:
             self.setting.report(Trouble(e, 0))
@@ -320,7 +323,10 @@ class StreamLife:
         """Raises StreamBroken, and StreamBypassed once no moment is offered any more that may lack a write."""
         if isinstance(look.error, StreamBypassed):
             good = self._good or self.newest
-            self._name(self.newest.t, doubt={"after": good.seq, "start": int(good.t), "why": str(look.error)})
+            doubt = {"after": good.seq, "start": int(good.t), "why": str(look.error)}
+            # A doubt that names no tokens leaves those before it as good as they were.
+            tokens = None if isinstance(look.error, StreamUncertain) else self.tokens
+            self.newest = Moment(self.recorder.barrier(self.newest.t, tokens, doubt=doubt), self.newest.t)
             self._closed = False  # what is in the ring belongs to no moment either
         if look.error:
             raise look.error
@@ -336,19 +342,12 @@ class StreamLife:
         """Points are made when they are due, and what was done is told."""
         self._kept_up = time.monotonic()
         self.lease = self.setting.leases.renew(self.lease)
-        if self._is_idle():
+        if self._seen - self.newest.t >= IDLE_NS:  # all that had arrived by then is in the journal
             self._name(Instant(self._seen))
         if self._since:
             self.setting.report(self._since)
             self._since = None
         self.points.keep_up(self)
-
-    def _is_idle(self) -> bool:
-        """Whether nothing has come for a while before the newest good look; all that had is in the journal by now."""
-        if self._seen - self.newest.t >= IDLE_NS:
-            return True
-        now = self.setting.options.clock()
-        return self.newest.t - now >= IDLE_NS > now - self._seen >= 0  # the clock was set back
 
     def _kept(self) -> list[Token]:
         """What barrier and point name: no clean-up may remove it."""
@@ -361,3 +360,7 @@ class StreamLife:
             self.newest, s.writes + writes, s.bytes + size, max(s.seconds, seconds), max(s.lag_seconds, lag),
             [*s.marks, *labels],
         )  # fmt: skip
+
+
+def _broke_off(target: Target) -> bool:
+    return target.dead or bool(target.ring.heads.broken)

@@ -17,7 +17,7 @@ from hvbackup.config import Places
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import SECOND, Consistency, Instant, Machine, MiB
-from hvbackup.protect.events import Event, Rhythm, Trouble
+from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.group import Group
 from hvbackup.protect.protection import Protection
 from hvbackup.service import backup
@@ -68,7 +68,6 @@ class Worker:
             self.protection.run()
         except HvbackupError as e:
             self.error = e
-            self.protection.setting.report(Trouble(e, 0))  # the others of its process go on
 
 
 @contextmanager

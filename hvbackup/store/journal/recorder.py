@@ -149,14 +149,15 @@ class Recorder:
         facts["offset"], facts["length"] = rows[:, 0], rows[:, 1]
         self._in_set(t).append(facts, b"", t, barrier=False)
 
-    def barrier(self, t: Instant, tokens: Mapping[DiskId, Token], **more: Any) -> int:
+    def barrier(self, t: Instant, tokens: Mapping[DiskId, Token] | None, **more: Any) -> int:
         """The set is closed: its state is a durable moment when this returns the moment's sequence number.
 
+        Without `tokens` those that were named last are as good as they were.
         `more` is told with it: `gap={"from": t, "why": ...}` that ends here, `mark={"label": ...}`, `sampled=N` blocks that were
         as the tracker said, `doubt={"after": seq, "start": t, "why": ...}` about the moments since, this one included.
         """
-        named = {"tokens": {d: asdict(token) for d, token in tokens.items()}}
-        if self._position:
+        named = {} if tokens is None else {"tokens": {d: asdict(token) for d, token in tokens.items()}}
+        if self._position and named:
             self._carried = named
         value = {**named, **self._clock_step(t), **self._streamed(), **more}
         seq = self._open(t).note(t, value, barrier=True)
