@@ -35,6 +35,7 @@ class BusyGuest(FakeHypervisor):
     def __init__(self) -> None:
         super().__init__([FakeMachine(MACHINE, {d: FakeDisk(n) for d, n in SIZES.items()})])
         self.rng, self.for_each_write, self._written = random.Random(5), 0, 0
+        self._writing = threading.Lock()
         for disk in self.disks.values():
             disk.write(0, self.rng.randbytes(disk.size))
 
@@ -50,9 +51,10 @@ class BusyGuest(FakeHypervisor):
     def reached(self, call: str) -> None:
         super().reached(call)
         if self.for_each_write and call == "read":
-            due = self.read_bytes // self.for_each_write - self._written
-            self._written += due
-            self.write_some(due)
+            with self._writing:
+                due = self.read_bytes // self.for_each_write - self._written
+                self._written += due
+                self.write_some(due)
 
     def content(self) -> dict[str, bytes]:
         return {d: bytes(self.disks[d].content) for d in SIZES}

@@ -68,7 +68,10 @@ def plug(guest: Guest, name: str, drive: str, port: int) -> None:
 
 
 def unplug(guest: Guest, name: str) -> None:
+    """Neither the guest nor QEMU has it when this returns."""
+    before = guest.sh("ls /sys/block").split()
     guest.qmp("device_del", id=name)
+    wait_until(lambda: len(guest.sh("ls /sys/block").split()) < len(before), 60)
     wait_until(lambda: not [b for b in guest.qmp("query-block") if name in b.get("qdev", "")], 60)
 
 

@@ -380,6 +380,8 @@ class FakeReader:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         hypervisor = self._disk.frozen.hypervisor
+        with hypervisor._lock:  # several read at the same time
+            hypervisor.read_bytes += len(buffer)
         hypervisor.reached("read")
         name = f"disk {self._disk.disk.id} of machine {self._disk.frozen.machine.name}"
         if self._closed or self._disk.frozen.over:
@@ -387,7 +389,6 @@ class FakeReader:
         if offset < 0 or offset + len(buffer) > self._disk.disk.size:
             raise ReadFailed(f"Bytes {offset} to {offset + len(buffer)} are outside {name}")
         buffer[:] = self._disk.content()[offset : offset + len(buffer)]
-        hypervisor.read_bytes += len(buffer)
 
     def close(self) -> None:
         self._closed = True
