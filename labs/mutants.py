@@ -493,7 +493,7 @@ MUTANTS = (
     Mutant(
         "moments in doubt still offered after a lie",
         "hvbackup/protect/cycles.py",
-        "                self._doubt(str(e))\n",
+        "                self._doubt(str(e), good or Moment(0, Instant(0)))\n",
         "                pass\n",
         (f"{PROTECT}test_after_a_lie_no_moment_since_the_last_good_sample_is_offered",),
     ),
@@ -565,23 +565,30 @@ MUTANTS = (
     Mutant(
         "a disk that is unplugged is where it was",
         "hvbackup/hypervisors/qemu_seats.py",
-        "for seat in then if seat not in now)",
-        "for seat in then if seat is now)",
+        "for seat in then if seat not in now]",
+        "for seat in then if seat is now]",
         ("tests/test_protect_bypass.py::test_a_disk_that_is_unplugged_is_none_any_more",),
     ),
     Mutant(
         "a disk that is new is none of ours",
         "hvbackup/hypervisors/qemu_seats.py",
-        "for seat in now if seat not in then)",
-        "for seat in now if seat is then)",
+        "for seat in now if seat not in then]",
+        "for seat in now if seat is then]",
         ("tests/test_protect_bypass.py::test_a_disk_that_is_new_is_protected_too",),
     ),
     Mutant(
         "another file under the same node is the same disk",
         "hvbackup/hypervisors/qemu_seats.py",
-        ' and str(node["file"]) == drive.disk.path)',
-        ")",
+        "    return [seat for seat in same if now[seat].file != then[seat].file]",
+        "    return []",
         ("tests/test_protect_bypass.py::test_a_disk_that_is_another_file_under_the_same_name",),
+    ),
+    Mutant(
+        "a bitmap is believed whose node has another file",
+        "hvbackup/protect/cycles.py",
+        "            if isinstance(e, DiskReplaced):",
+        "            if False:",
+        ("tests/test_protect_bypass.py::test_a_disk_that_is_another_file_under_the_same_name[cycles]",),
     ),
     Mutant(
         "a write that failed is not on the disk",
@@ -600,8 +607,8 @@ MUTANTS = (
     Mutant(
         "nobody looks when a stream ends",
         "hvbackup/protect/streaming.py",
-        "            for look in self._looks.last(self.newest):",
-        "            for look in self._looks.last(self.newest)[:0]:",
+        "            looks = self._looks.last(self.newest)",
+        "            looks = self._looks.last(self.newest)[:0]",
         ("tests/test_protect_bypass.py::test_a_write_past_the_mirror_before_the_first_look_and_after_the_last",),
     ),
     Mutant(

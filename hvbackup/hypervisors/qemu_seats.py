@@ -52,9 +52,8 @@ def moved(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
 
 def replaced(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
     """What uses the same node, in which another file is."""
-    return [
-        seat for seat, was in then.items() if seat in now and now[seat][:2] == (was.node, now[seat].file) != was[:2]
-    ]
+    same = [seat for seat, was in then.items() if seat in now and now[seat].node == was.node]
+    return [seat for seat in same if now[seat].file != then[seat].file]
 
 
 def unplugged(then: Mapping[str, Used], now: Mapping[str, Used]) -> list[str]:
