@@ -20,15 +20,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvbackup.model import SECOND, Instant, KiB, MiB
+from hvbackup.model import KiB, MiB
 from hvbackup.nbd import protocol
 from hvbackup.nbd.client import NbdClient
 from hvbackup.nbd.uri import NbdUri
 from hvbackup.processes import give_way, idle, may_idle
-from hvbackup.protect.setting import Setting
 from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal.history import Moment
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.target import ring as rings
 from hvbackup.target.process import PROGRAM, Export, Target
@@ -221,24 +219,6 @@ def test_a_worker_stands_back_in_a_burst_and_not_for_a_while_after_it_was_called
     os.kill(target.pid, signal.SIGCONT)
     b, i = os.SCHED_BATCH, os.SCHED_IDLE
     assert classes == [b, i, i, b, i]
-
-
-@pytest.mark.parametrize(
-    ("newest", "seen", "now", "idle"),
-    [
-        (100, 103, 104, False),
-        (100, 105, 106, True),
-        (110, 105, 111, False),  # it wrote while nobody could ask
-        (200, 105, 106, True),  # the clock was set back
-        (200, 105, 130, False),  # and nobody could ask for a while
-        (200, 201, 106, False),  # nor since then
-    ],
-)
-def test_a_moment_of_an_idle_guest_is_that_of_a_look(newest: int, seen: int, now: int, idle: bool) -> None:
-    life = StreamLife.__new__(StreamLife)
-    life.newest, life._seen = Moment(1, Instant(newest * SECOND)), seen * SECOND
-    life.setting = cast(Setting, SimpleNamespace(options=SimpleNamespace(clock=lambda: now * SECOND)))
-    assert life._is_idle() is idle
 
 
 def test_it_does_not_call_a_worker_that_keeps_up(target: Target) -> None:

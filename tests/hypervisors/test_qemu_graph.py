@@ -174,19 +174,18 @@ def test_names_fit_into_qemu_and_tell_leases_apart() -> None:
 @pytest.mark.parametrize(
     ("status", "migration", "elsewhere"),
     [
-        ("running", "completed", False),  # it has come here
-        ("paused", "completed", False),
-        ("prelaunch", None, False),
-        ("prelaunch", "failed", False),
-        ("postmigrate", "completed", True),
-        ("prelaunch", "completed", True),  # it has gone, and what is left of it was reset
-        ("finish-migrate", "active", True),
-        ("inmigrate", None, True),
+        ("running", {"status": "completed"}, False),  # it has come here
+        ("prelaunch", {"status": "completed"}, False),  # and was reset
+        ("prelaunch", {}, False),
+        ("prelaunch", {"status": "failed", "total-time": 3}, False),
+        ("postmigrate", {"status": "completed", "total-time": 3}, True),
+        ("prelaunch", {"status": "completed", "total-time": 3}, True),  # it has gone, and what is left of it was reset
+        ("finish-migrate", {"status": "active", "total-time": 3}, True),
+        ("inmigrate", {}, True),
     ],
 )
 def test_a_machine_that_has_gone_to_another_qemu_is_known_by_its_state(
-    status: str, migration: str | None, elsewhere: bool
+    status: str, migration: dict[str, object], elsewhere: bool
 ) -> None:
-    said = {"status": migration} if migration else {}
     with pytest.raises(StreamBypassed, match="live migration") if elsewhere else contextlib.nullcontext():
-        qemu_stop.refuse_elsewhere(Path("qmp.sock"), {"status": status}, lambda: said, StreamBypassed)
+        qemu_stop.refuse_elsewhere(Path("qmp.sock"), {"status": status}, lambda: migration, StreamBypassed)
