@@ -152,11 +152,12 @@ def protect(args: argparse.Namespace, out: Out) -> int:
     workers: list[service.Worker] = []
     try:
         with service.protecting(session_of(args), request, teller) as workers:
-            going, told = list(workers), list[service.Worker]()
-            while going := [w for w in going if w.thread and w.thread.is_alive()]:
+            alive = list(workers)
+            while alive:
                 time.sleep(0.2)
-                for worker in [w for w in workers if w.error and w not in told]:
-                    told.append(worker)  # the others go on, and nobody else would say it
+                ended = [w for w in alive if not (w.thread and w.thread.is_alive())]
+                alive = [w for w in alive if w not in ended]
+                for worker in (w for w in ended if w.error and alive):  # the others go on, and nobody else would say it
                     out.warn(f"{worker.machine.name} is not protected: {worker.error}")
     except KeyboardInterrupt:
         out.say("")  # ctrl-C is how this ends
