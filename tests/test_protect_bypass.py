@@ -29,8 +29,9 @@ from tests.endtoend.mounts import needs_mount, small_disk
 from tests.hypervisors.daemon import SETTINGS, Daemon, make_image, node, only
 from tests.protecting import Worker
 from tests.test_protect_safety import folder, number_on, wait_until
+from tests.test_stream_guest import store
 
-__all__ = ["folder"]
+__all__ = ["folder", "store"]
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 SIZE = 4 * MiB
 MODES = pytest.mark.parametrize("streamed", [True, False], ids=["stream", "cycles"])
@@ -51,13 +52,6 @@ def guest(folder: Path) -> Generator[Guest]:
     with Guest(folder / "g", disks, extra=[*PORTS, *raw(folder / "b.raw", "disk1")]) as made:
         plug(made, "vdb", "disk1", 0)
         yield made
-
-
-@pytest.fixture
-def store(folder: Path) -> Generator[Store]:
-    init(folder / "store", None)
-    with Store.open(folder / "store", folder / "state", []) as found:
-        yield found
 
 
 def plug(guest: Guest, name: str, drive: str, port: int) -> None:
