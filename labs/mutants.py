@@ -591,6 +591,13 @@ MUTANTS = (
         ("tests/test_protect_bypass.py::test_a_disk_that_is_another_file_under_the_same_name[cycles]",),
     ),
     Mutant(
+        "what a ring holds behind a doubt counts",
+        "hvbackup/protect/rings.py",
+        "    if any(doubt.holds(told.stream.seq) for doubt in told.doubts):",
+        "    if False:",
+        ("tests/test_stream_qemu.py::test_what_a_ring_holds_behind_a_doubt_is_no_moment",),
+    ),
+    Mutant(
         "a write that failed is not on the disk",
         "hvbackup/hypervisors/qemu_stream.py",
         "if count != self._failed.get(d, 0)]",

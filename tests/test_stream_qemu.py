@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import HostUnreachable
+from hvbackup.errors import HostUnreachable, StreamBypassed
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MiB
 from hvbackup.processes import may_idle
-from hvbackup.protect import looks, streaming
+from hvbackup.protect import looks, rings, streaming
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal import recorder
 from hvbackup.store.journal.history import History, Moment
+from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
 from tests.scribe import Scribe
@@ -113,6 +114,35 @@ def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
         time.sleep(life.step())
     assert asked <= life.newest.t <= time.time_ns()
     life.close()
+
+
+@pytest.mark.parametrize("doubt", [True, False], ids=["in doubt", "good"])
+def test_what_a_ring_holds_behind_a_doubt_is_no_moment(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubt: bool
+) -> None:
+    """It would be laid over moments that lack what went past the stream."""
+    monkeypatch.setattr(looks, "LOOK_SECONDS", 0.1)
+    with Scribe(daemon, SIZES, 500) as scribe:
+        setting = (protection := protection_of(store, daemon, rhythm(tmp_path))).setting
+        life = begun(protection)
+
+        def passed(_: object) -> None:
+            raise StreamBypassed("planted: a write went past us")
+
+        if doubt:
+            monkeypatch.setattr(life.stream, "check", passed)
+            with pytest.raises(StreamBypassed):
+                for _ in range(200):
+                    time.sleep(life.step())
+        else:
+            life.step()
+        scribe.wait(scribe.acked + 50)
+        life.recorder.abandon()  # as one that was killed
+        history = History(store, setting.machine.id)
+        recorder = Recorder(store, setting.machine.id, setting.machine.disks)
+        assert rings.salvage(setting, recorder, history) is not doubt
+        recorder.close()
+        life.stream.close(healthy=False)
 
 
 def test_every_write_of_two_disks_is_a_moment(daemon: Daemon, store: Store, tmp_path: Path) -> None:
