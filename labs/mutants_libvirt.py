@@ -19,6 +19,14 @@ LIBVIRT: tuple[Planted, ...] = (
         False,
     ),
     (
+        "libvirt: a daemon that died is one that refused",
+        "hvbackup/hypervisors/libvirt_host.py",
+        " or (of_rpc and code in _SOCKET)",
+        "",
+        (f"{TRAPS}test_a_daemon_that_dies_is_unreachable_whoever_notices_it",),
+        False,
+    ),
+    (
         "libvirt: files below a disk trusted",
         "hvbackup/hypervisors/libvirt_lineage.py",
         '    if was.get("below") != now.below:\n',

@@ -50,7 +50,11 @@ _ADVICE = {
     libvirt.VIR_ERR_ACCESS_DENIED: "we may not do that; run as root, or as a member of the group libvirt",
     libvirt.VIR_ERR_NO_CONNECT: "there is no such driver on that host; install libvirt-daemon-driver-qemu",
 }
-_LOST = (libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INVALID_CONN)  # and, while connecting, whatever the system says
+_LOST = (libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INVALID_CONN)
+_SOCKET = (
+    libvirt.VIR_ERR_SYSTEM_ERROR,
+    libvirt.VIR_ERR_INTERNAL_ERROR,
+)  # where libvirt's RPC says it: broken pipe, closed, ...
 
 
 class LibvirtRefused(HostUnreachable):
@@ -233,12 +237,22 @@ class Host:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise NotFound(f"libvirt at {self.uri}: {error.get_error_message()}") from error
             connecting = error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and self._connection is None
-            if connecting or error.get_error_code() in _LOST:
+            if connecting or _lost(error):
                 raise HostUnreachable(
                     f"libvirt at {self.uri}: Cannot reach the daemon ({error.get_error_message()}); "
                     "is libvirtd running there, and may we connect?"
                 ) from error
             raise LibvirtRefused(self.uri, what, error) from error
+
+
+def _lost(error: libvirt.libvirtError) -> bool:
+    """Whether the connection broke, rather than that the daemon refused something.
+
+    A daemon that dies is noticed by isAlive only when the event loop has read the end of its socket; a call before that
+    fails as it writes or reads.
+    """
+    code, of_rpc = error.get_error_code(), error.get_error_domain() == libvirt.VIR_FROM_RPC
+    return code in _LOST or (of_rpc and code in _SOCKET)
 
 
 class Domain:

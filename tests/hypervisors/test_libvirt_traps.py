@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import libvirt
@@ -14,6 +18,7 @@ import pytest
 
 from hvbackup.errors import Busy, HostUnreachable, NotFound, ReadFailed, SpaceExhausted, UsageError
 from hvbackup.hypervisors.libvirt import LibvirtHypervisor, Settings
+from hvbackup.hypervisors.libvirt_host import Host
 from hvbackup.hypervisors.libvirt_uri import LibvirtUri
 from hvbackup.model import Consistency, Continuity, DiskId, LeaseId, MiB
 from labs.libvirtd import Libvirtd, daemon, run
@@ -338,6 +343,50 @@ def test_a_daemon_that_was_restarted_is_found_again(libvirtd: Libvirtd) -> None:
         assert not compared(cycle)
         assert cycle.equal()
         del frozen
+
+
+def test_a_daemon_that_dies_is_unreachable_whoever_notices_it(libvirtd: Libvirtd) -> None:
+    with daemon() as own, events_held() as (hold, let_go):
+        host = Host(own.uri)
+        host.domains()
+        hold()  # what reads the end of the socket, before a call writes
+        own.kill()
+        with pytest.raises(HostUnreachable, match="Cannot reach the daemon"):
+            host.domains()
+        let_go()
+        own.start()
+        host.domains()
+        os.kill(own.pid, signal.SIGSTOP)
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(host.domains)
+            time.sleep(0.5)
+            own.kill()  # while a call waits for its answer
+            with pytest.raises(HostUnreachable, match="Cannot reach the daemon"):
+                asked.result(60)
+        with pytest.raises(HostUnreachable, match="Cannot reach the daemon"):
+            host.domains()
+        own.start()
+        host.domains()
+
+
+@contextlib.contextmanager
+def events_held() -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """libvirt's event loop can be made to stand still, and to go on."""
+    stands, goes = threading.Event(), threading.Event()
+
+    def stand(timer: int, _: object) -> None:
+        libvirt.virEventRemoveTimeout(timer)
+        stands.set()
+        goes.wait()
+
+    def hold() -> None:
+        libvirt.virEventAddTimeout(0, stand, None)
+        assert stands.wait(60)
+
+    try:
+        yield hold, goes.set
+    finally:
+        goes.set()
 
 
 def test_no_daemon_is_unreachable_and_says_so(vm: LibvirtMachine) -> None:
