@@ -551,8 +551,8 @@ MUTANTS = (
     Mutant(
         "an idle machine that nobody looks at has moments",
         "hvbackup/protect/streaming.py",
-        "        if self._seen - self.newest.t >= IDLE_NS:",
-        "        if self.setting.options.clock() - self.newest.t >= IDLE_NS:",
+        "        if seen - self._came >= IDLE_SECONDS:",
+        "        if time.monotonic() - self._came >= IDLE_SECONDS:",
         ("tests/test_stream_qemu.py::test_an_idle_guest_has_moments_of_looks_that_found_it_there",),
     ),
     Mutant(
@@ -631,6 +631,27 @@ MUTANTS = (
         "or not 0 <= since < self._set.rhythm.fold_every_ns",
         "or not since < self._set.rhythm.fold_every_ns",
         ("tests/test_protect.py::test_a_clock_that_is_set_back_keeps_no_point_from_being_made",),
+    ),
+    Mutant(
+        "what took long to read is a step of the clock",
+        "hvbackup/store/journal/recorder.py",
+        "        now, before = (self._wall(), time.monotonic_ns()), self._clock\n",
+        "        now, before = (int(self.newest.t), time.monotonic_ns()), self._clock\n",
+        ("tests/test_protect.py::test_what_takes_long_is_no_step_of_the_clock",),
+    ),
+    Mutant(
+        "a stream does not tell that the clock was set",
+        "hvbackup/store/journal/recorder.py",
+        "        if each and (step := self._clock_step()):\n",
+        "        if not each and (step := self._clock_step()):\n",
+        ("tests/test_stream_qemu.py::test_a_clock_that_is_set_is_told_and_followed",),
+    ),
+    Mutant(
+        "a quiet guest has no moments for as long as the clock was set back",
+        "hvbackup/protect/streaming.py",
+        "        if seen - self._came >= IDLE_SECONDS:",
+        "        if t - self.newest.t >= IDLE_SECONDS * SECOND:",
+        ("tests/test_stream_qemu.py::test_a_clock_that_is_set_is_told_and_followed",),
     ),
     Mutant(
         "sealing goes on while a guest writes as much as it can",

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -27,7 +28,7 @@ from hvbackup.protect.protection import Protection
 from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
 from hvbackup.store.format import keys
-from hvbackup.store.journal import journal
+from hvbackup.store.journal import journal, recorder
 from hvbackup.store.journal.history import Doubt, History
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.journal.runs import SealedRun
@@ -248,17 +249,44 @@ def test_a_mark_names_the_next_moment_at_once(world: World) -> None:
 
 
 def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
-    now = [1_700_000_000 * SECOND]
+    now = [Instant(1_700_000_000 * SECOND)]
     world.hv._clock = lambda: now[0]
+    world.protection.setting.options = replace(world.protection.setting.options, clock=lambda: now[0])
     life = world.protection.begin("a test")
-    now[0] += SECOND
+    now[0] = Instant(now[0] + SECOND)
     life.cycle()
-    now[0] += 3600 * SECOND
+    now[0] = Instant(now[0] + 3600 * SECOND)
     life.cycle()
     assert life.recorder.clock_stepped
     life.close()
     [step] = History(world.store, world.machine.id).told.clocks
     assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
+
+
+def test_what_takes_long_is_no_step_of_the_clock(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment is recorded when all of it has been read, which takes hours for the first point of a large machine."""
+    passed, reading = [0], iter((7200, 1, 300, 1))
+
+    def wall() -> Instant:
+        return Instant(1_700_000_000 * SECOND + passed[0])
+
+    def snapshot() -> Instant:
+        t = wall()
+        passed[0] += next(reading) * SECOND
+        return t
+
+    world.hv._clock = snapshot
+    world.protection.setting.options = replace(world.protection.setting.options, clock=wall)
+    clocks = SimpleNamespace(monotonic_ns=lambda: passed[0], monotonic=time.monotonic)
+    monkeypatch.setattr(recorder, "time", clocks)
+    life = world.protection.begin("a test")
+    for _ in range(3):
+        world.guest_writes()
+        life.cycle()
+    life._doubt("planted", life.newest)
+    life.close()
+    assert not life.recorder.clock_stepped
+    assert not History(world.store, world.machine.id).told.clocks
 
 
 def test_a_clock_that_is_set_back_keeps_no_point_from_being_made(world: World) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hvbackup.errors import HostUnreachable, StreamBypassed
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MiB
 from hvbackup.processes import may_idle
 from hvbackup.protect import looks, rings, streaming
-from hvbackup.protect.events import Event, Rhythm
+from hvbackup.protect.events import Event, Rhythm, Streamed
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
@@ -95,7 +97,7 @@ def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
     for module, name, value in (
         (looks, "LOOK_SECONDS", 0.1),
         (streaming, "KEEP_UP_SECONDS", 0),
-        (streaming, "IDLE_NS", SECOND),
+        (streaming, "IDLE_SECONDS", 1.0),
     ):
         monkeypatch.setattr(module, name, value)
     life = begun(protection_of(store, daemon, rhythm(tmp_path)))
@@ -114,6 +116,88 @@ def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
         time.sleep(life.step())
     assert asked <= life.newest.t <= time.time_ns()
     life.close()
+
+
+OTHER_CLOCK = """
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+int clock_gettime(clockid_t id, struct timespec *t)
+{
+    static int (*real)(clockid_t, struct timespec *);
+    static volatile long long *seconds;
+    if (!real) {
+        real = dlsym(RTLD_NEXT, "clock_gettime");
+        seconds = mmap(0, sizeof *seconds, PROT_READ, MAP_SHARED, open(getenv("SECONDS_ADDED"), O_RDONLY), 0);
+    }
+    int result = real(id, t);
+    t->tv_sec += id == CLOCK_REALTIME ? *seconds : 0;
+    return result;
+}
+"""
+
+
+def test_a_clock_that_is_set_is_told_and_followed(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back as well as forward, by a guest that writes and by one that does not."""
+    added, library, source = tmp_path / "added", tmp_path / "clock.so", tmp_path / "clock.c"
+    added.write_bytes(bytes(8))
+    source.write_text(OTHER_CLOCK)
+    subprocess.run(["cc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+
+    def clock() -> Instant:
+        return Instant(time.time_ns() + int.from_bytes(added.read_bytes(), "little", signed=True) * SECOND)
+
+    def lived(moments: int) -> Moment:
+        """So many writes later."""
+        for n in range(moments):
+            with daemon.guest("vda") as guest:
+                guest.write(n * 4 * KiB, os.urandom(4 * KiB))
+            before, end = life.newest, time.monotonic() + 30
+            while life.newest == before and time.monotonic() < end:
+                time.sleep(life.step())
+        return life.newest
+
+    def set_by(minutes: int) -> None:
+        with added.open("r+b") as file:  # in its place: the target looks at it there
+            was = int.from_bytes(file.read(8), "little", signed=True)
+            file.seek(0)
+            file.write((was + minutes * 60).to_bytes(8, "little", signed=True))
+
+    for module, name, value in (
+        (looks, "LOOK_SECONDS", 0.1),
+        (streaming, "KEEP_UP_SECONDS", 0),
+        (streaming, "IDLE_SECONDS", 1.0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    events: list[Event] = []
+    protection = protection_of(store, daemon, rhythm(tmp_path), events)
+    protection.setting.options = replace(protection.setting.options, clock=clock)
+    with monkeypatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(library))
+        patch.setenv("SECONDS_ADDED", str(added))
+        life = begun(protection)
+    for minutes in (10, -20):
+        lived(2)
+        set_by(minutes)
+        for _ in range(3):
+            asked = clock()
+            assert asked <= lived(1).t <= clock(), "a write has the time of the clock as it is"
+            assert life.recorder.clock_stepped, "which is told with it"
+    set_by(-30)
+    idle, end = life.newest, time.monotonic() + 30
+    while life.newest == idle and time.monotonic() < end:
+        time.sleep(life.step())
+    assert clock() - 30 * SECOND < life.newest.t <= clock(), "a quiet guest has moments"
+    assert all(e.lag_seconds < 60 for e in events if isinstance(e, Streamed))
+    life.close()
+    history = History(store, protection.setting.machine.id)
+    steps = [round(step.step_ns / SECOND / 60) for step in history.told.clocks]
+    assert steps == [10, -20, -30]
+    assert images(history, history.last)["vda"] == on_disk(tmp_path)["vda"]
 
 
 @pytest.mark.parametrize("doubt", [True, False], ids=["in doubt", "good"])

@@ -32,7 +32,9 @@ def begin(setting: Setting, why: str) -> AnyLife:
     began = time.monotonic()
     setting.machine = present(setting)
     history = History(setting.store, setting.machine.id)
-    recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks, setting.sealing)
+    recorder = Recorder(
+        setting.store, setting.machine.id, setting.machine.disks, setting.sealing, setting.options.clock
+    )
     recorder.doubts = history.told.doubts
     try:
         if rings.salvage(setting, recorder, history):

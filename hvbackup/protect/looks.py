@@ -21,6 +21,7 @@ class Look:
     """What one look has found."""
 
     t: Instant  # when it began
+    began: float  # by the monotonic clock
     good: Moment | None = None  # nothing went past us until this moment
     tokens: Mapping[DiskId, Token] | None = None  # checkpoints that were made: what had arrived before is not in them
     error: Exception | None = None
@@ -54,7 +55,7 @@ class Looks:
         return [*found, *([self._found] if self._found else [])]
 
     def _look(self, newest: Moment, *, settle: bool = True) -> None:
-        self._found = look = Look(Instant(self._clock()))
+        self._found = look = Look(Instant(self._clock()), time.monotonic())
         try:
             tokens = None
             if settle and time.monotonic() - self._settled >= SETTLE_SECONDS:

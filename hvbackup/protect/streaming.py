@@ -48,7 +48,7 @@ from hvbackup.target.process import Export, Target
 SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = 768 * KiB  # taken out of the ring at a time: fits the processor's cache, and is many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
-IDLE_NS = 5 * SECOND  # a guest that writes nothing has a moment so often: of a look that found the machine there
+IDLE_SECONDS = 5.0  # a guest that writes nothing has a moment so often: of a look that found the machine there
 CALLED_SECONDS = 10.0  # whoever had to be called does not stand back for so long
 LEFT_ALONE = "a stream leaves the guest alone"
 
@@ -74,7 +74,8 @@ class StreamLife:
     _failed: bool = False  # to append to the journal
     _closed: bool = False  # the gap at the head of the life: single writes are moments from here on
     _good: Moment | None = None  # known at the newest look at QEMU
-    _seen: int = 0  # when that look began
+    _seen: tuple[Instant, float] = (Instant(0), 0.0)  # when that look began: wall and monotonic clock
+    _came: float = 0.0  # when the newest moment did, but for those that only name tokens
     _looks: Looks | None = None
     _kept_up: float = 0.0
     _called_until: float = 0.0  # no standing back until then
@@ -112,7 +113,7 @@ class StreamLife:
         gap = {"to": int(t), **self.gap} if self.gap else None
         seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
-        self._good = self.newest
+        self._good, self._came = self.newest, time.monotonic()
         self.told_gap, self._closed, self.setting.left = gap or self.told_gap, True, None
         self._looks = Looks(self.stream, self._arrived, self.setting.options.clock)
         self.stream.keep(self._kept())
@@ -254,9 +255,10 @@ class StreamLife:
             fitting = marks.fitting(taken, Consistency.CRASH, [LEFT_ALONE])
             if fitting:
                 self._name(t, **marks.told(fitting, Consistency.CRASH))
+                self._came = time.monotonic()
         target.ring.free(self._rows, self._data)
         self._failed = False
-        lag = (time.time_ns() - oldest) / SECOND if writes else 0.0
+        lag = (self.setting.options.clock() - oldest) / SECOND if writes else 0.0
         for mark in fitting:
             mark.put_on(self.newest)
             if mark.point:
@@ -290,7 +292,7 @@ class StreamLife:
             self._rows, self._data = batch.row_end, batch.data_end
             oldest = oldest or int(facts["t"][0])
             if each:
-                self.newest = Moment(seq, Instant(int(facts["t"][-1])))
+                self.newest, self._came = Moment(seq, Instant(int(facts["t"][-1]))), time.monotonic()
             else:
                 target.ring.free(self._rows, self._data)  # the set counts once it is closed
         return self._rows - first, self._data - at, oldest
@@ -331,7 +333,7 @@ class StreamLife:
         if look.error:
             raise look.error
         if look.good:
-            self._good, self._seen = look.good, look.t
+            self._good, self._seen = look.good, (look.t, look.began)
         if look.tokens and self.target:
             self._record(self.target)  # what the new checkpoints don't hold has arrived before
             self.tokens = look.tokens
@@ -342,8 +344,10 @@ class StreamLife:
         """Points are made when they are due, and what was done is told."""
         self._kept_up = time.monotonic()
         self.lease = self.setting.leases.renew(self.lease)
-        if self._seen - self.newest.t >= IDLE_NS:  # all that had arrived by then is in the journal
-            self._name(Instant(self._seen))
+        t, seen = self._seen
+        if seen - self._came >= IDLE_SECONDS:  # all that had arrived by then is in the journal
+            self._name(t)
+            self._came = seen
         if self._since:
             self.setting.report(self._since)
             self._since = None

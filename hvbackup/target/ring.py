@@ -33,7 +33,10 @@ from hvbackup.model import MiB
 
 ROW = np.dtype(
     [
-        ("t", "<i8"),  # when it arrived, wall clock, never twice the same
+        (
+            "t",
+            "<i8",
+        ),  # when it arrived, wall clock; never twice the same, unless that is set back by more than a minute
         ("offset", "<u8"),
         ("length", "<u8"),
         ("pos", "<u4"),

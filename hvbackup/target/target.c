@@ -36,6 +36,7 @@ enum { REPLY_BYTES = 16, REQUEST_BYTES = 28, REPLIES_MAX = 4096, LOOK_MS = 100 }
 #define LOOK_NS (LOOK_MS * INT64_C(1000000))
 #define LATE_NS (2 * LOOK_NS)
 #define CALL_NS INT64_C(1000000)
+#define CLOCK_STEP_NS INT64_C(60000000000) /* the wall clock was set, and times follow it back: the recorder tells of that */
 enum { MANY = 10000, FEW = 5000 }; /* writes a second */
 enum { HURRY_SHARE = 4 };          /* a quarter of the ring is full */
 #define MAGIC UINT64_C(0x31676e5262766800)
@@ -197,7 +198,7 @@ static void record(int64_t t, int disk, int kind, uint64_t offset, uint64_t leng
     }
     if (size)
         copy_in(at, bytes, size);
-    last_t = t > last_t ? t : last_t + 1;
+    last_t = t > last_t || last_t - t > CLOCK_STEP_NS ? t : last_t + 1;
     rows[row % ring->rows_max] = (struct row){last_t, offset, length, 0, (uint16_t)disk, (uint8_t)kind, 0};
     atomic_store_explicit(&ring->data_head, at + size, memory_order_release);
     atomic_store_explicit(&ring->rows_head, row + 1, memory_order_release);

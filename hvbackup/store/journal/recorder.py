@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -45,9 +45,16 @@ GOES_ON = "a set that is larger than a file of the journal goes on in the next o
 class Recorder:
     """Appends to the journal of one machine.  Thread safety: one thread."""
 
-    def __init__(self, store: Store, machine: MachineId, disks: Sequence[Disk], sealing: Sealing | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        machine: MachineId,
+        disks: Sequence[Disk],
+        sealing: Sealing | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
         """Take over the journal: a new epoch begins with the first fact.  `sealing` lives longer than this writer."""
-        self._store, self._folder = store, store.ring.machine_name(machine)
+        self._store, self._folder, self._wall = store, store.ring.machine_name(machine), clock
         self._sealing = sealing or Sealing(store, machine)
         taken = take_over(store, machine)
         self.epoch = taken.epoch + 1
@@ -60,7 +67,7 @@ class Recorder:
         self.newest = Moment(self._next - 1, Instant(0))  # what a set follows; whoever knows the moment says which
         self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
         self.clock_stepped = False  # the wall clock jumped in this epoch: ages mean nothing until somebody confirms it
-        self._clock: tuple[int, int] | None = None  # wall and monotonic time of the newest barrier
+        self._clock = clock(), time.monotonic_ns()  # wall and monotonic time, when somebody looked last
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
         self._flushed = 0  # bytes of the log
@@ -159,7 +166,7 @@ class Recorder:
         named = {} if tokens is None else {"tokens": {d: asdict(token) for d, token in tokens.items()}}
         if self._position and named:
             self._carried = named
-        value = {**named, **self._clock_step(t), **self._streamed(), **more}
+        value = {**named, **self._clock_step(), **self._streamed(), **more}
         seq = self._open(t).note(t, value, barrier=True)
         self.sync(t)
         self.newest = Moment(seq, t)
@@ -182,7 +189,7 @@ class Recorder:
         """
         t = Instant(int(facts["t"][-1]))
         log = self._open(t) if each else self._in_set(t)
-        if each and (step := self._clock_step(t)):
+        if each and (step := self._clock_step()):
             log.note(t, step, barrier=True)
         self._position["rows"] += len(facts)
         seq = log.append(facts, data, t, barrier=each, each=each)
@@ -211,7 +218,7 @@ class Recorder:
             return
         self._look_at_the_guest()
         self._log.past_cache(self.in_burst)
-        due = self._log.size >= SEGMENT_MAX_BYTES or t - self._began >= SEGMENT_MAX_AGE_NS
+        due = self._log.size >= SEGMENT_MAX_BYTES or abs(t - self._began) >= SEGMENT_MAX_AGE_NS  # clocks are set back
         if due and (self._log.size >= LOG_MAX_BYTES or not self._sealing.is_full):
             self.rotate()
 
@@ -229,11 +236,14 @@ class Recorder:
                 self._burst_until = now + CALM_SECONDS
             self._looked, self._streamed_bytes = now, 0
 
-    def _clock_step(self, t: Instant) -> dict[str, Any]:
-        """What to tell when the wall clock went another way than the monotonic one."""
-        now, before = (int(t), time.monotonic_ns()), self._clock
+    def _clock_step(self) -> dict[str, Any]:
+        """What to tell when the wall clock went another way than the monotonic one.
+
+        Not by the times of facts: what is recorded may have been read, or have waited, for long.
+        """
+        now, before = (self._wall(), time.monotonic_ns()), self._clock
         self._clock = now
-        step = (now[0] - before[0]) - (now[1] - before[1]) if before else 0
+        step = (now[0] - before[0]) - (now[1] - before[1])
         if abs(step) <= CLOCK_STEP_NS:
             return {}
         self.clock_stepped = True
