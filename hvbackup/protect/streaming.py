@@ -113,7 +113,8 @@ class StreamLife:
         gap = {"to": int(t), **self.gap} if self.gap else None
         seq = self.recorder.barrier(t, tokens, **({"gap": gap} if gap else {}))
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
-        self._good, self._came = self.newest, time.monotonic()
+        self._good = self.newest
+        self._came = time.monotonic()
         self.told_gap, self._closed, self.setting.left = gap or self.told_gap, True, None
         self._looks = Looks(self.stream, self._arrived, self.setting.options.clock)
         self.stream.keep(self._kept())
