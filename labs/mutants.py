@@ -612,6 +612,13 @@ MUTANTS = (
         ("tests/test_protect_bypass.py::test_a_write_past_the_mirror_before_the_first_look_and_after_the_last",),
     ),
     Mutant(
+        "a ring that fills during the last look is a bypass",
+        "hvbackup/protect/streaming.py",
+        "                return  # meanwhile, so what QEMU has counted since did not arrive\n",
+        "                pass\n",
+        ("tests/test_stream_qemu.py::test_a_ring_that_fills_during_the_last_look_is_no_bypass",),
+    ),
+    Mutant(
         "nobody looks when a stream ends",
         "hvbackup/protect/streaming.py",
         "            looks = self._looks.last(self.newest)",

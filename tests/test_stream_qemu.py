@@ -20,7 +20,7 @@ from hvbackup.errors import HostUnreachable, StreamBypassed
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MiB
 from hvbackup.processes import may_idle
 from hvbackup.protect import looks, rings, streaming
-from hvbackup.protect.events import Event, Rhythm, Streamed
+from hvbackup.protect.events import Event, Rhythm, Streamed, Trouble
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
@@ -116,6 +116,38 @@ def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
         time.sleep(life.step())
     assert asked <= life.newest.t <= time.time_ns()
     life.close()
+
+
+def test_a_ring_that_fills_during_the_last_look_is_no_bypass(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What QEMU counts since did not arrive; what had arrived before is a prefix of it, for all disks."""
+    events: list[Event] = []
+    protection = protection_of(store, daemon, rhythm(tmp_path, ring_bytes=1 * MiB), events)
+    life = begun(protection)
+
+    def look(_: object) -> None:
+        with daemon.guest("vda") as guest:
+            for n in range(512):
+                guest.write(n * 4 * KiB, bytes([n % 255 + 1]) * 4 * KiB)
+        raise StreamBypassed("planted: more was written than has arrived")
+
+    monkeypatch.setattr(life.stream, "check", look)
+    life.close()
+    assert not [e for e in events if isinstance(e, Trouble)]
+    history = History(store, protection.setting.machine.id)
+    assert not history.told.doubts
+    assert history.last is not None
+    found = images(history, history.last)["vda"]
+    kept = next(n for n in range(512) if not found[n * 4 * KiB])
+    assert 0 < kept <= 256
+    assert bytes(found) == on_disk(tmp_path)["vda"][: kept * 4 * KiB] + bytes(SIZES["vda"] - kept * 4 * KiB)
+    again = begun(protection)
+    again.close()
+    assert again.how == "resumed"
+    history = History(store, protection.setting.machine.id)
+    assert history.last
+    assert images(history, history.last)["vda"] == on_disk(tmp_path)["vda"]
 
 
 OTHER_CLOCK = """
