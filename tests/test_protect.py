@@ -29,11 +29,12 @@ from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
 from hvbackup.store.format import keys
 from hvbackup.store.journal import journal, recorder
-from hvbackup.store.journal.history import Doubt, History
+from hvbackup.store.journal.history import Doubt, History, Moment
 from hvbackup.store.journal.recorder import Recorder
-from hvbackup.store.journal.runs import SealedRun
+from hvbackup.store.journal.runs import open_run
 from hvbackup.store.journal.segment import PieceCache
-from hvbackup.store.journal.window import Limits, journal_bytes
+from hvbackup.store.journal.told import Told
+from hvbackup.store.journal.window import Limits, journal_bytes, trim
 from hvbackup.store.store import Store, init
 
 FAULTS = [("read", 1), ("read", 2), ("open", 2), ("changes", 2), ("snapshot", 1), ("verify", 1)]
@@ -372,28 +373,71 @@ def test_after_a_lie_no_moment_since_the_last_good_sample_is_offered(world: Worl
 
 def test_a_lie_that_a_later_worker_finds_costs_the_same(world: World) -> None:
     """Killed between the lie and the next sample: the next life samples at once, and knows the last good one."""
-    life = world.protection.begin("a test")
-    world.guest_writes()
-    first = life.cycle().moment  # compared with the journal: it is the first since the life began
-    world.images[first.seq] = world.content()
-    life.samples = Samples(0, random.Random(1))
-    lie(world)
-    second = life.cycle().moment
-    life.recorder.abandon()
-    be_honest(world)
-    again = world.protection.begin("the worker was killed")
-    assert again.how == "captured"
-    world.images[again.newest.seq] = world.content()
-    again.close()
-    world.check()
-    with pytest.raises(JournalGap, match="may lack changes"):
-        History(world.store, world.machine.id).by_seq(second.seq)
-    kept = History(world.store, world.machine.id, whole=True).told.doubts
+    lied: list[int] = []
+    for _ in range(2):
+        life = world.protection.begin("a test")
+        world.guest_writes()
+        first = life.cycle().moment
+        if life.how == "captured":  # it is compared with the journal; else the one that closed the gap was
+            world.images[first.seq] = world.content()
+        life.samples = Samples(0, random.Random(1))
+        lie(world)
+        lied.append(life.cycle().moment.seq)
+        life.recorder.abandon()
+        be_honest(world)
+        again = world.protection.begin("the worker was killed")
+        assert again.how == "captured"
+        world.images[again.newest.seq] = world.content()
+        again.points.prepare(again)  # what follows is in the next file
+        world.guest_writes()
+        last = again.cycle().moment
+        world.images[last.seq] = world.content()
+        assert heads_doubts(world) == History(world.store, world.machine.id).told.doubts, "each file repeats them"
+        again.close()
+        world.check()
+        assert_doubted(world, lied)
     third = world.protection.begin("a test")
+    point = third.points.fold(third.points.prepare(third)).point
+    third.cycle()
     third.close()
-    [files] = [journal.list_files(world.store.files, world.store.ring.machine_name(world.machine.id))]
-    last = SealedRun(world.store, world.store.ring.machine_name(world.machine.id), files[-1], PieceCache())
-    assert Doubt(**json.loads(next(last.meta())[1])["doubts"][0]) == kept[0], "each file repeats it at its head"
+    trim(world.store, world.machine.id, Limits(0, 1), by_age=False)
+    for p in world.store.points(world.machine.id):
+        if p.seq != point.seq:
+            world.store.files.remove(world.store.path_of(p))
+    world.protection.begin("a test").close()
+    assert not heads_doubts(world), "nothing is left that they are about"
+
+
+def test_a_file_that_repeats_other_doubts_takes_none_away() -> None:
+    told, head = Told(), {"disks": [], "doubts": [{"after": 1, "until": 5, "start": 1, "end": 5, "why": "one"}]}
+    told.tell(6, 6, head)
+    told.tell(9, 9, {"doubt": {"after": 6, "start": 6, "why": "another"}})
+    told.tell(10, 10, head)
+    assert [(d.after, d.until) for d in told.doubts] == [(1, 5), (6, 9)]
+
+
+def assert_doubted(world: World, seqs: list[int]) -> None:
+    history = History(world.store, world.machine.id)
+    for seq in seqs:
+        with pytest.raises(JournalGap, match="may lack changes"):
+            history.by_seq(seq)
+
+
+def heads_doubts(world: World) -> list[Doubt]:
+    """What the head of the newest file says."""
+    machine = world.store.ring.machine_name(world.machine.id)
+    newest = open_run(world.store, machine, journal.list_files(world.store.files, machine)[-1], PieceCache())
+    return [Doubt(**d) for d in json.loads(next(newest.meta())[1]).get("doubts", ())]
+
+
+def test_a_lie_found_where_no_sample_is_known_leaves_no_moment_good() -> None:
+    first, last = Moment(70, Instant(7)), Moment(90, Instant(9))
+    assert beginning._doubt(Told(), first, last) == {
+        "after": 0, "until": 90, "start": 7, "end": 9, "why": "the tracker called blocks unchanged that had changed"
+    }  # fmt: skip
+    assert beginning._doubt(Told(good=Moment(80, Instant(8))), first, last)["after"] == 80
+    assert not beginning._doubt(Told(good=last), first, last)
+    assert not beginning._doubt(Told(), None, None)
 
 
 def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_one(world: World) -> None:

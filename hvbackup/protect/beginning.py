@@ -31,11 +31,11 @@ def begin(setting: Setting, why: str) -> AnyLife:
     """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
     began = time.monotonic()
     setting.machine = present(setting)
-    history = History(setting.store, setting.machine.id)
     recorder = Recorder(
         setting.store, setting.machine.id, setting.machine.disks, setting.sealing, setting.options.clock
     )
-    recorder.doubts = history.told.doubts
+    history = History(setting.store, setting.machine.id)  # of files that are settled: what it counts stays
+    recorder.doubts = history.live_doubts()
     try:
         if rings.salvage(setting, recorder, history):
             history = History(setting.store, setting.machine.id)
@@ -114,7 +114,7 @@ def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
     point = outcome.point
     assert point is not None  # every other way out of `capture` raises
     setting.damaged = False
-    doubt = _doubt(told, last) if outcome.distrusted else {}
+    doubt = _doubt(told, history.first, last) if outcome.distrusted else {}
     recorder.set_disks([d.disk for d in point.disks])
     tokens = {d.disk.id: d.token for d in point.disks if d.token}
     life = _life(setting, recorder, point, tokens, "captured", Moment(0, point.t))
@@ -132,10 +132,15 @@ def captured(setting: Setting, recorder: Recorder, why: str) -> AnyLife:
     return life
 
 
-def _doubt(told: Told, last: Moment | None) -> dict[str, Any]:
-    """What the journal says of moments since the last good sample, after a capture has found that the tracker lied."""
-    good = told.good or last
-    if good is None or last is None or last.seq <= good.seq:
+def _doubt(told: Told, first: Moment | None, last: Moment | None) -> dict[str, Any]:
+    """What the journal says of moments since the last good sample, after a capture has found that the tracker lied.
+
+    Where no sample is known any more, no moment is good.
+    """
+    if first is None or last is None:
+        return {}
+    good = told.good or Moment(0, first.t)
+    if last.seq <= good.seq:
         return {}
     why = "the tracker called blocks unchanged that had changed"
     return {"after": good.seq, "until": last.seq, "start": int(good.t), "end": int(last.t), "why": why}

@@ -142,6 +142,12 @@ class History:
         """Why a point of a moment is not offered: it holds all that it needs, but that may not be true."""
         return _doubt_of(seq, self.told.doubts)
 
+    def live_doubts(self) -> list[Doubt]:
+        """Those that are about a moment or a point that is there: the others need not be repeated."""
+        oldest = self.runs[0].summary.first_moment if self.runs else 0
+        points = [p.seq for p in self._points() if p.seq is not None]
+        return [d for d in self.told.doubts if d.until >= oldest or any(map(d.holds, points))]
+
     def _sure(self, found: Moment | None, withheld: Sequence[Doubt]) -> Moment | None:
         """The moment itself, or the newest one before it that is in no doubt."""
         while found and (doubt := _doubt_of(found.seq, withheld)):

@@ -168,6 +168,8 @@ class Recorder:
             self._carried = named
         value = {**named, **self._clock_step(), **self._streamed(), **more}
         seq = self._open(t).note(t, value, barrier=True)
+        if doubt := more.get("doubt"):
+            self.doubts.append(Doubt(**{"until": seq, "end": int(t), **doubt}))
         self.sync(t)
         self.newest = Moment(seq, t)
         return seq

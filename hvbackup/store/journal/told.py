@@ -104,7 +104,7 @@ class Told:
         """Fold one META fact into what is known."""
         if "disks" in value:
             self.disks = {DiskId(d["id"]): Disk(DiskId(d["id"]), d["size"], d["sector"]) for d in value["disks"]}
-            self.doubts = [Doubt(**d) for d in value.get("doubts", ())] or self.doubts
+            self.doubts = list(dict.fromkeys([*self.doubts, *(Doubt(**d) for d in value.get("doubts", ()))]))
         self.epoch = int(value.get("epoch", self.epoch))
         self.base = int(value.get("base", self.base))
         if "sampled" in value or "base" in value:
