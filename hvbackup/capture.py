@@ -141,7 +141,7 @@ def _captured(
         with hypervisor.snapshot(machine, lease.id, since, options.consistency, fine=options.fine) as frozen:
             _stood_still(frozen, parent if options.consistency is None else None, outcome)
             roots = take_in(store, writer, frozen, parent, since, options, outcome, lambda: leases.renew(lease))
-        t = _after(parent, frozen.t, outcome)
+        t = after(parent, frozen.t, outcome)
         point = replace(point_of(frozen, roots, options, outcome), t=t)
         store.commit(point, writer)
     except BaseException:
@@ -164,7 +164,7 @@ def _stood_still(frozen: Frozen, parent: RecoveryPoint | None, outcome: Outcome)
         )
 
 
-def _after(parent: RecoveryPoint | None, t: Instant, outcome: Outcome) -> Instant:
+def after(parent: RecoveryPoint | None, t: Instant, outcome: Outcome) -> Instant:
     """The moment of a point as we label it: later than its parent, so that the newest point stays the one captured last."""
     if parent is None or t > parent.t:
         return t

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from hvbackup import extents
-from hvbackup.capture import Options, point_of, take_in
+from hvbackup.capture import Options, after, point_of, take_in
 from hvbackup.hypervisors import LEFT_ALONE, Changes, Standstill
 from hvbackup.model import (
     Consistency,
@@ -115,7 +115,8 @@ def fold(store: Store, machine: MachineId, moment: Moment, options: Options) -> 
         options = replace(options, tags=(*options.tags, *labels))
         since = {d.disk.id: TOKEN for d in parent.disks}
         roots = take_in(store, writer, frozen, parent, since, options, outcome)
-        outcome.point = point_of(frozen, roots, options, outcome)
+        t = after(parent, frozen.t, outcome)
+        outcome.point = replace(point_of(frozen, roots, options, outcome), t=t)
         store.commit(outcome.point, writer)
     except BaseException:
         writer.abandon()

@@ -258,8 +258,9 @@ def test_a_step_of_the_clock_is_told_and_stops_expiry(world: World) -> None:
     life.cycle()
     now[0] = Instant(now[0] + 3600 * SECOND)
     life.cycle()
-    assert life.recorder.clock_stepped
     life.close()
+    world.protection.begin("a test").close()
+    assert world.protection.setting.steps.any, "also in the next life"
     [step] = History(world.store, world.machine.id).told.clocks
     assert abs(step.step_ns - 3600 * SECOND) < 30 * SECOND
 
@@ -286,7 +287,7 @@ def test_what_takes_long_is_no_step_of_the_clock(world: World, monkeypatch: pyte
         life.cycle()
     life._doubt("planted", life.newest)
     life.close()
-    assert not life.recorder.clock_stepped
+    assert not world.protection.setting.steps.any
     assert not History(world.store, world.machine.id).told.clocks
 
 
@@ -310,6 +311,22 @@ def test_a_clock_that_is_set_back_keeps_no_point_from_being_made(world: World) -
     life.points.join()
     assert sum(isinstance(e, Folded) for e in events) == 3, "nobody waits two hours to try again"
     life.close()
+    made = list(world.store.points(world.machine.id))
+    assert [p.seq for p in sorted(made, key=lambda p: p.t)] == sorted(p.seq or 0 for p in made), (
+        "the newest is the latest"
+    )
+    history = History(world.store, world.machine.id)
+    assert history.last
+    assert history.told_at(history.last) == now[0] < history.last.t, "it is as old as it is"
+
+
+def test_samples_are_compared_whatever_is_done_to_the_clock() -> None:
+    samples = Samples(8, random.Random(1))
+    for t, due in ((1000, True), (1030, False), (1060, True), (500, True), (560, True)):
+        at = Instant(t * SECOND)
+        assert samples.due(at) is due
+        if due:
+            samples.compared(at)
 
 
 def lie(world: World) -> None:

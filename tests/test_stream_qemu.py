@@ -218,7 +218,7 @@ def test_a_clock_that_is_set_is_told_and_followed(
         for _ in range(3):
             asked = clock()
             assert asked <= lived(1).t <= clock(), "a write has the time of the clock as it is"
-            assert life.recorder.clock_stepped, "which is told with it"
+            assert life.setting.steps.any, "which is told with it"
     set_by(-30)
     idle, end = life.newest, time.monotonic() + 30
     while life.newest == idle and time.monotonic() < end:

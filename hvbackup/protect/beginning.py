@@ -31,9 +31,7 @@ def begin(setting: Setting, why: str) -> AnyLife:
     """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
     began = time.monotonic()
     setting.machine = present(setting)
-    recorder = Recorder(
-        setting.store, setting.machine.id, setting.machine.disks, setting.sealing, setting.options.clock
-    )
+    recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks, setting.sealing, setting.steps)
     history = History(setting.store, setting.machine.id)  # of files that are settled: what it counts stays
     recorder.doubts = history.live_doubts()
     try:

@@ -106,7 +106,7 @@ class Points:
     def make_room(self, moment: Moment) -> None:
         """The journal is within its budget, or SpaceExhausted is raised: what no point covers never goes."""
         self.cover(moment)
-        check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits, covered=True)
+        self._check_budget(covered=True)
 
     def cover(self, moment: Moment) -> None:
         """A point holds the newest moment, or the journal is within its budget without it, or SpaceExhausted is raised.
@@ -122,13 +122,12 @@ class Points:
             with contextlib.suppress(HvbackupError):
                 self._set.sealing.finish()  # what waits to be sealed becomes smaller
             self.trim()
-            check_budget(self._set.store, self._set.machine.id, self._set.rhythm.limits)
+            self._check_budget(covered=False)
 
     def prepare(self, life: Recorded) -> Moment:
         """The newest moment ends a segment, so that a point and the facts behind it never share one."""
         life.name_tokens()
         life.recorder.rotate()
-        self._set.clock_stepped |= life.recorder.clock_stepped
         self._folded, self.tokens = life.newest.t, list(life.tokens.values())
         return life.newest
 
@@ -175,4 +174,8 @@ class Points:
         limits = s.rhythm.limits
         if s.is_full(FOLD_AT):
             limits = replace(limits, budget_bytes=int(limits.budget_bytes * TRIM_TO))
-        return trim(s.store, s.machine.id, limits, by_age=not s.clock_stepped)
+        return trim(s.store, s.machine.id, limits, by_age=not s.steps.any)
+
+    def _check_budget(self, *, covered: bool) -> None:
+        s = self._set
+        check_budget(s.store, s.machine.id, s.rhythm.limits, by_age=not s.steps.any, covered=covered)

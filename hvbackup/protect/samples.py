@@ -40,7 +40,9 @@ class Samples:
 
     def due(self, t: Instant) -> bool:
         """Whether it is time to compare with the journal."""
-        return bool(self._count) and (self._compared is None or t - self._compared >= COMPARE_EVERY_NS)
+        if not self._count or self._compared is None:
+            return bool(self._count)
+        return not 0 <= t - self._compared < COMPARE_EVERY_NS  # less than nothing: the clock was set back
 
     def look(self, disk: FrozenDisk, changes: Changes) -> None:
         """Read some pieces of a disk again, and remember some more.  Raises TrackerLied."""

@@ -14,6 +14,7 @@ from hvbackup.model import DiskId, Machine
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.marks import Marks
 from hvbackup.protect.meeting import MachineSeat
+from hvbackup.store.journal.recorder import Steps
 from hvbackup.store.journal.sealing import Sealing
 from hvbackup.store.journal.window import journal_bytes
 from hvbackup.store.store import Store
@@ -35,11 +36,12 @@ class Setting:
     seat: MachineSeat | None = None  # the next moment is to be one with other machines
     left: int | None = None  # bytes that changed behind the newest point, where the journal had no room for them
     damaged: bool = False  # no point could be made of the newest one and the journal: something of them can't be read
-    clock_stepped: bool = False  # since we run: ages mean nothing until somebody starts us again
     sealing: Sealing = field(init=False)
+    steps: Steps = field(init=False)  # of the clock, since we run
 
     def __post_init__(self) -> None:
         """Logs that one life leaves are sealed during the next, or while none is."""
+        self.steps = Steps(lambda: self.options.clock())
         self.sealing = Sealing(self.store, self.machine.id, self.rhythm.limits.budget_bytes)
 
     def take_seat(self) -> MachineSeat | None:

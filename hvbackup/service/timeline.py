@@ -48,15 +48,11 @@ class Timeline:
     marks: Sequence[Mark]
     clocks: Sequence[ClockStep]
     newest: Moment | None
+    lag_seconds: float | None  # how old that is; None for a machine without a journal
     worker: int  # process that protects it on this host; 0: none
     pause: Pause | None = None  # it is left alone
     commons: Sequence[Common] = ()
     notes: Sequence[str] = ()
-
-    @property
-    def lag_seconds(self) -> float | None:
-        """How old the newest moment is; None for a machine without a journal."""
-        return None if self.newest is None else max(0.0, (self.now - self.newest.t) / SECOND)
 
     def bands(self) -> Iterator[str]:
         """Lines of WIDTH cells: moments, and below them points, marks and gaps."""
@@ -126,6 +122,7 @@ def timeline(session: Session, machine: str, now: Instant, since_ns: int = 0) ->
             [m for m in told.marks if m.t >= start],
             [c for c in told.clocks if c.t >= start],
             history.last,
+            _lag(history, history.last, now) if history.last else None,
             worker_pid(session.places, store.id, known.machine.id),
             pauses.current(store, known.machine.id, now),
             [c for c in told.commons if c.t >= start],
@@ -173,9 +170,14 @@ class Protected:
 
 def standing(session: Session, store: Store, machine: Machine, now: Instant) -> Protected | None:
     """None for a machine without a journal."""
-    newest = History(store, machine.id).last
+    history = History(store, machine.id)
+    newest = history.last
     if newest is None:
         return None
     worker = worker_pid(session.places, store.id, machine.id)
     pause = pauses.current(store, machine.id, now)
-    return Protected(newest, max(0.0, (now - newest.t) / SECOND), worker, pause)
+    return Protected(newest, _lag(history, newest, now), worker, pause)
+
+
+def _lag(history: History, newest: Moment, now: Instant) -> float:
+    return max(0.0, (now - history.told_at(newest)) / SECOND)

@@ -220,6 +220,13 @@ class History:
         floor = self._latest[number - 1] if number else 0
         return Moment(int(summary.seqs()[i]), Instant(max(floor, int(summary.times()[i]))))
 
+    def told_at(self, moment: Moment) -> Instant:
+        """When its writer says that it was; `t` of a moment behind a clock that was set back is later."""
+        if not self.told.clocks:
+            return moment.t
+        run = next(run for run in reversed(self.runs) if run.name.first <= moment.seq)
+        return Instant(int(run.facts["t"][moment.seq - run.name.first]))
+
     def newest_at(self, t: Instant) -> Moment | None:
         """The newest moment not after `t`, whether or not `t` is in a gap."""
         return self._sure(self._newest_at(t), self.told.withheld)

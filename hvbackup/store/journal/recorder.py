@@ -42,6 +42,32 @@ CLOCK_STEP_NS = 60 * SECOND  # a step of the wall clock over this is a fact
 GOES_ON = "a set that is larger than a file of the journal goes on in the next one"
 
 
+class Steps:
+    """The wall clock against the monotonic one.  Thread safety: one thread.
+
+    What the times of facts say is of no use here: what is recorded may have been read, or have waited, for long.
+    """
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self._clock = clock
+        self._seen: tuple[int, int] | None = None
+        self.any = False  # ages mean nothing until somebody starts us again
+
+    def begin(self) -> None:
+        """Steps are noticed from here on."""
+        self._seen = self._seen or (self._clock(), time.monotonic_ns())
+
+    def step(self) -> int:
+        """By how many nanoseconds the wall clock jumped since somebody looked last; 0: it did not."""
+        now, before = (self._clock(), time.monotonic_ns()), self._seen
+        self._seen = now
+        step = (now[0] - before[0]) - (now[1] - before[1]) if before else 0
+        if abs(step) <= CLOCK_STEP_NS:
+            return 0
+        self.any = True
+        return step
+
+
 class Recorder:
     """Appends to the journal of one machine.  Thread safety: one thread."""
 
@@ -51,10 +77,11 @@ class Recorder:
         machine: MachineId,
         disks: Sequence[Disk],
         sealing: Sealing | None = None,
-        clock: Callable[[], int] = time.time_ns,
+        steps: Steps | None = None,
     ) -> None:
-        """Take over the journal: a new epoch begins with the first fact.  `sealing` lives longer than this writer."""
-        self._store, self._folder, self._wall = store, store.ring.machine_name(machine), clock
+        """Take over the journal: a new epoch begins with the first fact.  `sealing` and `steps` live longer than this writer."""
+        self._store, self._folder, self._steps = store, store.ring.machine_name(machine), steps or Steps(time.time_ns)
+        self._steps.begin()
         self._sealing = sealing or Sealing(store, machine)
         taken = take_over(store, machine)
         self.epoch = taken.epoch + 1
@@ -66,8 +93,6 @@ class Recorder:
         self.doubts: list[Doubt] = []  # repeated at the head of each file
         self.newest = Moment(self._next - 1, Instant(0))  # what a set follows; whoever knows the moment says which
         self.disks: tuple[Disk, ...] = ()  # the machine's, from the next fact on
-        self.clock_stepped = False  # the wall clock jumped in this epoch: ages mean nothing until somebody confirms it
-        self._clock = clock(), time.monotonic_ns()  # wall and monotonic time, when somebody looked last
         self._log: LogWriter | None = None
         self._began: Instant = Instant(0)
         self._flushed = 0  # bytes of the log
@@ -239,17 +264,8 @@ class Recorder:
             self._looked, self._streamed_bytes = now, 0
 
     def _clock_step(self) -> dict[str, Any]:
-        """What to tell when the wall clock went another way than the monotonic one.
-
-        Not by the times of facts: what is recorded may have been read, or have waited, for long.
-        """
-        now, before = (self._wall(), time.monotonic_ns()), self._clock
-        self._clock = now
-        step = (now[0] - before[0]) - (now[1] - before[1])
-        if abs(step) <= CLOCK_STEP_NS:
-            return {}
-        self.clock_stepped = True
-        return {"clock": {"step_ns": step}}
+        step = self._steps.step()
+        return {"clock": {"step_ns": step}} if step else {}
 
     def rotate(self) -> None:
         """The log ends, and the next fact begins a new one.  Raises what sealing raised."""

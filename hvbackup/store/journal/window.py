@@ -52,14 +52,16 @@ def _size(store: Store, path: str) -> int:
         return 0  # a log that has just been sealed
 
 
-def check_budget(store: Store, machine: MachineId, limits: Limits, *, covered: bool = False) -> None:
-    """Raises SpaceExhausted when the journal is full of moments that no point covers.
+def check_budget(
+    store: Store, machine: MachineId, limits: Limits, *, by_age: bool = True, covered: bool = False
+) -> None:
+    """Raises SpaceExhausted when the journal is full of moments that no point covers; what need not be kept is gone before.
 
     `covered`: a point covers all of them; the newest file, however large, goes as soon as another one has begun.
     """
     if not limits.budget_bytes or journal_bytes(store, machine) <= limits.budget_bytes:
         return
-    trim(store, machine, limits, by_age=True)
+    trim(store, machine, limits, by_age=by_age)
     used = journal_bytes(store, machine) - (_newest_bytes(store, machine) if covered else 0)
     if used > limits.budget_bytes:
         raise SpaceExhausted(
