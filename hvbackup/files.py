@@ -83,6 +83,10 @@ class Kernel:
         """Make the file's bytes durable."""
         os.fsync(fd)
 
+    def links(self, fd: int) -> int:
+        """How many names the file has; 0 once somebody has removed it."""
+        return os.fstat(fd).st_nlink
+
     def begin_write_back(self, fd: int) -> None:
         """Have the kernel begin to write what waits in memory, so that a later fsync finds little left; promises nothing."""
         import ctypes

@@ -640,6 +640,20 @@ MUTANTS = (
         ("tests/test_protect.py::test_a_clock_that_is_set_back_keeps_no_point_from_being_made",),
     ),
     Mutant(
+        "a writer goes on with a log that was taken over",
+        "hvbackup/store/journal/logfile.py",
+        "        if not self._kernel.links(self._fd):\n",
+        "        if False:\n",
+        ("tests/store/test_history.py::test_a_writer_learns_that_its_log_was_taken_over[encrypted]",),
+    ),
+    Mutant(
+        "a journal is taken over for a machine that is off",
+        "hvbackup/protect/beginning.py",
+        "        cast(Cycling, setting.hypervisor).refuse_off(setting.machine)\n",
+        "        pass\n",
+        ("tests/hypervisors/test_libvirt_cycles.py::test_a_machine_that_is_off_leaves_the_journal_alone",),
+    ),
+    Mutant(
         "a doubt is forgotten where there was an older one",
         "hvbackup/store/journal/told.py",
         'list(dict.fromkeys([*self.doubts, *(Doubt(**d) for d in value.get("doubts", ()))]))',

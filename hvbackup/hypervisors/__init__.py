@@ -263,6 +263,9 @@ class Watching(Hypervisor, Protocol):
 class Cycling(Hypervisor, Protocol):
     """A platform with `can.cycles`."""
 
+    def refuse_off(self, machine: Machine) -> None:
+        """It runs here; nothing of it can be protected else.  Raises HostUnreachable, NotFound."""
+
     def cycles(self, machine: Machine, lease: LeaseId) -> Cycles:
         """Begin a series of snapshots.  Raises HostUnreachable, Busy, NotFound."""
 

@@ -145,6 +145,11 @@ class LibvirtHypervisor:
             libvirt_away.remove(self.host, folder)
             room.remove(folder)
 
+    def refuse_off(self, machine: Machine) -> None:
+        """It runs here; nothing of it can be protected else.  Raises HostUnreachable, NotFound."""
+        if not self.domain(machine).active():
+            raise _off(machine)
+
     def cycles(self, machine: Machine, lease: LeaseId) -> LibvirtCycles:
         """A series of snapshots, at little cost each.  Raises HostUnreachable, Busy, NotFound, UsageError."""
         room, domain, seen = self._running(machine)
@@ -159,7 +164,7 @@ class LibvirtHypervisor:
         domain, room = self.domain(machine), self._room()
         seen = self.look(domain)
         if not seen.active:
-            raise HostUnreachable(f"Machine {machine.name} is off: nothing of it can be protected until it runs")
+            raise _off(machine)
         room.refuse_second(machine)
         return room, domain, seen
 
@@ -266,6 +271,10 @@ def _name(domain: Domain) -> str:
         return domain.name()
     except HvbackupError:
         return ""  # gone since the list was made
+
+
+def _off(machine: Machine) -> HostUnreachable:
+    return HostUnreachable(f"Machine {machine.name} is off: nothing of it can be protected until it runs")
 
 
 def _named(wanted: str, found: Sequence[tuple[Domain, str]], uri: str) -> tuple[Domain, str]:

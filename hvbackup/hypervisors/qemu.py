@@ -132,6 +132,9 @@ class QemuHypervisor:
             self._remove_dead(folders)
             raise
 
+    def refuse_off(self, machine: Machine) -> None:
+        """It runs here: `machines` has none that is in another QEMU, and without one that runs there is nobody to ask."""
+
     def cycles(self, machine: Machine, lease: LeaseId) -> QemuCycles:
         """A series of snapshots, at little cost each.  Raises HostUnreachable, Busy, NotFound."""
         setting, peer, seen, server = self._prepared(machine, lease)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from hvbackup.capture import capture
 from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, StoreDamage
-from hvbackup.hypervisors import Streaming
+from hvbackup.hypervisors import Cycling, Streaming
 from hvbackup.model import DiskId, Machine, RecoveryPoint, Token
 from hvbackup.protect import rings
 from hvbackup.protect.cycles import CycleLife, cycles_of
@@ -31,6 +31,8 @@ def begin(setting: Setting, why: str) -> AnyLife:
     """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
     began = time.monotonic()
     setting.machine = present(setting)
+    if setting.hypervisor.can.cycles:  # before the journal is taken from whoever protects it where it runs
+        cast(Cycling, setting.hypervisor).refuse_off(setting.machine)
     recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks, setting.sealing, setting.steps)
     history = History(setting.store, setting.machine.id)  # of files that are settled: what it counts stays
     recorder.doubts = history.live_doubts()

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from hvbackup import extents
+from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, ReadFailed, UsageError
 from hvbackup.hypervisors.qemu_names import StoreNames
-from hvbackup.model import Continuity, DiskId, LeaseId
+from hvbackup.model import SECOND, Continuity, DiskId, Instant, LeaseId
+from hvbackup.protect.events import Rhythm
+from hvbackup.protect.protection import Protection
+from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.store import Store, init
 from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import BLOCK, Cycle
 from tests.hypervisors.libvirtd import STORE, LibvirtMachine, machine, wait_until
@@ -128,6 +133,23 @@ def test_cycles_of_disks_that_record_nothing_are_refused_by_name(libvirtd: Libvi
         with pytest.raises(UsageError, match="vdb; only qcow2"):
             hypervisor.cycles(found, LeaseId("l"))
         assert not vm.leftovers()
+
+
+def test_a_machine_that_is_off_leaves_the_journal_alone(vm: LibvirtMachine, tmp_path: Path) -> None:
+    """After a live migration it is still defined where it was: nothing is taken over, and no point made of its images."""
+    vm.stop()
+    init(tmp_path / "store", None)
+    with Store.open(tmp_path / "store", tmp_path / "state", []) as store:
+        hypervisor = vm.hypervisor()
+        [found] = hypervisor.machines()
+        protection = Protection(store, hypervisor, found, Options(), Rhythm(SECOND))
+        there = Recorder(store, found.id, found.disks)
+        there.barrier(Instant(1), {})
+        with pytest.raises(HostUnreachable, match="is off: nothing of it can be protected"):
+            protection.begin("a test")
+        there.barrier(Instant(2), {})
+        there.close()
+        assert not list(store.points())
 
 
 def test_variables_of_the_firmware_are_in_every_moment(libvirtd: Libvirtd) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from hvbackup.errors import ChunkDamaged, JournalGap, NotFound, StoreDamage
+from hvbackup.errors import Busy, ChunkDamaged, JournalGap, NotFound, StoreDamage
 from hvbackup.files import Opened
 from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine
 from hvbackup.model import SECOND, Disk, DiskId, Instant, KiB, MachineId, Token
@@ -127,7 +128,8 @@ def test_a_takeover_drops_what_no_barrier_closed_and_keeps_every_moment(store: S
         history.by_seq(first + 1)
 
 
-def test_a_fenced_writer_is_ignored(store: Store) -> None:
+def test_a_fenced_writer_is_ignored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "_refuse_replaced", lambda _: None)
     commit_empty_point(store, SIZE)
     old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
     old.write(VDA, Instant(SECOND), [(0, 3)], b"old")
@@ -144,7 +146,13 @@ def test_a_fenced_writer_is_ignored(store: Store) -> None:
     assert history.moments[0].tolist() == [kept, newest]
 
 
-def test_a_fenced_writer_that_was_between_two_logs_is_ignored(store: Store) -> None:
+@pytest.mark.parametrize("learns", [True, False], ids=["learns it", "never learns it"])
+def test_a_fenced_writer_that_was_between_two_logs_is_ignored(
+    store: Store, monkeypatch: pytest.MonkeyPatch, learns: bool
+) -> None:
+    if not learns:
+        monkeypatch.setattr(Recorder, "_refuse_replaced", lambda _: None)
+        monkeypatch.setattr(store.files.kernel, "links", lambda _: 1)
     commit_empty_point(store, SIZE)
     old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
     old.write(VDA, Instant(SECOND), [(0, 3)], b"old")
@@ -155,13 +163,27 @@ def test_a_fenced_writer_that_was_between_two_logs_is_ignored(store: Store) -> N
         new = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
         new.write(VDA, Instant(turn * SECOND), [(0, 3)], b"new")
         moments.append(new.barrier(Instant(turn * SECOND), {}))
-        old.write(VDA, Instant(turn * SECOND), [(0, 3)], b"bad")
-        old.barrier(Instant(turn * SECOND), {})
+        with pytest.raises(Busy, match="taken over") if learns else contextlib.nullcontext():
+            old.write(VDA, Instant(turn * SECOND), [(0, 3)], b"bad")
+            old.barrier(Instant(turn * SECOND), {})
         assert History(store, MACHINE).moments[0].tolist() == moments
         assert whole(History(store, MACHINE), moments[-1])[:3] == b"new"
         new.close()
         assert History(store, MACHINE).moments[0].tolist() == moments
     old.abandon()
+
+
+def test_a_writer_learns_that_its_log_was_taken_over(store: Store) -> None:
+    commit_empty_point(store, SIZE)
+    old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
+    old.write(VDA, Instant(SECOND), [(0, 3)], b"old")
+    kept = old.barrier(Instant(SECOND), {})
+    Recorder(store, MACHINE, [Disk(VDA, SIZE)]).close()
+    old.write(VDA, Instant(2 * SECOND), [(0, 3)], b"bad")
+    with pytest.raises(Busy, match=r"taken over.*from one only"):
+        old.barrier(Instant(2 * SECOND), {})
+    old.abandon()
+    assert History(store, MACHINE).moments[0].tolist() == [kept]
 
 
 def test_logs_are_sealed_by_size_and_by_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ the file can be written past the page cache too, which is half the work.
     1 created                     an empty file                        take_over()
     2 some blocks written         a torn end                           take_over(): readers find the end by checksums
     3 synced                      all that was appended before         nobody: it is the journal
+
+Whoever takes a journal over seals and removes the log that is open: a writer that lives, and does not know, learns it when it
+syncs next, before it believes that anything since is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import errno
 import mmap
 import os
 
+from hvbackup.errors import Busy
 from hvbackup.files import Files, named_errors
 from hvbackup.model import KiB, MiB
 
@@ -93,7 +97,7 @@ class LogFile:
             self._direct = on
 
     def sync(self) -> None:
-        """Everything appended before is durable when this returns."""
+        """Everything appended before is durable when this returns.  Raises Busy when another writer has taken the file over."""
         if self._synced:
             return
         self._write()
@@ -102,6 +106,8 @@ class LogFile:
                 raise OSError(errno.EIO, "it failed before, and what was written then may be lost")
             self._unsure = True
             self._kernel.fsync(self._fd)
+        if not self._kernel.links(self._fd):
+            raise taken_over(self.path.parent.name)
         self._unsure, self._synced = False, True
         self._make_room(0)
 
@@ -115,6 +121,13 @@ class LogFile:
     def abandon(self) -> None:
         """Let go of the file as it is."""
         self._kernel.close(self._fd)
+
+
+def taken_over(journal: str) -> Busy:
+    """What a writer is told whose journal another one has taken over."""
+    return Busy(
+        f"Journal {journal} was taken over: somebody protects that machine from another host; protect it from one only"
+    )
 
 
 def _blocks(size: int) -> memoryview:

@@ -23,7 +23,8 @@ import numpy as np
 from hvbackup.errors import StoreDamage
 from hvbackup.model import SECOND, Disk, DiskId, Instant, MachineId, MiB, Token
 from hvbackup.store.format import layout as f
-from hvbackup.store.journal.journal import Facts, LogWriter, Name
+from hvbackup.store.journal.journal import Facts, LogWriter, Name, all_files
+from hvbackup.store.journal.logfile import taken_over
 from hvbackup.store.journal.runs import open_run
 from hvbackup.store.journal.sealing import Sealing, take_over
 from hvbackup.store.journal.segment import PieceCache
@@ -132,11 +133,17 @@ class Recorder:
 
     def _open(self, t: Instant) -> LogWriter:
         if self._log is None:
+            self._refuse_replaced()
             self._log = LogWriter(self._store.files, self._store.ring, self._folder, self.epoch, self._next)
             self._began, self._flushed = t, 0
             self._log.past_cache(self.in_burst)
             self._log.note(t, self._table(), barrier=False)
         return self._log
+
+    def _refuse_replaced(self) -> None:
+        """Nobody has taken the journal over since: what we write counts.  Raises Busy."""
+        if any(name.epoch > self.epoch for name in all_files(self._store.files, self._folder)):
+            raise taken_over(self._folder)
 
     def _in_set(self, t: Instant) -> LogWriter:
         """Where the next facts of a set go."""
