@@ -27,6 +27,7 @@ from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, Journa
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
+from hvbackup.service.protection import Worker
 from hvbackup.store.format import keys
 from hvbackup.store.journal import journal, recorder
 from hvbackup.store.journal.history import Doubt, History, Moment
@@ -455,6 +456,61 @@ def test_a_lie_found_where_no_sample_is_known_leaves_no_moment_good() -> None:
     assert beginning._doubt(Told(good=Moment(80, Instant(8))), first, last)["after"] == 80
     assert not beginning._doubt(Told(good=last), first, last)
     assert not beginning._doubt(Told(), None, None)
+
+
+def test_who_can_not_be_told_keeps_nobody_from_protecting(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other end of a pipe is gone: that protection ended for it would be told to nobody either."""
+    told = 0
+
+    def nobody(_: Event) -> None:
+        nonlocal told
+        told += 1
+        if told == 5:
+            protection.end()
+        raise BrokenPipeError("nobody reads")
+
+    protection = Protection(world.store, world.hv, world.machine, Options(), Rhythm(SECOND // 100), nobody)
+    protection.run()
+    assert len(History(world.store, world.machine.id).moments[0]) >= 3
+    assert capsys.readouterr().err.count("BrokenPipeError: nobody reads") == 1
+
+
+def test_a_worker_that_ends_says_why_whatever_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Protection) -> NoReturn:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(Protection, "run", broken)
+    worker = Worker(world.machine, world.protection)
+    worker.start()
+    assert worker.thread
+    worker.thread.join(60)
+    assert "ValueError: planted" in str(worker.error)
+
+
+def test_a_point_that_failed_for_whatever_reason_is_told_of_and_made_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [Instant(1_700_000_000 * SECOND)]
+    world.hv._clock = lambda: now[0]
+    events: list[Event] = []
+    setting = world.protection.setting
+    setting.options, setting.report = replace(setting.options, clock=lambda: now[0]), events.append
+    life = world.protection.begin("a test")
+
+    def broken(*_: object) -> NoReturn:
+        raise ValueError("planted")
+
+    for passed, failing, made in ((7200, True, 0), (30, False, 0), (31, False, 1)):
+        now[0] = Instant(now[0] + passed * SECOND)
+        with monkeypatch.context() as patch:
+            if failing:
+                patch.setattr(points, "fold", broken)
+            life.step()
+            life.points.join()
+        assert sum(isinstance(e, Folded) for e in events) == made
+    [trouble] = [e for e in events if isinstance(e, Trouble)]
+    assert "ValueError: planted" in str(trouble.error)
+    life.close()
 
 
 def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_one(world: World) -> None:

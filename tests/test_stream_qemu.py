@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import HostUnreachable, StreamBypassed
+from hvbackup.errors import HostUnreachable, SpaceExhausted, StreamBroken, StreamBypassed
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MiB
 from hvbackup.processes import may_idle
 from hvbackup.protect import looks, rings, streaming
@@ -116,6 +117,124 @@ def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
         time.sleep(life.step())
     assert asked <= life.newest.t <= time.time_ns()
     life.close()
+
+
+def refuses(error: Exception) -> Callable[[object], None]:
+    """A look that ends like this."""
+
+    def look(_: object) -> None:
+        raise error
+
+    return look
+
+
+@pytest.mark.parametrize("breaks", [True, False], ids=["broken off", "ended"])
+@pytest.mark.parametrize("long", [True, False], ids=["long", "short"])
+def test_what_nobody_could_look_at_for_long_is_told_and_not_offered(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool, breaks: bool
+) -> None:
+    """Somebody who keeps the monitor can do with it what no stream shows; a QEMU that is gone can't be asked any more."""
+    for module, name, value in (
+        (looks, "LOOK_SECONDS", 0.05),
+        (streaming, "KEEP_UP_SECONDS", 0),
+        (streaming, "UNSEEN_SECONDS", 0.0 if long else 600.0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    events: list[Event] = []
+    protection = protection_of(store, daemon, rhythm(tmp_path), events)
+    life = begun(protection)
+    good = life.newest
+    monkeypatch.setattr(life.stream, "check", refuses(HostUnreachable("planted: somebody else holds the monitor")))
+    with daemon.guest("vda") as guest:
+        guest.write(0, b"x" * 4096)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and (life.newest == good or not (events if long else life._looks)):
+        time.sleep(life.step())
+    if long:
+        while not (told := [e.error for e in events if isinstance(e, Trouble)]):
+            assert time.monotonic() < end
+            time.sleep(life.step())
+        assert len(told) == 1
+        assert "somebody else holds the monitor" in str(told[0])
+    written = life.newest
+    assert written != good
+    if breaks:
+        assert life.target
+        os.kill(life.target.pid, signal.SIGKILL)
+        with pytest.raises(StreamBroken):
+            while time.monotonic() < end:
+                time.sleep(life.step())
+    life.close()
+    history = History(store, protection.setting.machine.id)
+    assert [d.after for d in history.told.doubts] == [good.seq] * long
+    assert history.last
+    assert history.last.seq == (good.seq if long else history.moments[0][-1])
+    assert long or history.last.seq >= written.seq
+    again = begun(protection)
+    again.close()
+    assert again.how == "resumed", "bitmaps are as good as they were"
+    history = History(store, protection.setting.machine.id)
+    assert history.last
+    assert images(history, history.last)["vda"] == on_disk(tmp_path)["vda"]
+
+
+def test_a_bypass_that_a_look_had_found_counts_although_the_stream_broke_off_then(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "LOOK_SECONDS", 0.05)
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    good = life.newest
+    monkeypatch.setattr(life.stream, "check", refuses(StreamBypassed("planted: a write went past us")))
+    with daemon.guest("vda") as guest:
+        guest.write(0, b"x" * 4096)
+    end = time.monotonic() + 60
+    assert life._looks
+    assert life.target
+    while not life._looks._found and time.monotonic() < end:
+        time.sleep(0.05)
+        if not life._looks._thread:
+            life.step()
+    life._looks.join()
+    os.kill(life.target.pid, signal.SIGKILL)
+    while not life._broke_off():
+        time.sleep(0.01)
+    life.close()
+    [doubt] = History(store, protection.setting.machine.id).told.doubts
+    assert doubt.after == good.seq
+
+
+def test_a_doubt_that_could_not_be_written_down_is_what_the_next_life_begins_with(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "LOOK_SECONDS", 0.05)
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    good, barrier = life.newest, Recorder.barrier
+    with daemon.guest("vda") as guest:
+        guest.write(0, b"x" * 4096)
+    while life.newest == good:
+        time.sleep(life.step())
+
+    def full(self: Recorder, *words: Any, **more: Any) -> int:
+        if "doubt" in more:
+            raise SpaceExhausted("planted: the store is full")
+        return barrier(self, *words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "barrier", full)
+        patch.setattr(life.stream, "check", refuses(StreamBypassed("planted: a write went past us")))
+        with pytest.raises(SpaceExhausted):
+            while True:
+                time.sleep(life.step())
+        life.close()
+    assert not History(store, protection.setting.machine.id).told.doubts
+    again = begun(protection)
+    again.close()
+    assert again.how == "captured", "no token is believed"
+    [doubt] = History(store, protection.setting.machine.id).told.doubts
+    assert doubt.after < good.seq + 1 <= doubt.until
+    assert protection.setting.untold is None
 
 
 def test_a_ring_that_fills_during_the_last_look_is_no_bypass(

@@ -37,7 +37,7 @@ def begin(setting: Setting, why: str) -> AnyLife:
     history = History(setting.store, setting.machine.id)  # of files that are settled: what it counts stays
     recorder.doubts = history.live_doubts()
     try:
-        if rings.salvage(setting, recorder, history):
+        if rings.salvage(setting, recorder, history) or _told_doubt(setting, recorder, history):
             history = History(setting.store, setting.machine.id)
         if setting.is_full():
             with contextlib.suppress(HvbackupError):
@@ -51,6 +51,15 @@ def begin(setting: Setting, why: str) -> AnyLife:
         raise
     setting.report(Begun(life.newest, life.point, life.told_gap, life.how, time.monotonic() - began))
     return life
+
+
+def _told_doubt(setting: Setting, recorder: Recorder, history: History) -> bool:
+    """What the last life found, and could not write down, is in the journal.  Whether there was anything."""
+    if not setting.untold or not history.recorded:
+        return False
+    doubt, tokens = setting.untold
+    setting.tell_doubt(recorder, history.recorded.t, tokens, doubt)
+    return True
 
 
 def present(setting: Setting) -> Machine:

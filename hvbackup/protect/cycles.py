@@ -283,5 +283,5 @@ class CycleLife:
     def _doubt(self, why: str, good: Moment) -> None:
         """No moment since the last good one is offered any more, and no token believed, when this returns."""
         self.recorder.rotate()  # what was appended belongs to no moment
-        doubt = {"after": good.seq, "start": int(good.t), "why": why}
-        self.recorder.barrier(self.newest.t, self.tokens, doubt=doubt)
+        doubt: dict[str, object] = {"after": good.seq, "start": int(good.t), "why": why}
+        self.setting.tell_doubt(self.recorder, self.newest.t, self.tokens, doubt)

@@ -25,13 +25,17 @@ class Look:
     good: Moment | None = None  # nothing went past us until this moment
     tokens: Mapping[DiskId, Token] | None = None  # checkpoints that were made: what had arrived before is not in them
     error: Exception | None = None
+    silence: HostUnreachable | None = None  # why nobody could be asked
 
 
 class Looks:
     """The looks of one life.  Thread safety: one thread."""
 
-    def __init__(self, stream: Stream, arrived: Callable[[DiskId], int], clock: Callable[[], int]) -> None:
-        self._stream, self._arrived, self._clock = stream, arrived, clock
+    def __init__(
+        self, stream: Stream, arrived: Callable[[DiskId], int], broke: Callable[[], bool], clock: Callable[[], int]
+    ) -> None:
+        """`broke`: whether writes arrive no more, of all disks from one moment on; what QEMU counts since went nowhere else."""
+        self._stream, self._arrived, self._broke, self._clock = stream, arrived, broke, clock
         self._thread: threading.Thread | None = None
         self._found: Look | None = None
         self._looked = self._settled = time.monotonic()
@@ -51,6 +55,8 @@ class Looks:
         """What a look has found that nobody was told of, and one more; nobody looks any more when this returns."""
         self.join()
         found = [self._found] if self._found else []
+        if self._broke() or (found and found[0].silence):
+            return found
         self._look(newest, settle=False)
         return [*found, *([self._found] if self._found else [])]
 
@@ -64,9 +70,10 @@ class Looks:
             self._stream.check(self._arrived)  # afterwards: what went past us before is in the earlier checkpoints
             look.good, look.tokens = newest, tokens
         except StreamBroken as e:
-            look.error = e
-        except HostUnreachable:
-            return  # somebody else holds the monitor; a QEMU that is gone cuts its connections
+            if not self._broke():
+                look.error = e
+        except HostUnreachable as e:
+            look.silence = e  # somebody else holds the monitor; a QEMU that is gone cuts its connections
         except Exception as e:  # noqa: BLE001 - handed to the thread of the life, which ends with it
             look.error = e
 

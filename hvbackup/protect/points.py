@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -138,6 +139,9 @@ class Points:
             self._try_again(moment)
         except HvbackupError as e:
             self._failed(moment, e)
+        except Exception as e:  # noqa: BLE001 - of a thread of its own: nobody else would say it, or try again
+            traceback.print_exception(e)
+            self._failed(moment, HvbackupError(f"No point could be made: {type(e).__name__}: {e}"))
 
     def _failed(self, moment: Moment, error: HvbackupError) -> None:
         self._try_again(moment)

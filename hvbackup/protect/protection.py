@@ -50,7 +50,8 @@ class Protection:
     ) -> None:
         options, leases = replace(options, progress=self._go_on), Leases(store, options.clock)
         lock = writing or threading.RLock()
-        self.setting = Setting(store, hypervisor, machine, options, rhythm, report, lock, leases)
+        self.setting = Setting(store, hypervisor, machine, options, rhythm, self._report, lock, leases)
+        self._teller, self._told_of = report, ""
         self._wake, self._ended = threading.Event(), threading.Event()
         self._failures, self._unexpected = 0, ""
         self._living = self._begun = self._protected = False
@@ -92,6 +93,15 @@ class Protection:
         """`run` returns soon."""
         self._ended.set()
         self._wake.set()
+
+    def _report(self, event: Event) -> None:
+        """Somebody is told; whoever can't be told keeps nobody from protecting."""
+        try:
+            self._teller(event)
+        except Exception as e:  # noqa: BLE001 - a pipe that nobody reads, a full disk
+            if str(e) != self._told_of:  # once, not with every moment
+                traceback.print_exception(e)
+            self._told_of = str(e)
 
     def _go_on(self, _: Progress) -> None:
         """Called while a point is made: long work ends early when it is not wanted any more."""
@@ -148,10 +158,11 @@ class Protection:
             seconds = max(seconds, min(IDLE_TIMES * took, self.setting.rhythm.fold_every_ns / SECOND))
         self._failures += 1
         self._living = self._begun = False
+        if isinstance(trouble, TooBusy):
+            self._wake.clear()
         if not isinstance(trouble, JournalStalled):
             self.setting.report(Trouble(trouble, seconds))
         if isinstance(trouble, TooBusy):
-            self._wake.clear()
             if not self._ended.is_set():
                 self._wake.wait(seconds)  # a mark or a backup that is wanted is a reason to try
         else:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from hvbackup.capture import Options
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
-from hvbackup.model import DiskId, Machine
+from hvbackup.model import DiskId, Instant, Machine, Token
 from hvbackup.protect.events import Event, Rhythm
 from hvbackup.protect.marks import Marks
 from hvbackup.protect.meeting import MachineSeat
-from hvbackup.store.journal.recorder import Steps
+from hvbackup.store.journal.recorder import Recorder, Steps
 from hvbackup.store.journal.sealing import Sealing
 from hvbackup.store.journal.window import journal_bytes
 from hvbackup.store.store import Store
@@ -36,6 +36,9 @@ class Setting:
     seat: MachineSeat | None = None  # the next moment is to be one with other machines
     left: int | None = None  # bytes that changed behind the newest point, where the journal had no room for them
     damaged: bool = False  # no point could be made of the newest one and the journal: something of them can't be read
+    untold: tuple[dict[str, object], Mapping[DiskId, Token] | None] | None = (
+        None  # a doubt that could not be written down
+    )
     sealing: Sealing = field(init=False)
     steps: Steps = field(init=False)  # of the clock, since we run
 
@@ -43,6 +46,18 @@ class Setting:
         """Logs that one life leaves are sealed during the next, or while none is."""
         self.steps = Steps(lambda: self.options.clock())
         self.sealing = Sealing(self.store, self.machine.id, self.rhythm.limits.budget_bytes)
+
+    def tell_doubt(
+        self, recorder: Recorder, t: Instant, tokens: Mapping[DiskId, Token] | None, doubt: dict[str, object]
+    ) -> int:
+        """No moment of the doubt is offered when this returns the number of the barrier that tells it.
+
+        Where it can't be written the next life begins with it, before anything else is believed.
+        """
+        self.untold = doubt, tokens
+        seq = recorder.barrier(t, tokens, doubt=doubt)
+        self.untold = None
+        return seq
 
     def take_seat(self) -> MachineSeat | None:
         """The place at a common moment, for the moment that is made now."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from hvbackup import extents
 from hvbackup.capture import Progress
 from hvbackup.copying import copy, portions
-from hvbackup.errors import StreamBroken, StreamBypassed, StreamUncertain
+from hvbackup.errors import HostUnreachable, StreamBroken, StreamBypassed, StreamUncertain
 from hvbackup.hypervisors import FrozenDisk, Reader, Stream
 from hvbackup.leases import Lease, point_tokens
 from hvbackup.model import SECOND, Consistency, Continuity, DiskId, Instant, KiB, MiB, RecoveryPoint, Token
@@ -49,6 +49,7 @@ SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = 768 * KiB  # taken out of the ring at a time: fits the processor's cache, and is many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
 IDLE_SECONDS = 5.0  # a guest that writes nothing has a moment so often: of a look that found the machine there
+UNSEEN_SECONDS = 30.0  # without a look: then it is told, and the moments since are good only once there was another
 CALLED_SECONDS = 10.0  # whoever had to be called does not stand back for so long
 LEFT_ALONE = "a stream leaves the guest alone"
 
@@ -77,6 +78,7 @@ class StreamLife:
     _seen: tuple[Instant, float] = (Instant(0), 0.0)  # when that look began: wall and monotonic clock
     _came: float = 0.0  # when the newest moment did, but for those that only name tokens
     _looks: Looks | None = None
+    _unseen: bool = False  # and somebody was told
     _kept_up: float = 0.0
     _called_until: float = 0.0  # no standing back until then
     _since: Streamed | None = None  # what to report with the next look
@@ -115,8 +117,9 @@ class StreamLife:
         self.tokens, self.newest, self.gap = tokens, Moment(seq, t), None
         self._good = self.newest
         self._came = time.monotonic()
+        self._seen = t, self._came
         self.told_gap, self._closed, self.setting.left = gap or self.told_gap, True, None
-        self._looks = Looks(self.stream, self._arrived, self.setting.options.clock)
+        self._looks = Looks(self.stream, self._arrived, self._broke_off, self.setting.options.clock)
         self.stream.keep(self._kept())
 
     def let_go(self) -> None:
@@ -135,19 +138,18 @@ class StreamLife:
     def _look_back(self, target: Target) -> None:
         """What went past us since the newest look is told of: nobody is offered a moment that lacks it.
 
-        Whoever can't ask QEMU closes all the same; a stream that broke off has ended for all disks at one moment.
+        Whoever can't ask QEMU closes all the same; moments of a long time in which nobody could are not offered either.
         """
-        if not (self._looks and self._closed) or self._failed or _broke_off(target):
+        if not (self._looks and self._closed) or self._failed:
             return
         try:
-            self._record(target)
-            looks = self._looks.last(self.newest)
-            if _broke_off(target):
-                return  # meanwhile, so what QEMU has counted since did not arrive
-            for look in looks:
+            if not self._broke_off():
+                self._record(target)
+            for look in self._looks.last(self.newest):
                 self._heed(look)
         except StreamBroken as e:
             self.setting.report(Trouble(e, 0))
+        self._doubt_unseen()
 
     def _disarm(self) -> None:
         self.stream.close(healthy=self.target is not None and not self.target.dead)
@@ -306,6 +308,11 @@ class StreamLife:
         """The newest moment names tokens, so that a point made of it has them."""
         self._name(self.newest.t)
 
+    def _broke_off(self) -> bool:
+        """Whether writes do not arrive any more, of all disks at one moment."""
+        assert self.target
+        return self.target.dead or bool(self.target.ring.heads.broken)
+
     def _arrived(self, disk: DiskId) -> int:
         assert self.target
         return self.target.ring.written(self._numbers[disk])[1]
@@ -322,19 +329,28 @@ class StreamLife:
                 f"The stream of machine {self.setting.machine.name} broke off: {self.stream.reason or why}"
             )
 
+    def _doubt(self, why: str, tokens: Mapping[DiskId, Token] | None) -> None:
+        """No moment since the newest good look is offered.  Without tokens those before it are as good as they were."""
+        self._closed = False  # what is in the ring belongs to no moment either
+        good = self._good or self.newest
+        doubt: dict[str, object] = {"after": good.seq, "start": int(good.t), "why": why}
+        self.newest = Moment(self.setting.tell_doubt(self.recorder, self.newest.t, tokens, doubt), self.newest.t)
+
+    def _doubt_unseen(self) -> None:
+        unseen = time.monotonic() - self._seen[1]
+        if self._closed and unseen > UNSEEN_SECONDS:
+            self._doubt(f"nobody could look at its QEMU for {unseen:.0f} s before the stream ended", None)
+
     def _heed(self, look: Look) -> None:
         """Raises StreamBroken, and StreamBypassed once no moment is offered any more that may lack a write."""
         if isinstance(look.error, StreamBypassed):
-            good = self._good or self.newest
-            doubt = {"after": good.seq, "start": int(good.t), "why": str(look.error)}
-            # A doubt that names no tokens leaves those before it as good as they were.
-            tokens = None if isinstance(look.error, StreamUncertain) else self.tokens
-            self.newest = Moment(self.recorder.barrier(self.newest.t, tokens, doubt=doubt), self.newest.t)
-            self._closed = False  # what is in the ring belongs to no moment either
+            self._doubt(str(look.error), None if isinstance(look.error, StreamUncertain) else self.tokens)
         if look.error:
             raise look.error
+        if look.silence:
+            self._tell_silence(look.silence)
         if look.good:
-            self._good, self._seen = look.good, (look.t, look.began)
+            self._good, self._seen, self._unseen = look.good, (look.t, look.began), False
         if look.tokens and self.target:
             self._record(self.target)  # what the new checkpoints don't hold has arrived before
             self.tokens = look.tokens
@@ -354,6 +370,22 @@ class StreamLife:
             self._since = None
         self.points.keep_up(self)
 
+    def _tell_silence(self, why: HostUnreachable) -> None:
+        """Somebody is told, once, when nobody has been able to look at QEMU for long."""
+        if self._unseen or time.monotonic() - self._seen[1] <= UNSEEN_SECONDS:
+            return
+        self._unseen = True
+        name = self.setting.machine.name
+        self.setting.report(
+            Trouble(
+                HostUnreachable(
+                    f"Nobody could look at the QEMU of machine {name} for {UNSEEN_SECONDS:g} s ({why}); moments go on, and those "
+                    "since then are not offered any more should the stream end before somebody can: end what holds its monitor"
+                ),
+                0,
+            )
+        )
+
     def _kept(self) -> list[Token]:
         """What barrier and point name: no clean-up may remove it."""
         store, machine = self.setting.store, self.setting.machine
@@ -365,7 +397,3 @@ class StreamLife:
             self.newest, s.writes + writes, s.bytes + size, max(s.seconds, seconds), max(s.lag_seconds, lag),
             [*s.marks, *labels],
         )  # fmt: skip
-
-
-def _broke_off(target: Target) -> bool:
-    return target.dead or bool(target.ring.heads.broken)

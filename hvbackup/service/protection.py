@@ -6,6 +6,7 @@ A machine under protection has a worker: a thread of the process that runs `prot
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,9 @@ class Worker:
             self.protection.run()
         except HvbackupError as e:
             self.error = e
+        except Exception as e:  # noqa: BLE001 - handed to whoever waits for the thread
+            traceback.print_exception(e)
+            self.error = HvbackupError(f"Protection of machine {self.machine.name} ended: {type(e).__name__}: {e}")
 
 
 @contextmanager
