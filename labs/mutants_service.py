@@ -8,6 +8,7 @@ AUTH, GATE, NOTIFY, ROWS = "hvbackup/auth.py", "hvbackup/api/gate.py", "hvbackup
 TEST_AUTH, TEST_GATE, TEST_NOTIFY = "tests/test_auth.py::", "tests/api/test_gate.py::", "tests/test_notify.py::"
 OIDC, TEST_SIGN_ON = "hvbackup/api/oidc.py", "tests/api/test_sign_on.py::"
 ROUTES, STANDING = "tests/api/test_authorization.py::", "tests/daemon/test_standing.py::"
+KEEPER = "tests/daemon/test_keeper.py::"
 
 SERVICE: tuple[Planted, ...] = (
     (
@@ -201,6 +202,22 @@ SERVICE: tuple[Planted, ...] = (
         "            self.settings = configuration.Configuration()\n            self.reload_error = str(e)\n",
         ("tests/api/test_api.py::test_a_broken_configuration_changes_nothing_and_is_an_alarm",),
         False,
+    ),
+    (
+        "service: a file that goes while a journal is counted shuts the store",
+        "hvbackup/service/estate.py",
+        "            with contextlib.suppress(FileNotFoundError):\n",
+        "            with contextlib.nullcontext():\n",
+        (f"{KEEPER}test_a_journal_whose_files_go_while_they_are_counted",),
+        False,
+    ),
+    (
+        "service: workers of a store that can't be looked at ended",
+        "hvbackup/daemon/keeper.py",
+        "            if policy and policy.protect and source:\n",
+        "            if policy and policy.protect and source and self.stores[s.store_of(policy)].estate:\n",
+        (f"{KEEPER}test_a_store_that_cannot_be_looked_at_ends_no_worker",),
+        True,
     ),
     (
         "doctor: certificate that expires soon not noticed",

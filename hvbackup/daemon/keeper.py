@@ -76,6 +76,7 @@ class Keeper:
         self.selection = selection.select(self.settings, self.discovery.machines)
         self.alarms: Sequence[Alarm] = ()
         self._rows: Sequence[Row] = ()
+        self._keys: dict[tuple[str, str], str] = {}  # of each store's machines, by their ids
         self._quiet = Quiet()
         self._notify_errors: dict[str, str] = {}
         self._first_seen: dict[str, int] = {}
@@ -216,7 +217,7 @@ class Keeper:
         if estate is None:
             return None
         m = chosen.machine
-        key = estate.store.ring.machine_name(MachineId(m.id))
+        key = self._keys[store, m.id] = estate.store.ring.machine_name(MachineId(m.id))
         known, note = estate.of(m.id), self.workers.note(key)
         past = tasks.past_of(self.jobs, m.id, "backup")
         seen = self._first_seen.setdefault(m.id, now)
@@ -237,16 +238,16 @@ class Keeper:
         )
 
     def _wanted(self) -> dict[str, Wanted]:
-        return {
-            r.key: Wanted(r.key, self.protect_words(r))
-            for r in self._rows
-            if r.continuous and r.source in self.settings.sources
-        }
-
-    def protect_words(self, r: Row) -> list[str]:
-        """The command that protects a machine."""
-        policy, source = self.settings.policies[r.policy], self.settings.sources[r.source]
-        return ["protect", source.uri, *tasks.only(source, r.id), *tasks.rhythm(policy), *self.store_words(r.store)]
+        """Who is to have a worker, also where the store can't be looked at now."""
+        s, found = self.settings, {}
+        for c in self.selection.chosen:
+            policy, source = s.policies.get(c.policy or ""), s.sources.get(c.machine.source)
+            if policy and policy.protect and source:
+                store = s.store_of(policy)
+                if key := self._keys.get((store, c.machine.id)):
+                    words = [source.uri, *tasks.only(source, c.machine.id), *tasks.rhythm(policy)]
+                    found[key] = Wanted(key, ["protect", *words, *self.store_words(store)])
+        return found
 
     # -- what is due ---------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ changed are listed again, and only the newest point of each is read; nothing her
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,9 +88,15 @@ class Estate:
             self._known.pop(key, None)
             return
         times = np.array([int(n[:20]) for n in names], np.int64)
-        folder = self.store.files.path(f"{journal.FOLDER}/{key}")
-        size = sum(f.stat().st_size for f in folder.iterdir()) if stamp[1] and folder.is_dir() else 0
-        self._known[key] = Known(key, newest, times, [n[21:] for n in names], size, stamp)
+        self._known[key] = Known(key, newest, times, [n[21:] for n in names], self._journal_bytes(key), stamp)
+
+    def _journal_bytes(self, key: str) -> int:
+        """Of the files that are still there: a worker seals and trims while we look."""
+        total, folder = 0, f"{journal.FOLDER}/{key}"
+        for name in self.store.files.names(folder):
+            with contextlib.suppress(FileNotFoundError):
+                total += self.store.files.size(f"{folder}/{name}")
+        return total
 
     def _newest(self, key: str, names: Sequence[str]) -> RecoveryPoint | None:
         before = self._known.get(key)
