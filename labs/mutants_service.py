@@ -220,6 +220,22 @@ SERVICE: tuple[Planted, ...] = (
         True,
     ),
     (
+        "service: note of a worker written over below its reader",
+        "hvbackup/service/standing.py",
+        "        _files(places).replace(path_of(places, key).name, json",
+        "        _files(places).make_dir('')\n        path_of(places, key).write_bytes(json",
+        (f"{STANDING}test_a_note_that_is_being_read_stays_whole",),
+        False,
+    ),
+    (
+        "service: what killed workers had not written to its end stays for ever",
+        "hvbackup/service/standing.py",
+        "        _files(places).sweep()\n",
+        "        _files(places)\n",
+        (f"{STANDING}test_what_a_killed_worker_did_not_write_to_its_end_is_no_note_and_goes",),
+        False,
+    ),
+    (
         "doctor: certificate that expires soon not noticed",
         "hvbackup/service/doctor.py",
         "        elif days < DAYS_LEFT:\n",

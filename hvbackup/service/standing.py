@@ -14,6 +14,8 @@ from pathlib import Path
 
 from hvbackup import __version__
 from hvbackup.config import Places
+from hvbackup.errors import HvbackupError
+from hvbackup.files import Files, Kernel
 from hvbackup.model import Machine
 from hvbackup.processes import Process
 from hvbackup.protect.events import Begun, Cycle, Event, Folded, Paused, Streamed, Trouble
@@ -39,9 +41,11 @@ class Note:
 
 
 def noting(places: Places, key: Callable[[Machine], str]) -> Callable[[Machine, Event], None]:
-    """Keeps the notes of a process's workers."""
+    """Keeps the notes of a process's workers; what killed ones had not written to its end is gone when this returns."""
     me = Process.of(os.getpid())
     assert me is not None
+    with contextlib.suppress(OSError):
+        _files(places).sweep()
     notes: dict[str, Note] = {}
 
     def note(machine: Machine, event: Event) -> None:
@@ -69,17 +73,29 @@ def _after(note: Note, event: object) -> Note:
     return replace(note, trouble=str(event.error)) if isinstance(event, Trouble) else note
 
 
+class _Fleeting(Kernel):
+    """What is renamed is whole for whoever reads it; nothing waits for a disk."""
+
+    def fsync(self, fd: int) -> None:
+        """A power cut may take it."""
+
+    def sync_dir(self, path: str) -> None:
+        """Likewise."""
+
+
+def _files(places: Places) -> Files:
+    return Files(places.run / FOLDER, _Fleeting())
+
+
 def path_of(places: Places, key: str) -> Path:
     """Where the note of a machine is; `key` is its keyed name in the store."""
     return places.run / FOLDER / f"{key}.json"
 
 
 def write(places: Places, key: str, note: Note) -> None:
-    """The note is there, whole, when this returns; where that fails, nobody is protected less."""
-    path = path_of(places, key)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_text(json.dumps(asdict(note)) + "\n")
+    """Whoever reads the note has this one, whole, when this returns; where that fails, nobody is protected less."""
+    with contextlib.suppress(OSError, HvbackupError):
+        _files(places).replace(path_of(places, key).name, json.dumps(asdict(note)).encode() + b"\n")
 
 
 def read(places: Places, key: str) -> Note | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hvbackup.config import Places
 from hvbackup.configuration import PolicySettings
 from hvbackup.daemon import rows, tasks
 from hvbackup.daemon.rows import Standing
@@ -15,6 +17,7 @@ from hvbackup.jobs import Jobs, State, Task
 from hvbackup.model import SECOND, Instant
 from hvbackup.processes import Process
 from hvbackup.selection import Chosen, Found
+from hvbackup.service import standing as notes
 from hvbackup.service.standing import Note
 
 NOW = Instant(1_800_000_000 * SECOND)
@@ -76,3 +79,33 @@ def test_late_is_what_could_not_be_recovered_in_time(ago: int, failure: str, exp
 def test_a_machine_without_a_moment_is_late_once_it_had_time() -> None:
     assert standing(0, seen=HOUR - SECOND) == Standing.PROTECTED
     assert standing(0, seen=HOUR + SECOND) == Standing.LATE
+
+
+def places(folder: Path) -> Places:
+    return Places(folder / "store", folder / "state", folder / "conf", folder / "run")
+
+
+def test_a_note_that_is_being_read_stays_whole(tmp_path: Path) -> None:
+    me = Process.of(os.getpid())
+    assert me
+    first = Note("m1", "web1", me, seq=1)
+    notes.write(places(tmp_path), "key", first)
+    with notes.path_of(places(tmp_path), "key").open() as reading:
+        notes.write(places(tmp_path), "key", replace(first, seq=2))
+        assert json.load(reading)["seq"] == 1, "not written over below its reader"
+    found = notes.read(places(tmp_path), "key")
+    assert found
+    assert found.seq == 2
+
+
+def test_what_a_killed_worker_did_not_write_to_its_end_is_no_note_and_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / notes.FOLDER
+    with notes._files(places(tmp_path)).new() as new:
+        new.write(b'{"machine": "m')
+        notes.noting(places(tmp_path), lambda machine: machine.id)
+        [under_way] = [path for path in folder.rglob("*") if path.is_file()]
+        assert not list(folder.glob("*.json"))
+        left = under_way.with_name("left")
+        left.write_bytes(under_way.read_bytes())  # as a kill leaves it: nobody holds it
+    notes.noting(places(tmp_path), lambda machine: machine.id)
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
