@@ -236,6 +236,14 @@ SERVICE: tuple[Planted, ...] = (
         False,
     ),
     (
+        "cli: an answer that is out is followed by another that it was interrupted",
+        "hvbackup/cli/output.py",
+        "    @let_finish  # else",
+        "    # else",
+        ("tests/cli/test_interrupt.py::test_a_program_gets_one_document",),
+        False,
+    ),
+    (
         "doctor: certificate that expires soon not noticed",
         "hvbackup/service/doctor.py",
         "        elif days < DAYS_LEFT:\n",

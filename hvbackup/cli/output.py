@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hvbackup.endings import let_finish
 from hvbackup.errors import HvbackupError, PartlyFailed, UsageError
 
 PROGRAM = "hvbackup"
@@ -36,10 +37,14 @@ class Out:
     def answer(self, value: Any, lines: Iterable[str]) -> None:
         """The answer: `value` as one line of JSON, or `lines` as they are."""
         if self.json:
-            self._print([json.dumps(value, ensure_ascii=False)])
-            self.answered = True
+            self._answer(json.dumps(value, ensure_ascii=False))
         elif not self.quiet:
             self._print(lines)
+
+    @let_finish  # else somebody adds a second document, that we were interrupted, to one that is out
+    def _answer(self, line: str) -> None:
+        self._print([line])
+        self.answered = True
 
     def say(self, line: str) -> None:
         """Something for people only."""

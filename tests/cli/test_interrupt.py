@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import subprocess
@@ -12,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from hvbackup.cli.output import Out
+from hvbackup.endings import finishing
+from hvbackup.errors import Interrupted
 from tests.cli.rig import World, make_disk
 
 pytestmark = pytest.mark.walk
@@ -74,6 +79,40 @@ def step_through(world: World, steps: int, seed: int) -> Counter[int]:
 @pytest.mark.timeout(900)
 def test_a_signal_at_random_steps(stored: World) -> None:
     assert step_through(stored, 6, seed=11)[130] > 12
+
+
+class Signalled(io.StringIO):
+    """A signal comes once, when what was written is out."""
+
+    heard = False
+
+    def flush(self) -> None:
+        if not self.heard and self.getvalue():
+            self.heard = True
+            if not finishing(sys._getframe()):
+                raise KeyboardInterrupt
+
+
+class Refusing(io.StringIO):
+    """It does not take the first thing that is written."""
+
+    refused = False
+
+    def write(self, text: str) -> int:
+        if not self.refused:
+            self.refused = True
+            raise ValueError
+        return super().write(text)
+
+
+@pytest.mark.parametrize("stdout", [Signalled(), Refusing()], ids=["signalled", "refusing"])
+def test_a_program_gets_one_document(stdout: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    out = Out(json=True)
+    with contextlib.suppress(KeyboardInterrupt, ValueError):
+        out.answer({"points": []}, [])
+    out.fail(Interrupted("Interrupted"))
+    assert len(stdout.getvalue().splitlines()) == 1
 
 
 SCRIPT = """
