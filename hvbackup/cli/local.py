@@ -25,11 +25,10 @@ def ask(places: Places, method: str, path: str, body: Any = None) -> Any:
     try:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         line.request(method, path, None if body is None else json.dumps(body), headers)
-    except (FileNotFoundError, ConnectionRefusedError):
-        return None
-    try:
         answer = line.getresponse()
         text = answer.read()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
     except (OSError, Failed) as e:
         raise HostUnreachable(f"The service at {address} does not answer: {e}") from e
     finally:

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -151,6 +151,20 @@ def listening(path: Path, behave: Callable[[socket.socket], object]) -> Iterator
         yield
         server.shutdown(socket.SHUT_RDWR)
         thread.join(120)
+
+
+def test_a_service_that_takes_no_more_connections(world: World) -> None:
+    path = world.folder / "run/api.sock"
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as server, ExitStack() as waiting:
+        server.bind(str(path))
+        server.listen(0)
+        with pytest.raises(BlockingIOError):
+            while True:
+                client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(path))
+        assert f"The service at {path} does not answer" in world.refused(4, "jobs")
 
 
 def dies_half_way(client: socket.socket) -> None:
