@@ -175,8 +175,8 @@ def test_some_reads_fail_and_the_rest_goes_on(program: Program, raw: Path, conte
             assert read_all(client) == content
 
 
-def test_one_read_in_fifty_fails(program: Program, raw: Path, content: bytes) -> None:
-    options = ["error-pread=EIO", "error-pread-rate=2%"]
+def test_one_read_in_ten_fails(program: Program, raw: Path, content: bytes) -> None:
+    options = ["error-pread=EIO", "error-pread-rate=10%"]
     listener = program("nbdkit", "-f", "-U", "{socket}", "--filter=error", "file", str(raw), *options)
     failures = 0
     with NbdClient.open(NbdUri(socket=str(listener)), settings=Settings(request_bytes=65536)) as client:
