@@ -105,8 +105,7 @@ def test_workers_and_jobs_survive_an_upgrade_and_a_downgrade(world: World, tmp_p
             note = replaced(world, version, seq)
             assert note["process"]["pid"] != before, "the new version's own worker goes on"
             seq = note["seq"]
-            row = until(lambda: ask(world, "GET", "/api/v1/machines")["machines"])[0]
-            assert row["state"] == "protected", row
+            until(lambda: ask(world, "GET", "/api/v1/machines")["machines"][0]["state"] == "protected")
             assert ask(world, "GET", f"/api/v1/jobs/{lasting}")["state"] == "running", "jobs are adopted as well"
             assert ask(world, "POST", f"/api/v1/machines/{machine}/tag", {"tag": f"by {version}"})["seq"] > seq
         ask(world, "DELETE", f"/api/v1/jobs/{lasting}")
