@@ -77,8 +77,7 @@ def test_domains_are_noticed_as_they_come_and_go(own: Libvirtd, world: World) ->
         vm.__class__ = Tagged
         until(lambda: served.said("tells what happens"))
         plain.define()
-        until(lambda: plain.name in states(world))
-        assert states(world)[plain.name] == ("unprotected", "defined")
+        until(lambda: states(world).get(plain.name) == ("unprotected", "defined"))
         vm.define()
         until(lambda: points(world).get(vm.name) == 1)
         assert plain.name not in points(world)
