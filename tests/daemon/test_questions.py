@@ -78,7 +78,7 @@ def test_the_end_leaves_nobody_waiting_and_nothing_running(held: World) -> None:
     until(lambda: questions._asked)
     [process] = questions._asked
     questions.close()
-    thread.join(5.0)
+    thread.join(120.0)
     assert not thread.is_alive()
     assert [type(e) for e in said] == [Busy]
     assert process.returncode == -signal.SIGKILL
