@@ -152,6 +152,8 @@ def test_the_death_of_both_is_made_good_by_the_next_run(hooked: Hooked) -> None:
     hooked.add("hook", '[ "$1" != pre-freeze ] || [ -e "$HOME/once" ] || { touch "$HOME/once"; sleep 5; }\n')
     process = hooked.world.start("backup", hooked.source, "--hook", hooked.folder)
     hooked.wait_for("hook pre-freeze pre-freeze vm")
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # from here on it begins nobody
     for guard in children(process.pid):
         os.kill(guard, signal.SIGKILL)
     process.kill()
