@@ -155,7 +155,7 @@ def test_a_client_that_stops_in_the_middle_of_a_command_is_dropped(sent: bytes) 
 @pytest.mark.walk
 def test_a_client_that_takes_no_replies_is_dropped_and_slows_nobody_else() -> None:
     export = MemoryExport(64 * _MiB)
-    with _served(export, stall_seconds=2.0) as (server, uri):
+    with _served(export, stall_seconds=10.0) as (server, uri):
         slow = [RawClient(uri).open() for _ in range(3)]
         for client in slow:
             client.send(b"".join(request(protocol.READ, 0, 8 * _MiB, cookie=n) for n in range(20)))
