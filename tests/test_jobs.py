@@ -83,6 +83,7 @@ def test_a_service_that_was_killed_finds_its_jobs_again(world: World) -> None:
     assert "nobody" in again.get(lasting.id).error
     assert again.open()[-1].id == running.id
     until(again, lambda: len(again.open()) == 1)
+    until(again, lambda: again.answer(running.id) is not None)  # it serves
     again.cancel(running.id)
     assert ended(again, running).state is State.DONE, "an export that is ended has done its work"
 
