@@ -1,7 +1,7 @@
 """Moments recorded every second while the guest writes, until the attack; then some are drawn and proved.
 
-What a moment must hold is known from the outside: the records that the guest had acknowledged before it are in it, and none
-that it acknowledged long after.
+What a moment must hold is known from the outside: the records that the guest had acknowledged a second before it are in it, and
+none that it acknowledged long after.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from labs.guest import Guest
 SECONDS = 8.0  # of protection before the attack
 DRAWN = 4  # moments that are proved
 TAG = "before the attack"
+EARLIER_SECONDS = 1.0  # a moment is labelled when it is certainly over, and holds what was acknowledged so long before
 LATER_SECONDS = 1.0  # an acknowledgement may be so late on its way out of the guest
 PATIENCE_SECONDS = 60.0
 
@@ -35,7 +36,9 @@ class Recording:
     """What `protect` said, and what the guest had acknowledged meanwhile."""
 
     moments: list[dict[str, Any]] = field(default_factory=list)
-    acked: list[tuple[float, int]] = field(default_factory=list)  # (time, records), ascending
+    acked: list[tuple[float, int, float]] = field(
+        default_factory=list
+    )  # a time, the records then, a later time; ascending
     trouble: list[dict[str, Any]] = field(default_factory=list)
 
     def wait(self, count: int) -> None:
@@ -49,8 +52,8 @@ class Recording:
     def proof(self, moment: dict[str, Any], label: str, at: str) -> Backup:
         """What a moment must hold, in the shape of a backup."""
         t = datetime.fromisoformat(moment["time"][:26] + "+00:00").timestamp()
-        low = max((n for s, n in self.acked if s <= t), default=0)
-        high = min((n for s, n in self.acked if s > t + LATER_SECONDS), default=self.acked[-1][1])
+        low = max((n for _, n, by in self.acked if by <= t - EARLIER_SECONDS), default=0)
+        high = min((n for after, n, _ in self.acked if after > t + LATER_SECONDS), default=self.acked[-1][1])
         return Backup(label, at, low, high, {}, moment["seconds"])
 
 
@@ -108,8 +111,7 @@ def _listen(process: subprocess.Popen[str], recording: Recording) -> None:
 
 def _watch(guest: Guest, recording: Recording, ended: threading.Event) -> None:
     while not ended.wait(0.05):
-        now = time.time()
-        recording.acked.append((now, guest.acked()))
+        recording.acked.append((time.time(), guest.acked(), time.time()))
 
 
 def drawn(recording: Recording) -> list[Backup]:

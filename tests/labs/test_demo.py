@@ -94,6 +94,7 @@ def test_a_damaged_file_system_is_not_proved(moments: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.guest
+@pytest.mark.timeout(600)
 def test_the_whole_demonstration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
