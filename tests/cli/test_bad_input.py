@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.rig import PRIVATE_MOUNTS, World, make_disk
+from tests.nbd.conftest import listens, wait_for
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\r\n'
@@ -201,10 +202,7 @@ def nbdkit(folder: Path, *words: str) -> Iterator[str]:
     path = folder / "nbdkit.sock"
     process = subprocess.Popen(["nbdkit", "-f", "-U", str(path), *words], stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 120
-        while not path.exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        assert wait_for(lambda: listens(path))
         yield f"nbd+unix:///?socket={path}"
     finally:
         process.kill()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.nbd.conftest import listens
+
 WAIT_SECONDS = 120
 
 
@@ -36,7 +38,7 @@ def nbdkit(folder: Path, *words: str) -> Iterator[Server]:
     path.unlink(missing_ok=True)
     process = subprocess.Popen(["nbdkit", "-f", "-U", str(path), *words], stderr=subprocess.DEVNULL)
     try:
-        wait(path.exists)
+        wait(lambda: listens(path))
         yield Server(process, f"nbd+unix:///?socket={path}")
     finally:
         process.kill()

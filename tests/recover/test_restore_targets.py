@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.rig import World, make_disk
+from tests.hypervisors.imagerig import serves, wait_for
 from tests.recover.test_qcow2 import compare
 
 pytestmark = [
@@ -131,10 +132,7 @@ def test_an_image_that_a_machine_or_a_loop_device_uses_is_refused_by_name(stored
         assert said.startswith(f"{target} is in use: {device} stands on it")
     socket = stored.folder / "nbd.sock"
     with subprocess.Popen(["qemu-nbd", "-f", "raw", "-t", "-k", str(socket), str(target)]) as server:
-        end = time.monotonic() + 120
-        while not socket.exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for(lambda: serves(socket))  # the socket is there before the image is open
         for mode in ("--replace", "--differential"):
             said = stored.refused(5, *restore(stored, target, mode))
             assert said.startswith(f"{target} is in use by a virtual machine")
