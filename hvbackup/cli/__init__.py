@@ -28,7 +28,6 @@ Modules here import nothing heavy: `--help` answers at once, and a verb pays onl
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -59,5 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = "Interrupted; nothing that was committed is lost"
         print(f"hvbackup: error: {message}", file=sys.stderr)
         if "--json" in words:
+            import json
+
             print(json.dumps({"error": {"kind": "Interrupted", "message": message, "exit_code": INTERRUPTED}}))
         return INTERRUPTED

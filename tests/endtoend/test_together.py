@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import hvbackup
 from tests.endtoend.rig import Protected, protected
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
+PACKAGE = Path(hvbackup.__file__).parent
 FIGURES = Path(__file__).parents[2] / ".lab" / "figures"
 WAIT_SECONDS = 120
 STOPS_OF_A_STORE = 7
@@ -47,7 +49,7 @@ def stop_once(case: Protected, number: signal.Signals, rng: random.Random) -> st
         return "too late"
     if process.returncode in (-signal.SIGINT, -signal.SIGTERM) or "KeyboardInterrupt" in err:
         # Python had not begun to load us, or its interpreter was on its way out.
-        assert "hvbackup/" not in err.replace("/bin/hvbackup", ""), err
+        assert f"{PACKAGE}/" not in err, err
         assert not (case.world.store / "leases").exists() or not list((case.world.store / "leases").glob("*"))
         return "before we were loaded"
     assert process.returncode == 130, (process.returncode, out, err)
