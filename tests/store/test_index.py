@@ -301,6 +301,18 @@ def test_a_pack_nobody_can_read_is_named_and_the_others_serve() -> None:
         b.check({chunk(2): {(good, int(rows["offset"][0]))}}, set())
 
 
+def test_a_pack_that_is_reclaimed_while_packs_are_listed_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bench() as b:
+        gone, _ = b.write([1])
+        stays, _ = b.write([2])
+        b.files.remove(packs.path_of(gone))
+        monkeypatch.setattr(packs, "list_packs", lambda _: sorted([gone, stays]))
+        assert b.index.catch_up()
+        assert b.index.known() == {stays}
+        b.reopen()
+        assert (b.index.known(), b.index.unreadable) == ({stays}, [])
+
+
 @given(st.integers(0, 1 << 32), st.integers(1, 400))
 def test_a_generation_is_the_same_in_however_many_pieces_it_was_written(seed: int, count: int) -> None:
     rng = random.Random(seed)

@@ -110,6 +110,8 @@ class Index:
         for name in names:
             try:
                 rows, fingerprint = self._rows_of(name, len(found))
+            except FileNotFoundError:
+                continue  # reclaimed since it was listed
             except StoreDamage:
                 self.unreadable.append(name)
                 continue
