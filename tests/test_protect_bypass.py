@@ -256,7 +256,7 @@ def test_what_nobody_expected_ends_a_life_and_not_the_protection(tmp_path: Path)
         for scratch in (tmp_path / "state" / "scratch").iterdir():
             shutil.rmtree(scratch)
         worker.wait_for("begun", 2)
-        [trouble] = [e for e in worker.events if e["event"] == "trouble"]
+        [trouble] = worker.of("trouble")
         assert "FileNotFoundError" in trouble["error"]["message"]
         assert worker.end(signal.SIGTERM) == 0
     finally:

@@ -196,7 +196,7 @@ def test_a_pause_leaves_the_machine_alone_over_restarts_and_shows_as_a_gap(daemo
         assert not daemon.leftovers()
         before = scribe.acked
         assert worker.run("protect", "resume", "m1").returncode == 0
-        [begun] = [e for e in worker.events if e["event"] == "begun"]
+        [begun] = worker.of("begun")
         assert begun["gap"]["why"] == "paused: a resize"
         assert worker.run("protect", "resume", "m1").returncode == 2, "it is not paused"
         worker.wait_for("moment")
@@ -232,7 +232,7 @@ def test_a_journal_disk_that_stalls_never_stalls_the_guest(daemon: Daemon, tmp_p
         freeze_disk(disk.path, "-f")
         try:
             before = scribe.acked
-            worker.wait_for("trouble")
+            wait_until(lambda: any(e["event"] == "trouble" for e in worker.events))
             trouble = next(e for e in worker.events if e["event"] == "trouble")
             assert "has not answered" in trouble["error"]["message"]
             wait_until(lambda: not [f for f in daemon.leftovers() if f.startswith("hvb-")])
@@ -240,7 +240,7 @@ def test_a_journal_disk_that_stalls_never_stalls_the_guest(daemon: Daemon, tmp_p
             wait_until(lambda: scribe.acked > before + 200)
         finally:
             freeze_disk(disk.path, "-u")
-        worker.wait_for("begun", 2)
+        wait_until(lambda: sum(e["event"] == "begun" for e in worker.events) >= 2)
         begun = [e for e in worker.events if e["event"] == "begun"][-1]
         assert begun["how"] == "resumed"
         assert "has not answered" in begun["gap"]["why"]

@@ -95,7 +95,7 @@ def test_a_killed_machine_is_protected_again_once_somebody_starts_it(vm: Libvirt
     shown = worker.run("timeline", "m1", "--json").stdout
     assert worker.end(signal.SIGTERM) == 0
     assert not ours(vm)
-    begun = [e for e in worker.events if e["event"] == "begun"]
+    begun = worker.of("begun")
     assert [e["how"] for e in begun] == ["captured", "captured"], "its bitmaps died with it: everything was compared"
     with Store.open(vm.folder / "store", vm.folder / "state2", []) as store:
         history = History(store, next(iter(store.points())).machine.id)
