@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Generator
 
 import pytest
@@ -33,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "world" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
+
+
+PATIENCE_SECONDS = 60.0  # with the disk of the tests' own, which others use as well
+TELLS_OF_STALLS = ("hvbackup.protect.journaling", "hvbackup.protect.streaming")
+
+
+@pytest.fixture(autouse=True)
+def patient_with_our_own_disk() -> Generator[None]:
+    """No journal in this process stalls, but where a test says how soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TELLS_OF_STALLS:
+            if name in sys.modules:  # else nothing in this test keeps a journal
+                patch.setattr(sys.modules[name], "STALL_SECONDS", PATIENCE_SECONDS)
+        yield
 
 
 def skips_are_failures() -> bool:

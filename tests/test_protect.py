@@ -595,7 +595,6 @@ def test_a_disk_that_is_slow_but_answers_is_only_slow(world: World, monkeypatch:
         time.sleep(0.2)
         original(fd)
 
-    monkeypatch.setattr("hvbackup.protect.journaling.STALL_SECONDS", 60.0)  # which our own disk does not take either
     monkeypatch.setattr(world.store.files.kernel, "fsync", slow)
     world.guest_writes()
     world.images[life.cycle().moment.seq] = world.content()

@@ -18,6 +18,7 @@ from hvbackup.hypervisors.qemu_stream_guard import HUNG_SECONDS
 from hvbackup.hypervisors.qmp import CommandRefused
 from hvbackup.model import SECOND, DiskId, DiskRoot, Instant, MiB
 from hvbackup.nbd.client import NbdClient
+from hvbackup.protect import streaming
 from hvbackup.protect.events import Begun, Event, Folded, Trouble
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.streaming import StreamLife
@@ -244,9 +245,10 @@ def test_a_full_journal_disk_keeps_what_was_answered(daemon: Daemon, store: Stor
 
 
 def test_a_journal_disk_that_stands_still_is_told_of_and_not_waited_for(
-    daemon: Daemon, store: Store, tmp_path: Path
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An alarm while it stands, not when it goes on; the guest never waits, and the ring holds what it was told."""
+    monkeypatch.setattr(streaming, "STALL_SECONDS", 1.0)
     sync, answers = store.files.kernel.fsync, threading.Event()
 
     def standing(fd: int) -> None:
