@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,14 @@ from labs.guest import Guest
 
 SLOW_DISK = "has not answered for"  # of the disk below the store; the tests' own may be busy for a second
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # a test run that is killed leaves nothing behind
+
+
+@contextlib.contextmanager
+def in_memory(path: Path) -> Iterator[None]:
+    """What is below this link, until left: as rings of streams are, so that no disk holds up who answers a guest."""
+    with tempfile.TemporaryDirectory(prefix="hvr-", dir="/dev/shm") as memory:
+        path.symlink_to(memory)
+        yield
 
 
 class Worker:

@@ -78,7 +78,9 @@ def protection_of(
     store: Store, guest: Guest, folder: Path, streamed: bool, events: list[Event] | None = None
 ) -> Protection:
     hypervisor = QemuHypervisor(guest.qmp_path, "00c0ffee", scratch_dir=folder / "s", settings=SETTINGS)
-    rhythm = Rhythm(SECOND // 10 if streamed else SECOND, 3600 * SECOND, stream=streamed, rings=folder / "rings")
+    rhythm = Rhythm(
+        SECOND // 10 if streamed else SECOND, 3600 * SECOND, stream=streamed, rings=(folder / "rings").resolve()
+    )
     report = events.append if events is not None else lambda _: None
     return Protection(store, hypervisor, only(hypervisor), Options(), rhythm, report)
 

@@ -23,7 +23,7 @@ from hvbackup.protect.protection import Protection
 from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, node, only
-from tests.protecting import DIES_WITH_US
+from tests.protecting import DIES_WITH_US, in_memory
 from tests.test_stream_traps import Running, troubles
 
 pytestmark = pytest.mark.real
@@ -101,9 +101,9 @@ def test_protection_begins_on_a_large_busy_disk(
     monkeypatch.setattr(streaming, "SET_MAX_BYTES", USUAL)
     monkeypatch.setattr(cycles, "SET_MAX_BYTES", USUAL)
     init(tmp_path / "store", None)
-    with Store.open(tmp_path / "store", tmp_path / "state", [], owner=True) as store:
+    with in_memory(tmp_path / "rings"), Store.open(tmp_path / "store", tmp_path / "state", [], owner=True) as store:
         hypervisor, events = daemon.hypervisor(), list[Event]()
-        wanted = Rhythm(SECOND, 3600 * SECOND, rings=tmp_path / "rings")
+        wanted = Rhythm(SECOND, 3600 * SECOND, rings=(tmp_path / "rings").resolve())
         if streamed:
             wanted = dataclasses.replace(wanted, every_ns=SECOND // 10, stream=True)
         machine = only(hypervisor)

@@ -33,6 +33,7 @@ from hvbackup.store.store import Store, init
 from hvbackup.target.ring import find
 from labs.guest import Guest, make_disk
 from tests.hypervisors.daemon import SETTINGS, only
+from tests.protecting import in_memory
 from tests.scribe import Metronome
 from tests.test_protect_guest import FILES, SIZE, mounted, recovered
 from tests.test_stream_kills import StreamWorker, last_recorded
@@ -60,13 +61,13 @@ def guest(folder: Path) -> Generator[Guest]:
 @pytest.fixture
 def store(folder: Path) -> Generator[Store]:
     init(folder / "store", None)
-    with Store.open(folder / "store", folder / "state", []) as found:
+    with in_memory(folder / "rings"), Store.open(folder / "store", folder / "state", []) as found:
         yield found
 
 
 def protection_of(store: Store, guest: Guest, folder: Path) -> Protection:
     hypervisor = QemuHypervisor(guest.qmp_path, "00c0ffee", scratch_dir=folder / "s", settings=SETTINGS)
-    rhythm = Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=folder / "rings")
+    rhythm = Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=(folder / "rings").resolve())
     return Protection(store, hypervisor, only(hypervisor), Options(), rhythm)
 
 

@@ -30,6 +30,7 @@ from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.store import Store, init
 from tests.hypervisors.daemon import Daemon, make_image, node, only
+from tests.protecting import in_memory
 from tests.scribe import Scribe
 
 pytestmark = pytest.mark.real
@@ -48,12 +49,12 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     init(tmp_path / "store", None)
-    with Store.open(tmp_path / "store", tmp_path / "state", []) as found:
+    with in_memory(tmp_path / "rings"), Store.open(tmp_path / "store", tmp_path / "state", []) as found:
         yield found
 
 
 def rhythm(tmp_path: Path, **more: int) -> Rhythm:
-    return Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=tmp_path / "rings", **more)  # type: ignore[arg-type]
+    return Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=(tmp_path / "rings").resolve(), **more)  # type: ignore[arg-type]
 
 
 def protection_of(store: Store, daemon: Daemon, wanted: Rhythm, events: list[Event] | None = None) -> Protection:

@@ -24,6 +24,7 @@ from labs.libvirtd import Libvirtd
 from tests.hypervisors.conformance import BLOCK
 from tests.hypervisors.libvirtd import SIZE, LibvirtMachine, machine
 from tests.hypervisors.test_libvirt_cycles import ours
+from tests.protecting import in_memory
 
 pytestmark = pytest.mark.real
 
@@ -37,14 +38,14 @@ def vm(libvirtd: Libvirtd) -> Iterator[LibvirtMachine]:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     init(tmp_path / "store", None)
-    with Store.open(tmp_path / "store", tmp_path / "state", []) as found:
+    with in_memory(tmp_path / "rings"), Store.open(tmp_path / "store", tmp_path / "state", []) as found:
         yield found
 
 
 def protection_of(store: Store, vm: LibvirtMachine, folder: Path) -> Protection:
     hypervisor = vm.hypervisor()
     [found] = hypervisor.machines()
-    rhythm = Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=folder / "rings")
+    rhythm = Rhythm(SECOND // 10, 3600 * SECOND, stream=True, rings=(folder / "rings").resolve())
     return Protection(store, hypervisor, found, Options(), rhythm)
 
 
