@@ -224,7 +224,7 @@ class LibvirtGuest(LibvirtMachine):
     def start(self) -> LibvirtGuest:
         self.domain.create()
         self.console = Console(self.folder / "console.sock")
-        self.console.wait_ready(60, booting=True)
+        self.console.wait_ready(240, booting=True)
         return self
 
     def sh(self, command: str, *, check: bool = True) -> str:
@@ -238,7 +238,7 @@ class LibvirtGuest(LibvirtMachine):
         return numbers[-1] if numbers else 0
 
     def wait_acked(self, number: int) -> int:
-        wait_until(lambda: self.acked() >= number, 60)
+        wait_until(lambda: self.acked() >= number, 180)
         return self.acked()
 
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
 
 from hvbackup.errors import Busy, UsageError
 from hvbackup.hypervisors import Frozen
+from hvbackup.hypervisors.libvirt_host import Domain
 from hvbackup.hypervisors.qemu_freeze import LIMIT_SECONDS, Freezing
 from hvbackup.model import Consistency, Continuity, DiskId, LeaseId, MiB
 from labs.guest import verify_on_host
@@ -25,7 +27,7 @@ pytestmark = [pytest.mark.real, pytest.mark.guest, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def vm(libvirtd: Libvirtd) -> Iterator[LibvirtGuest]:
     with guest(libvirtd, formats=["qcow2"] * 4, size=32 * MiB, file_systems=["vdc", "vdd"]) as made:
-        wait_until(lambda: "state='connected'" in made.domain.XMLDesc(), 60)
+        wait_until(lambda: "state='connected'" in made.domain.XMLDesc(), 240)
         yield made
 
 
@@ -141,18 +143,24 @@ def test_release_thaws_what_a_guard_that_was_killed_left_frozen(mounted: Libvirt
     del snapshot
 
 
-def test_an_agent_that_hangs_costs_little_and_is_said(mounted: LibvirtGuest) -> None:
+def test_an_agent_that_hangs_costs_little_and_is_said(mounted: LibvirtGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Domain.filesystems
+
+    def hasty(domain: Domain) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(domain.host, "_reply_seconds", 4.0)
+            return asked(domain)
+
+    monkeypatch.setattr(Domain, "filesystems", hasty)
     mounted.sh("kill -STOP $(pidof qemu-ga)")
     try:
         found = Cycle(mounted).machine()
-        settings = mounted.hypervisor()._settings
-        hypervisor = mounted.hypervisor(settings=type(settings)(4.0, 15.0, 1 * MiB))
-        with hypervisor.snapshot(found, LeaseId("l"), {}, None) as frozen:
+        with mounted.hypervisor().snapshot(found, LeaseId("l"), {}, None) as frozen:
             assert frozen.consistency is Consistency.CRASH
             assert "No answer within" in frozen.notes[0] or "agent" in frozen.notes[0]
     finally:
         mounted.sh("kill -CONT $(pidof qemu-ga)")
-        wait_until(lambda: _answers(mounted), 30)
+        wait_until(lambda: _answers(mounted), 240)
 
 
 def _answers(vm: LibvirtGuest) -> bool:

@@ -309,14 +309,15 @@ def test_somebody_elses_backup_is_busy_at_once(vm: LibvirtMachine) -> None:
     vm.domain.abortJob()
 
 
-def test_a_daemon_that_hangs_costs_a_few_seconds(libvirtd: Libvirtd) -> None:
+def test_a_daemon_that_hangs_costs_a_few_seconds(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
     with daemon() as own, machine(own, formats=("qcow2",)) as vm:
         vm.define().start()
-        hypervisor = vm.hypervisor(settings=Settings(reply_seconds=5.0))
+        hypervisor = vm.hypervisor()
         [found] = hypervisor.machines()
         os.kill(own.pid, signal.SIGSTOP)
         try:
-            with pytest.raises(HostUnreachable, match="No answer within 5 s"):
+            with monkeypatch.context() as patch, pytest.raises(HostUnreachable, match="No answer within 5 s"):
+                patch.setattr(hypervisor.host, "_reply_seconds", 5.0)
                 hypervisor.machines()
         finally:
             os.kill(own.pid, signal.SIGCONT)
