@@ -242,7 +242,7 @@ def test_a_full_scratch_costs_the_snapshot_and_not_the_guest(tmp_path: Path, sta
         with hypervisor.snapshot(machine, LeaseId("l"), {}, None) as frozen:
             for at in range(0, 32 * MiB, 256 * 1024):
                 guest.write(at, b"b" * (256 * 1024))  # raises if QEMU fails a write of the guest
-                threading.Event().wait(0.005)
+                threading.Event().wait(0.05)  # so the reserve lasts for many looks of the watchdog
             with pytest.raises(HostUnreachable, match=r"scratch directory .* ran full"):
                 frozen.verify()
         hypervisor.release(machine, LeaseId("l"), [])
