@@ -269,10 +269,11 @@ def test_a_main_loop_that_hangs_is_freed_out_of_band(guest: Guest, store: Store,
     guest.wait_acked(20)
     assert stream._guard  # type: ignore[attr-defined]
     stream._guard._process.kill()  # type: ignore[attr-defined]
-    with Wire(folder / "second.sock", 5, out_of_band=True) as second:
+    with Wire(folder / "second.sock", 60, out_of_band=True) as second:
         os.kill(life.target.pid, signal.SIGSTOP)
         time.sleep(0.3)
-        with Wire(guest.qmp_path, 2.0) as wire, contextlib.suppress(Exception):
+        with Wire(guest.qmp_path, 60) as wire, contextlib.suppress(Exception):
+            wire._socket.settimeout(2.0)
             wire.one("job-cancel", id=stream._set.names.mirror(0))  # type: ignore[attr-defined]
         before = guest.acked()
         time.sleep(1.0)

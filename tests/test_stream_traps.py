@@ -330,7 +330,7 @@ def test_what_no_point_covers_never_goes_and_a_gap_is_told_of(daemon: Daemon, st
             before = History(store, machine)
             assert before.first
             assert before.first.seq < covered, "there is something that may go"
-            made.wait(lambda: "--journal-budget" in troubles(made), 60)
+            made.wait(lambda: "--journal-budget" in troubles(made), 240)
             assert max(p.seq or 0 for p in store.points(machine)) == covered
             history = History(store, machine)
             assert history.first

@@ -239,9 +239,9 @@ def test_forgetting_the_freezer_thaws(start: Callable[..., Agent], tmp_path: Pat
 @pytest.mark.walk
 def test_the_limit_thaws_and_is_told_of(start: Callable[..., Agent], tmp_path: Path) -> None:
     agent = start()
-    with freeze(agent, tmp_path, 2) as freezer:
+    with freeze(agent, tmp_path, 10) as freezer:
         until(lambda: agent.frozen == 0)
-        assert "let go after 2 s" in freezer.thaw().doubt
+        assert "let go after 10 s" in freezer.thaw().doubt
 
 
 def test_a_thaw_that_is_lost_is_tried_again(start: Callable[..., Agent], tmp_path: Path) -> None:
