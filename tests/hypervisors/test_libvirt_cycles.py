@@ -106,14 +106,14 @@ def test_what_a_killed_process_left_is_let_go_and_released(vm: LibvirtMachine) -
         "c = h.cycles(h.machines()[0], LeaseId('dead')); s = c.snapshot({}); s.__enter__()\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    hypervisor, found = vm.hypervisor(), Cycle(vm).machine()
+    done = subprocess.run([sys.executable, "-c", code], timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL
+    folders = list(Path(tempfile.gettempdir()).glob(StoreNames(STORE).folder_prefix(found.id) + "*-qmp"))
+    assert folders
     wait_until(lambda: all(j["status"] == "concluded" for j in vm.monitor("query-jobs")))
     assert ours(vm)
     vm.write("vda", 0, b"the guest goes on" * 1000)
-    hypervisor, found = vm.hypervisor(), Cycle(vm).machine()
-    folders = list(Path(tempfile.gettempdir()).glob(StoreNames(STORE).folder_prefix(found.id) + "*-qmp"))
-    assert folders
     wait_until(lambda: not any(f.exists() for f in folders), 40)  # the monitor of the dead process ends by itself
     for _ in range(2):
         hypervisor.release(found, LeaseId("dead"), [])
