@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,8 +20,11 @@ import pytest
 
 import hvbackup.hypervisors
 from hvbackup.errors import Busy, HostUnreachable, StreamBroken
+from hvbackup.hypervisors.qemu_stop import marker
+from hvbackup.hypervisors.qemu_stream import QemuStream
 from hvbackup.hypervisors.qemu_stream_guard import HUNG_SECONDS
 from hvbackup.hypervisors.qemu_wire import Wire
+from hvbackup.protect.streaming import StreamLife
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal.history import History
 from hvbackup.store.store import Store
@@ -117,14 +122,23 @@ sys.exit(guard.main(sys.argv[2:]))
 
 
 @contextlib.contextmanager
-def guarded(socket: Path, prefix: str, target: int, ring: Path, second: Wire) -> Iterator[subprocess.Popen[bytes]]:
-    """A guard in whose world processes don't die: as where one waits for a disk in the kernel."""
+def guarded(path: Path, second: Path, life: StreamLife) -> Iterator[subprocess.Popen[bytes]]:
+    """A guard in whose world processes don't die: as where one waits for a disk in the kernel.  The life's own is gone."""
+    stream, target = life.stream, life.target
+    assert isinstance(stream, QemuStream)
+    assert target
+    assert stream._guard
+    stream._guard._process.kill()
+    stream._guard._process.wait()
     home = str(Path(hvbackup.hypervisors.__file__).parent)
-    words = ["watch", str(socket), prefix, str(PROGRAM), str(target), str(ring), str(second.fileno())]
+    words = ["watch", str(path), stream._set.names.prefix, str(PROGRAM), str(marker(stream._set.folder))]
+    words += [str(target.pid), str(target.ring_path)]
     command = [sys.executable, "-I", "-S", "-c", _STUBBORN, home, *words]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[second.fileno()]
-    ) as process:
+    with Wire(second, 5, out_of_band=True) as line:
+        process = subprocess.Popen(
+            [*command, str(line.fileno())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[line.fileno()]
+        )
+    with process:
         try:
             yield process
         finally:
@@ -135,16 +149,12 @@ def test_a_target_that_can_not_be_killed_is_cut_off_out_of_band(guest: Guest, st
     """The guard yanks before it asks the main loop for anything, and stops the machine to cancel what then never drains."""
     protection = protection_of(store, guest, folder)
     life = begun(protection)
-    stream = life.stream
     guest.start_writer(*FILES, mode="overwrite", options=WRITER)
     guest.wait_acked(20)
     assert life.target
-    stream._guard._process.kill()  # type: ignore[attr-defined]
-    stream._guard._process.wait()  # type: ignore[attr-defined]
     metronome = Metronome()
     with (
-        Wire(folder / "second.sock", 5, out_of_band=True) as second,
-        guarded(guest.qmp_path, stream._set.names.prefix, life.target.pid, life.target.ring_path, second) as process,  # type: ignore[attr-defined]
+        guarded(guest.qmp_path, folder / "second.sock", life) as process,
         Listening(folder / "third.sock") as monitor,
     ):
         os.kill(life.target.pid, signal.SIGSTOP)
@@ -167,6 +177,82 @@ def test_a_target_that_can_not_be_killed_is_cut_off_out_of_band(guest: Guest, st
     stopped(guest)
     again.step()
     again.close()
+    assert_is_the_disk(guest, folder, History(store, protection.setting.machine.id))
+
+
+class CutAtStop:
+    """A monitor whose line breaks as soon as the machine has been stopped through it, once; other clients are served as ever."""
+
+    def __init__(self, path: Path, behind: Path) -> None:
+        self.path, self._behind, self.stopped = path, behind, threading.Event()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> CutAtStop:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(60)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client, socket.socket(socket.AF_UNIX) as qemu, contextlib.suppress(ConnectionError):
+                    qemu.connect(str(self._behind))
+                    self._serve(client, qemu)
+
+    def _serve(self, client: socket.socket, qemu: socket.socket) -> None:
+        while True:
+            for line in select.select([client, qemu], [], [])[0]:
+                data = line.recv(1 << 16)
+                if not data:
+                    return
+                if b'"event": "STOP"' in data and not self.stopped.is_set():
+                    self.stopped.set()
+                    return
+                (qemu if line is client else client).sendall(data)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["cut", "killed"])
+def test_a_guard_that_breaks_off_leaves_no_machine_stopped(
+    guest: Guest, store: Store, folder: Path, killed: bool
+) -> None:
+    """Between `stop` and `cont`: the guard's next try lets it go on, or, when nobody is left to try, the release."""
+    protection = protection_of(store, guest, folder)
+    life = begun(protection)
+    guest.start_writer(*FILES, mode="overwrite", options=WRITER)
+    guest.wait_acked(20)
+    assert life.target
+    with (
+        CutAtStop(folder / "cut.sock", guest.qmp_path) as monitor,
+        guarded(monitor.path, folder / "second.sock", life) as process,
+    ):
+        os.kill(life.target.pid, signal.SIGSTOP)
+        assert monitor.stopped.wait(120)
+        if killed:
+            process.kill()
+            process.wait()
+        else:
+            assert process.wait(120) == 0
+            assert not mirrors(guest)
+            assert guest.qmp("query-status")["running"]
+    os.kill(life.target.pid, signal.SIGKILL)
+    with contextlib.suppress(StreamBroken):
+        life.close()
+    assert not mirrors(guest)
+    assert guest.qmp("query-status")["running"]
+    again = begun(protection)
+    stopped(guest)
+    again.step()
+    again.close()
+    assert guest.qmp("query-status")["status"] == "paused", "what somebody else has stopped stays so"
     assert_is_the_disk(guest, folder, History(store, protection.setting.machine.id))
 
 

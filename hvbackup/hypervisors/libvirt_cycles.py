@@ -278,14 +278,20 @@ def release(
     room: Room, domain: Domain, seen: Seen, folders: Sequence[Path], prefix: str, keeping: Collection[str]
 ) -> None:
     """What cycles left inside QEMU is gone, but for the bitmaps to keep.  Raises HostUnreachable."""
-    monitor = Monitor(domain, f"{room.names.prefix}{domain.uuid[:8]}-{os.getpid()}")
+    names = room.names
+
+    def folder_of(of_lease: str) -> Path:
+        return room.folder(seen.machine, names.found(of_lease))
+
+    monitor = Monitor(domain, f"{names.prefix}{domain.uuid[:8]}-{os.getpid()}")
     try:
-        qemu_stream.end_left(monitor.connect, monitor.path, prefix, room.limits.settle_seconds)
+        qemu_stream.end_left(monitor.connect, monitor.path, folder_of, prefix, room.limits.settle_seconds)
         with monitor.connect() as qmp:
-            for folder in filter(qemu_stop.left_over, folders):
-                qemu_stop.go_on(qmp, folder)
-            qemu_fleece.sweep(qmp, prefix, room.limits.settle_seconds)
-            names = room.names
+            try:
+                qemu_fleece.sweep(qmp, prefix, room.limits.settle_seconds)
+            finally:
+                for folder in filter(qemu_stop.left_over, folders):
+                    qemu_stop.go_on(qmp, folder)
             qemu_fleece.remove_bitmaps(
                 qmp,
                 drives_of(qmp, seen),

@@ -122,10 +122,12 @@ class QemuHypervisor:
         prefix = self._names.prefix if lease is None else self._names.of(lease).prefix
         keeping = {token.value for token in keep if token.kind == TOKEN_KIND}
         try:
-            self._end_mirrors(prefix)
+            self._end_mirrors(machine, prefix)
             with self._connect() as qmp:
-                qemu_fleece.sweep(qmp, prefix, self._settings.settle_seconds)
-                self._thaw(qmp, folders)
+                try:
+                    qemu_fleece.sweep(qmp, prefix, self._settings.settle_seconds)
+                finally:
+                    self._thaw(qmp, folders)
                 self._remove_bitmaps(qmp, keeping)
                 qemu_fleece.remove_folders(qmp, folders)
         except HostUnreachable:
@@ -286,8 +288,11 @@ class QemuHypervisor:
 
         qemu_fleece.remove_bitmaps(qmp, self._look(qmp).drives, unwanted)
 
-    def _end_mirrors(self, prefix: str) -> None:
-        end_left(self._connect, self.path, prefix, self._settings.settle_seconds)
+    def _end_mirrors(self, machine: Machine, prefix: str) -> None:
+        def folder_of(of_lease: str) -> Path:
+            return self._scratch_dir / self._names.found(of_lease).folder(machine.id)
+
+        end_left(self._connect, self.path, folder_of, prefix, self._settings.settle_seconds)
 
     def _thaw(self, qmp: Qmp, folders: Sequence[Path]) -> None:
         """No run of ours that is dead, and whose guard is dead too, holds the guest still."""

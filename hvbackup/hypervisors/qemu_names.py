@@ -65,6 +65,10 @@ class StoreNames:
         """The names one lease uses."""
         return LeaseNames(self, _short(lease, 12))
 
+    def found(self, prefix: str) -> LeaseNames:
+        """The names of the lease of ours that begin with this."""
+        return LeaseNames(self, prefix.removeprefix(self.prefix).removesuffix("-"))
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseNames:

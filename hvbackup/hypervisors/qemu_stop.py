@@ -5,7 +5,7 @@
     2 marker, `stop`        a machine that stands still  the same; both dead: `go_on`, by `release`
     3 `cont`                the marker                   the same
 
-A machine that somebody else has stopped stands still already, and stays so.
+A machine that somebody else has stopped stands still already, and stays so.  The guard of a stream leaves the same marker.
 """
 
 from __future__ import annotations
@@ -60,26 +60,30 @@ def stopped(wire: Wire, watch: Watch, folder: Path) -> Iterator[None]:
     if not wire.one("query-status")["running"]:
         yield
         return
-    marker = folder / MARKER
     watch.tell(b"s")
-    marker.touch(0o600)
+    marker(folder).touch(0o600)
     try:
         wire.one("stop")
         yield
     finally:
         wire.one("cont")
-        marker.unlink(missing_ok=True)
+        marker(folder).unlink(missing_ok=True)
         with contextlib.suppress(HvbackupError):
             watch.tell(b"c")
 
 
+def marker(folder: Path) -> Path:
+    """It is there while the machine may stand still for the lease of this folder."""
+    return folder / MARKER
+
+
 def left_over(folder: Path) -> bool:
     """Whether a run that is dead, and whose watchdog is dead too, may have left the machine stopped."""
-    return (folder / MARKER).exists()
+    return marker(folder).exists()
 
 
 def go_on(qmp: Qmp, folder: Path) -> None:
     """What was left over runs again when this returns.  Raises HostUnreachable."""
     if qmp.command("query-status")["status"] == "paused":
         qmp.command("cont")
-    (folder / MARKER).unlink(missing_ok=True)
+    marker(folder).unlink(missing_ok=True)

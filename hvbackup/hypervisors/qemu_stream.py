@@ -85,7 +85,7 @@ class QemuStream:
             os.chown(self.socket, self._peer.uid, self._peer.gid)
         with contextlib.ExitStack() as stack:
             fds = [stack.enter_context(line).fileno for line in self._out_of_band()]
-            self._guard = StreamGuard(s.path, s.names.prefix, target, ring, fds)
+            self._guard = StreamGuard(s.path, s.names.prefix, qemu_stop.marker(s.folder), target, ring, fds)
         with self._wire() as wire:
             self._refuse_standing(wire, HostUnreachable)
             try:
@@ -347,15 +347,22 @@ class QemuStream:
         return Wire(self._set.path, self._set.reply_seconds)
 
 
-def end_left(connect: Callable[[], AbstractContextManager[Qmp]], path: Path, prefix: str, seconds: float) -> None:
+def end_left(
+    connect: Callable[[], AbstractContextManager[Qmp]],
+    path: Path,
+    folder_of: Callable[[str], Path],
+    prefix: str,
+    seconds: float,
+) -> None:
     """Mirrors of dead streams are gone, if that can be done in time.  They are not cancelled like other jobs.
 
     The one who does it needs the monitor, which may serve one client at a time: nobody is connected meanwhile.
+    `folder_of`: the folder of a lease, by its prefix; there is a marker in it when the machine may stand still (`qemu_stop`).
     """
     with connect() as qmp:
         left = [j for j in qmp.command("query-jobs") if j["type"] == "mirror" and str(j["id"]).startswith(prefix)]
     for of_lease in {str(job["id"]).rpartition("m")[0] for job in left}:
-        relieve(path, of_lease, seconds)
+        relieve(path, of_lease, qemu_stop.marker(folder_of(of_lease)), seconds)
 
 
 class _OutOfBand:

@@ -7,10 +7,11 @@ them itself (`yank`, out of band: a main loop that waits for the target hears no
 What is left then are mirrors that have stopped.  To cancel one by force is no way out: QEMU frees what a write that is under way
 still uses *(seen with 7.2: about one in thirty, under load, ended in a crash)*; and to end one in good order needs a target that
 answers.  So they get one more, which keeps nothing: they are resumed, drain into it, and end.  A mirror whose connection was
-yanked does not connect any more; then the machine is stopped for the moment in which it is cancelled.
+yanked does not connect any more; then the machine is stopped for the moment in which it is cancelled.  A file says so meanwhile,
+MARKER: a try that broke off leaves it to the next one, and a guard that was killed to `release`, to let the machine go on.
 
-    python -I -S qemu_stream_guard.py watch SOCKET PREFIX PROGRAM PID RING [FD]    FD: a second monitor, out of band
-    python -I -S qemu_stream_guard.py relieve SOCKET PREFIX PROGRAM                end the mirrors that a dead run left
+    python -I -S qemu_stream_guard.py watch SOCKET PREFIX PROGRAM MARKER PID RING [FD]    FD: a second monitor, out of band
+    python -I -S qemu_stream_guard.py relieve SOCKET PREFIX PROGRAM MARKER                end the mirrors that a dead run left
 
 A byte on standard input ends it, the end of input means that its parent died or can't end the mirrors.  What was wrong is said
 on standard output.  It is run as a file and needs nothing but the standard library, as qemu_watchdog.py, which it borrows from.
@@ -53,12 +54,12 @@ _HEADER_BYTES, _ROW_BYTES = 4096, 32
 
 def main(argv: Sequence[str]) -> int:
     """Look until told to stop or until something has to be done; then do it."""
-    what, socket_path, prefix, program, *rest = argv
+    what, socket_path, prefix, program, marker, *rest = argv
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # who ends a whole service wants us to let go of the guest first
     if what == "watch" and not watch(prefix, *rest):
         return 0
-    relieve(socket_path, prefix, program)
+    relieve(socket_path, prefix, program, marker)
     return 0
 
 
@@ -118,27 +119,29 @@ def yank(line: int, prefix: str) -> None:
 # --- the mirrors end ------------------------------------------------------------------------------------------------------
 
 
-def relieve(socket_path: str, prefix: str, program: str) -> None:
-    """No mirror is left when this returns, or QEMU is gone.  A busy monitor is tried again and again."""
+def relieve(socket_path: str, prefix: str, program: str, marker: str) -> None:
+    """No mirror is left and the machine goes on when this returns, or QEMU is gone.  A busy monitor is tried again and again."""
     while True:
         try:
-            return speak(socket_path, lambda lines: relieved(lines, prefix, program))
+            return speak(socket_path, lambda lines: relieved(lines, prefix, program, marker))
         except Gone:
             return None
         except (OSError, ValueError, KeyError):
             time.sleep(RETRY_SECONDS)
 
 
-def relieved(lines: io.BufferedRWPair, prefix: str, program: str) -> None:
+def relieved(lines: io.BufferedRWPair, prefix: str, program: str, marker: str) -> None:
     """The mirrors drain into a target that keeps nothing, and end; or are cancelled by force while nothing is written."""
-    if not mirrors(lines, prefix):
-        return
-    with contextlib.ExitStack() as stack:
-        if place := target_socket(lines, prefix):
-            stack.enter_context(target(program, place, exports(lines, prefix)))
-            until(lambda: ended_in_order(lines, prefix), DRAIN_SECONDS)
-        if mirrors(lines, prefix):
-            by_force(lines, prefix)
+    try:
+        with contextlib.ExitStack() as stack:
+            place = target_socket(lines, prefix)
+            if place and mirrors(lines, prefix) and not os.path.exists(marker):  # one that we stopped waits no longer
+                stack.enter_context(target(program, place, exports(lines, prefix)))
+                until(lambda: ended_in_order(lines, prefix), DRAIN_SECONDS)
+            if mirrors(lines, prefix):
+                by_force(lines, prefix, marker)
+    finally:
+        go_on(lines, marker)
     for job in command(lines, "query-jobs")["return"]:
         if job["id"].startswith(prefix):
             command(lines, "job-dismiss", {"id": job["id"]})
@@ -153,16 +156,24 @@ def ended_in_order(lines: io.BufferedRWPair, prefix: str) -> bool:
     return not left
 
 
-def by_force(lines: io.BufferedRWPair, prefix: str) -> None:
-    """The mirrors are cancelled; a machine does not run meanwhile, so that no write is under way."""
-    running = command(lines, "query-status").get("return", {}).get("running", False)
-    if running:
+def by_force(lines: io.BufferedRWPair, prefix: str, marker: str) -> None:
+    """The mirrors are cancelled; a machine does not run meanwhile, so that no write is under way.  `go_on` is to follow."""
+    if command(lines, "query-status").get("return", {}).get("running", False):
+        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
         command(lines, "stop")
     for job in mirrors(lines, prefix):
         command(lines, "job-cancel", {"id": job["id"]})
     until(lambda: not mirrors(lines, prefix), DRAIN_SECONDS)
-    if running:
-        command(lines, "cont")
+
+
+def go_on(lines: io.BufferedRWPair, marker: str) -> None:
+    """A machine that we stopped, in this try or one before it, runs again.  Raises OSError when it does not."""
+    if not os.path.exists(marker):
+        return
+    if command(lines, "query-status")["return"]["status"] == "paused" and "error" in command(lines, "cont"):
+        raise OSError("it does not go on")
+    with contextlib.suppress(FileNotFoundError):  # `release` was faster
+        os.unlink(marker)
 
 
 def mirrors(lines: io.BufferedRWPair, prefix: str) -> list[dict[str, Any]]:

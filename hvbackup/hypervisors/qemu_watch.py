@@ -77,9 +77,12 @@ class Watch:
 class StreamGuard(Watch):
     """The one that looks after the target of a stream."""
 
-    def __init__(self, socket_path: Path, prefix: str, target: int, ring: Path, fds: Sequence[int]) -> None:
-        arguments = ["watch", str(socket_path.absolute()), prefix, str(TARGET), str(target), str(ring), *map(str, fds)]
-        self.start([sys.executable, "-I", "-S", str(_GUARD), *arguments], fds)
+    def __init__(
+        self, socket_path: Path, prefix: str, marker: Path, target: int, ring: Path, fds: Sequence[int]
+    ) -> None:
+        """`marker`: of a machine that is stopped, see `qemu_stop`."""
+        arguments = [*_relieved(socket_path, prefix, marker), str(target), str(ring), *map(str, fds)]
+        self.start([sys.executable, "-I", "-S", str(_GUARD), "watch", *arguments], fds)
 
     def relieve(self, seconds: float) -> None:
         """The target is killed and the mirrors are ended, if that can be done in time; the guard goes on trying."""
@@ -88,10 +91,18 @@ class StreamGuard(Watch):
             self._process.wait(seconds)
 
 
-def relieve(socket_path: Path, prefix: str, seconds: float) -> None:
-    """The mirrors that a dead run left, whose guard is dead too, are ended, if that can be done in time."""
-    words = ["relieve", str(socket_path.absolute()), prefix, str(TARGET)]
+def relieve(socket_path: Path, prefix: str, marker: Path, seconds: float) -> None:
+    """The mirrors that a dead run left, whose guard is dead too, are ended, if that can be done in time.
+
+    If not, the machine may stand still; then the marker is there.
+    """
+    words = ["relieve", *_relieved(socket_path, prefix, marker)]
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [sys.executable, "-I", "-S", str(_GUARD), *words], stdin=subprocess.DEVNULL, timeout=seconds, check=False
         )
+
+
+def _relieved(socket_path: Path, prefix: str, marker: Path) -> list[str]:
+    """What the guard needs to know to end mirrors."""
+    return [str(socket_path.absolute()), prefix, str(TARGET), str(marker.absolute())]
