@@ -151,9 +151,12 @@ class LibvirtCycles:
         self.inner.keep(tokens)
 
     def close(self) -> None:
-        """Nothing but the checkpoints that are kept is left on the host, and libvirt knows them."""
+        """Nothing but the checkpoints that are kept is left on the host, and libvirt knows them.
+
+        Where that fails the monitor stays for the watchdog, and ends some time after us.
+        """
+        self.inner.close()
         try:
-            self.inner.close()
             self.tell()
         finally:
             self.monitor.close()

@@ -156,16 +156,19 @@ class QemuCycles:
         self._keeping = {t.value for t in tokens if t.kind == TOKEN_KIND}
 
     def close(self) -> None:
-        """Nothing is left but the checkpoints that are kept."""
+        """Nothing is left but the checkpoints that are kept.  Where that fails the watchdog sees to what the guest waits for."""
         self._drop_wire()
         try:
             if self._keeping is not None:
                 self._set.release([Token(TOKEN_KIND, name) for name in self._keeping])
-        finally:
-            if self._watch and qemu_stop.left_over(self._set.folder):
+        except BaseException:
+            if self._watch:
                 self._watch.abandon()
-            elif self._watch:
-                self._watch.stop()
+            raise
+        if self._watch and qemu_stop.left_over(self._set.folder):
+            self._watch.abandon()
+        elif self._watch:
+            self._watch.stop()
 
     # --- one cycle ------------------------------------------------------------------------------------------------------
 

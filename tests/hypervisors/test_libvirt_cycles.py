@@ -122,6 +122,28 @@ def test_what_a_killed_process_left_is_let_go_and_released(vm: LibvirtMachine) -
     Cycle(vm).capture()
 
 
+def test_cycles_that_can_not_end_leave_their_watchdog_and_its_monitor(
+    vm: LibvirtMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise HostUnreachable("libvirtd does not answer")
+
+    hypervisor, found = vm.hypervisor(), Cycle(vm).machine()
+    with monkeypatch.context() as patched:
+        patched.setattr(hypervisor, "release", refused)
+        cycles = hypervisor.cycles(found, LeaseId("cycles"))
+    cycles.keep([])
+    snapshot = cycles.snapshot({})
+    snapshot.__enter__()
+    with pytest.raises(HostUnreachable):
+        cycles.close()
+    wait_until(lambda: all(j["status"] == "concluded" for j in vm.monitor("query-jobs")), 120)
+    cycles.monitor.close()
+    hypervisor.release(found, LeaseId("cycles"), [])
+    assert not ours(vm)
+    assert not vm.leftovers()
+
+
 def test_cycles_of_disks_that_record_nothing_are_refused_by_name(libvirtd: Libvirtd) -> None:
     with machine(libvirtd, formats=("qcow2", "raw")) as vm:
         vm.define()

@@ -15,7 +15,7 @@ import pytest
 
 from hvbackup.errors import HostUnreachable
 from hvbackup.hypervisors import qemu as adapter
-from hvbackup.hypervisors.qemu import Settings
+from hvbackup.hypervisors.qemu import QemuHypervisor, Settings
 from hvbackup.hypervisors.qmp import Qmp
 from hvbackup.model import Continuity, DiskId
 from tests.hypervisors.conformance import BLOCK, Cycle, whole
@@ -232,3 +232,27 @@ def test_a_qemu_that_hangs_holds_nobody_up(rig: DaemonRig) -> None:
 def statuses(rig: DaemonRig) -> set[str]:
     with rig.daemon.qmp() as qmp:
         return {job["status"] for job in qmp.command("query-jobs")}
+
+
+def impatient(rig: DaemonRig) -> QemuHypervisor:
+    return rig.daemon.hypervisor(settings=Settings(reply_seconds=2, settle_seconds=2, scratch_reserve_bytes=0))
+
+
+def test_cycles_that_can_not_end_leave_their_watchdog(rig: DaemonRig) -> None:
+    """Somebody holds the only monitor; when he lets go of it, the guest is let go too."""
+    hypervisor, machine = impatient(rig), Cycle(rig).machine()
+    cycles = hypervisor.cycles(machine, adapter.LeaseId("held"))
+    cycles.keep([])
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(HostUnreachable), cycles.snapshot({}) as frozen:
+            holder = stack.enter_context(rig.daemon.qmp())
+            frozen.verify()
+        with pytest.raises(HostUnreachable):
+            cycles.close()
+        assert {job["status"] for job in holder.command("query-jobs")} == {"running"}
+    end = time.monotonic() + 120
+    while statuses(rig) != {"concluded"}:
+        assert time.monotonic() < end, "nobody is left to let the guest go"
+        time.sleep(0.05)
+    rig.hypervisor().release(machine, adapter.LeaseId("held"), [])
+    assert not rig.leftovers()
