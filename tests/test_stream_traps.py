@@ -114,6 +114,33 @@ def test_a_target_that_hangs_or_is_killed_frees_the_guest(
     assert not daemon.leftovers()
 
 
+def test_a_stream_whose_guard_was_killed_begins_anew(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """Nobody would free the guest from a target that hangs; all that came is kept, for the target lives."""
+    with Scribe(daemon, SIZES, 300) as scribe:
+        with running(store, daemon, tmp_path) as made:
+            scribe.wait(100)
+            [guard] = guards_of(daemon)
+            os.kill(guard, signal.SIGKILL)
+            made.wait(lambda: made.count(Begun) == 2)
+            assert "its watchdog was killed" in troubles(made)
+            assert guards_of(daemon)
+            scribe.wait(scribe.acked + 100)
+            scribe.stop()
+        verify(store, scribe, tmp_path, made)
+    assert not daemon.leftovers()
+
+
+def guards_of(daemon: Daemon) -> list[int]:
+    """The processes that look after the target of a stream of this daemon, and run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_text().split("\0")
+            if str(daemon.qmp_path) in words and any(word.endswith("qemu_stream_guard.py") for word in words):
+                found.append(int(folder.name))
+    return found
+
+
 def test_a_drained_stream_closes_no_gap(daemon: Daemon, store: Store, tmp_path: Path) -> None:
     """What is written while the target is away is read from the disk, because a bitmap says so."""
     protection = protection_of(store, daemon, rhythm(tmp_path))

@@ -201,9 +201,9 @@ class QemuCycles:
         qemu_stop.refuse_elsewhere(self._set.path, status, lambda: migration)
 
     def _guard(self) -> None:
-        """A watchdog looks after the scratch; the one before may have had to let the guest go."""
+        """A watchdog looks after the scratch; the one before may have had to let the guest go, or have been killed."""
         s = self._set
-        if self._watch is not None and not self._watch.reason:
+        if self._watch is not None and not self._watch.reason and not self._watch.dead:
             return
         if self._watch is not None:
             self._watch.stop()

@@ -274,8 +274,9 @@ class QemuStream:
 
         Raises StreamBroken, StreamBypassed, HostUnreachable.
         """
-        if self.reason:
-            raise StreamBroken(f"The stream of machine {self._set.machine.name} was broken off: {self.reason}")
+        guard = self._guard
+        if why := self.reason or ("its watchdog was killed" if guard and guard.dead else ""):
+            raise StreamBroken(f"The stream of machine {self._set.machine.name} was broken off: {why}")
         with self._wire() as wire:
             self._refuse_standing(wire, StreamUncertain)
             jobs, blocks = self._jobs(wire), wire.one(self._set.ask)

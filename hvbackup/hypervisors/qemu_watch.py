@@ -44,6 +44,11 @@ class Watch:
             self._said += os.read(said.fileno(), 4096)
         return self._said.decode(errors="replace")
 
+    @property
+    def dead(self) -> bool:
+        """Whether it has ended: by itself, when it gave up what it looked after, or killed."""
+        return self._process.poll() is not None
+
     def tell(self, order: bytes) -> None:
         """`s`: the machine is about to be stopped by us, `c`: it goes on.  Raises ReadFailed when nobody would see to that."""
         assert self._process.stdin is not None

@@ -256,3 +256,21 @@ def test_cycles_that_can_not_end_leave_their_watchdog(rig: DaemonRig) -> None:
         time.sleep(0.05)
     rig.hypervisor().release(machine, adapter.LeaseId("held"), [])
     assert not rig.leftovers()
+
+
+def test_a_killed_watchdog_is_replaced(rig: DaemonRig) -> None:
+    cycle = Cycle(rig)
+    cycle.capture()
+    cycles = rig.hypervisor().cycles(cycle.machine(), adapter.LeaseId("replaced"))
+    cycles.keep(list(cycle.tokens.values()))
+    with cycles.snapshot(cycle.tokens):
+        assert cycles._watch
+        first = cycles._watch
+        first._process.kill()
+        first._process.wait()
+    with cycles.snapshot(cycle.tokens):
+        assert cycles._watch is not first
+        assert not cycles._watch.dead
+    cycles.keep([])
+    cycles.close()
+    assert not rig.leftovers()
