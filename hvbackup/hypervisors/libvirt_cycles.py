@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
+from hvbackup.errors import HostUnreachable, HvbackupError, UsageError
 from hvbackup.hypervisors import (
     FrozenDisk,
     Seat,
@@ -250,7 +250,10 @@ def record(room: Room, domain: Domain, seen: Seen, folder: Path, checkpoint: str
 
 
 def drives_of(qmp: Qmp, seen: Seen) -> Sequence[Drive]:
-    """The captured disks, each in its node, under the names libvirt gives them."""
+    """The captured disks, each in its node, under the names libvirt gives them.
+
+    Raises HostUnreachable when one has just been unplugged: no NotFound, which is for a machine that is gone with all of them.
+    """
     graph = BlockGraph.parse(
         qmp.command("query-named-block-nodes", flat=True), qmp.command("x-debug-query-block-graph")
     )
@@ -263,7 +266,7 @@ def drives_of(qmp: Qmp, seen: Seen) -> Sequence[Drive]:
             found.append(replace(drive, disk=disk))
     missing = {d.target for d in seen.disks} - {d.disk.id for d in found}
     if missing:
-        raise NotFound(f"Disks of machine {seen.machine.name} are not in its QEMU: {', '.join(sorted(missing))}")
+        raise HostUnreachable(f"Disks of machine {seen.machine.name} are not in its QEMU: {', '.join(sorted(missing))}")
     order = [d.target for d in seen.disks]
     return sorted(found, key=lambda drive: order.index(drive.disk.id))
 

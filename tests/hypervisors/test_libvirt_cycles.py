@@ -14,6 +14,7 @@ import pytest
 from hvbackup import extents
 from hvbackup.capture import Options
 from hvbackup.errors import HostUnreachable, ReadFailed, UsageError
+from hvbackup.hypervisors import libvirt_cycles
 from hvbackup.hypervisors.qemu_names import StoreNames
 from hvbackup.model import SECOND, Continuity, DiskId, Instant, LeaseId
 from hvbackup.protect.events import Rhythm
@@ -141,6 +142,25 @@ def test_cycles_that_can_not_end_leave_their_watchdog_and_its_monitor(
     cycles.monitor.close()
     hypervisor.release(found, LeaseId("cycles"), [])
     assert not ours(vm)
+    assert not vm.leftovers()
+
+
+def test_a_machine_whose_disk_was_just_unplugged_is_not_taken_for_gone(
+    vm: LibvirtMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is inside its QEMU would stay there: the server that listens, and everybody after us would be refused."""
+    hypervisor, found, attached = vm.hypervisor(), Cycle(vm).machine(), libvirt_cycles.attached_devices
+    hypervisor.cycles(found, LeaseId("first")).monitor.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(libvirt_cycles, "attached_devices", lambda qmp, skipped: attached(qmp, skipped)[1:])
+        with pytest.raises(HostUnreachable, match="not in its QEMU: vda"):
+            hypervisor.release(found, LeaseId("first"), [])
+    assert vm.leftovers()
+    hypervisor.release(found, LeaseId("first"), [])
+    assert not vm.leftovers()
+    cycles = hypervisor.cycles(found, LeaseId("second"))
+    cycles.keep([])
+    cycles.close()
     assert not vm.leftovers()
 
 
