@@ -179,6 +179,18 @@ def test_a_disk_that_is_another_file_under_the_same_name(
 
 
 @pytest.mark.guest
+@MODES
+def test_another_file_in_a_node_between_two_lives(store: Store, guest: Guest, folder: Path, streamed: bool) -> None:
+    """The bitmap is of the node, and would say that nothing changed."""
+    protection = protection_of(store, guest, folder, streamed)
+    protection.begin("a test").close()
+    (folder / "d.raw").write_bytes(b"%08d" % 4 + bytes(SIZE - 8))
+    guest.qmp("blockdev-add", driver="file", node_name="other-file", filename=str(folder / "d.raw"))
+    guest.qmp("blockdev-reopen", options=[{"driver": "raw", "node-name": "disk1", "file": "other-file"}])
+    begins_again(protection, {"vda": 0, "vdb": 4})
+
+
+@pytest.mark.guest
 @pytest.mark.parametrize("ending", [True, False], ids=["the end", "the beginning"])
 def test_a_write_past_the_mirror_before_the_first_look_and_after_the_last(
     store: Store, guest: Guest, folder: Path, ending: bool

@@ -16,7 +16,7 @@ import pytest
 from hvbackup.errors import Busy, HostUnreachable, JournalGap, SpaceExhausted, StreamBroken, UsageError
 from hvbackup.hypervisors.qemu_stream_guard import HUNG_SECONDS
 from hvbackup.hypervisors.qmp import CommandRefused
-from hvbackup.model import SECOND, DiskId, DiskRoot, Instant, MiB
+from hvbackup.model import SECOND, DiskId, DiskRoot, Instant, LeaseId, MiB
 from hvbackup.nbd.client import NbdClient
 from hvbackup.protect import streaming
 from hvbackup.protect.events import Begun, Event, Folded, Trouble
@@ -26,7 +26,7 @@ from hvbackup.store.journal.history import History
 from hvbackup.store.journal.window import Limits, journal_bytes
 from hvbackup.store.store import Store
 from hvbackup.target import process
-from tests.hypervisors.daemon import Daemon
+from tests.hypervisors.daemon import Daemon, make_image, only
 from tests.scribe import Scribe
 from tests.test_stream_kills import gap_of_the_last_life, last_recorded
 from tests.test_stream_qemu import SIZES, begun, daemon, every_moment, images, on_disk, protection_of, rhythm, store
@@ -139,6 +139,22 @@ def guards_of(daemon: Daemon) -> list[int]:
             if str(daemon.qmp_path) in words and any(word.endswith("qemu_stream_guard.py") for word in words):
                 found.append(int(folder.name))
     return found
+
+
+def test_another_file_in_a_node_before_its_bitmap_is_believed(daemon: Daemon, tmp_path: Path) -> None:
+    """After the disks were looked at, and before there is a mirror whose disks are compared."""
+    hypervisor = daemon.hypervisor()
+    stream = hypervisor.stream(only(hypervisor), LeaseId("stream"))
+    stream.keep([])
+    make_image(tmp_path / "other.raw", SIZES["vda"], "raw")
+    options = {"driver": "raw", "node-name": "vda", "file": "other", "discard": "unmap"}
+    with daemon.qmp() as qmp:
+        qmp.command("blockdev-add", driver="file", node_name="other", filename=str(tmp_path / "other.raw"))
+        qmp.command("blockdev-reopen", options=[options])
+    with pytest.raises(StreamBroken, match="another file is in the node of vda"), stream.changed({}):
+        pytest.fail("the bitmap of the node would say that nothing changed")
+    stream.close(healthy=False)
+    assert not daemon.leftovers()
 
 
 def test_a_drained_stream_closes_no_gap(daemon: Daemon, store: Store, tmp_path: Path) -> None:

@@ -22,10 +22,19 @@ from types import TracebackType
 from typing import Any
 
 from hvbackup.errors import HostUnreachable, NotFound, ReadFailed
-from hvbackup.hypervisors import Can, Standstill, qemu_config, qemu_fleece, qemu_freeze, qemu_server, qemu_stop
+from hvbackup.hypervisors import (
+    Can,
+    Standstill,
+    qemu_config,
+    qemu_fleece,
+    qemu_fleeced,
+    qemu_freeze,
+    qemu_server,
+    qemu_stop,
+)
 from hvbackup.hypervisors.qemu_config import CommandLine, Facts
 from hvbackup.hypervisors.qemu_cycles import QemuCycles, Setting
-from hvbackup.hypervisors.qemu_fleeced import FleecedDisk, has_size
+from hvbackup.hypervisors.qemu_fleeced import FleecedDisk, has_size, is_elsewhere
 from hvbackup.hypervisors.qemu_freeze import Freezing
 from hvbackup.hypervisors.qemu_graph import (
     Bitmap,
@@ -236,7 +245,7 @@ class QemuHypervisor:
             name = drive.disk.id
             merged = names.merged if name in old else ""
             uri = server.export(qemu_fleece.export(qmp, names, index, drive, merged))
-            token = Token(TOKEN_KIND, checkpoint, f"size={drive.disk.size}")
+            token = Token(TOKEN_KIND, checkpoint, qemu_fleeced.life(drive.disk))
             disks.append(FleecedDisk(drive.disk, token, uri, merged, since.get(name), doubts[name]))
         return QemuFrozen(
             self,
@@ -407,6 +416,8 @@ def bitmap_doubt(drive: Drive, token: Token | None) -> str:
         return f"{token.kind} {token.value} is not a checkpoint of QEMU"
     if bitmap is None:
         return f"Checkpoint {token.value} is gone from disk {drive.disk.id}: the machine or the disk was restarted or replaced"
+    if is_elsewhere(drive.disk, token):
+        return f"Disk {drive.disk.id} is in another file than at its checkpoint"
     return _state_doubt(bitmap, drive.disk.id)
 
 

@@ -29,6 +29,7 @@ from hvbackup.hypervisors import (
     Seat,
     Standstill,
     qemu_fleece,
+    qemu_fleeced,
     qemu_freeze,
     qemu_seats,
     qemu_server,
@@ -77,7 +78,7 @@ class Setting:
     sweep: Callable[[], None]
     release: Callable[[Collection[Token]], None]
     plan: Callable[[], qemu_freeze.Plan]  # how the guest can be frozen now
-    life: Callable[[Disk], str] = lambda disk: f"size={disk.size}"  # of tokens
+    life: Callable[[Disk], str] = qemu_fleeced.life  # of tokens
 
 
 @dataclass(slots=True)

@@ -5,7 +5,10 @@ What the guest overwrites lands in a scratch image first, and the export shows t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +80,31 @@ def _size_of(token: Token) -> int:
 def has_size(token: Token) -> bool:
     """Whether the token tells how large its disk was."""
     return _SIZE.match(token.life) is not None
+
+
+def life(disk: Disk) -> str:
+    """What a token says of its disk: the size, and in which file it is, for a bitmap stays with its node."""
+    return f"size={disk.size};path={_file(disk)}"
+
+
+def is_elsewhere(disk: Disk, token: Token) -> bool:
+    """Whether the disk is in another file than at the token; those made before they told it don't know."""
+    then = dict(part.partition("=")[::2] for part in token.life.split(";")).get("path")
+    return then is not None and then != _file(disk)
+
+
+def _file(disk: Disk) -> str:
+    path = disk.path
+    if path.startswith("json:"):
+        path = _inner(json.loads(path.removeprefix("json:")))
+    return hashlib.sha256(path.encode()).hexdigest()[:16]
+
+
+def _inner(node: Mapping[str, Any]) -> str:
+    """A node is described as a whole as soon as any of it is not the usual, such as what it is based on, which may change."""
+    said = {key: value for key, value in node.items() if key not in ("driver", "backing")}
+    if said.keys() == {"filename"}:
+        return str(said["filename"])
+    if said.keys() == {"file"} and isinstance(said["file"], Mapping):
+        return _inner(said["file"])
+    return json.dumps(said, sort_keys=True)

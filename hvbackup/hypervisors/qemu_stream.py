@@ -259,9 +259,12 @@ class QemuStream:
         ])  # fmt: skip
 
     def _present(self, wire: Wire) -> list[Drive]:
-        """The disks with the bitmaps they have now.  Raises StreamBroken when one is gone."""
+        """The disks with the bitmaps they have now.  Raises StreamBroken when one is gone, or in another file."""
         nodes = {n["node-name"]: n for n in wire.one("query-named-block-nodes", flat=True)}
         found = []
+        if files := qemu_seats.other_files(self._drives, nodes):
+            said = f"Disks of machine {self._set.machine.name} are not what they were"
+            raise StreamBroken(f"{said}: another file is in the node of {', '.join(files)}")
         for d in self._drives:
             if d.node not in nodes:
                 raise StreamBroken(f"Disk {d.disk.id} of machine {self._set.machine.name} is not where it was")

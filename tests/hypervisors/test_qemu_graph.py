@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from hvbackup.errors import StreamBypassed, UsageError
-from hvbackup.hypervisors import qemu_config, qemu_server, qemu_stop
+from hvbackup.hypervisors import qemu_config, qemu_fleeced, qemu_server, qemu_stop
 from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_graph import BlockGraph, Device, daemon_devices, device_id, qom_path, why_skipped
 from hvbackup.hypervisors.qemu_names import StoreNames
 from hvbackup.hypervisors.qmp import Peer
-from hvbackup.model import LeaseId
+from hvbackup.model import Disk, DiskId, LeaseId, Token
 from hvbackup.nbd.uri import NbdUri
 
 
@@ -189,3 +189,25 @@ def test_a_machine_that_has_gone_to_another_qemu_is_known_by_its_state(
 ) -> None:
     with pytest.raises(StreamBypassed, match="live migration") if elsewhere else contextlib.nullcontext():
         qemu_stop.refuse_elsewhere(Path("qmp.sock"), {"status": status}, lambda: migration, StreamBypassed)
+
+
+INNER = '{"driver": "file", "filename": "/a.qcow2"}'
+
+
+@pytest.mark.parametrize(
+    ("path", "elsewhere"),
+    [
+        ("/a.qcow2", False),
+        (f'json:{{"driver": "qcow2", "file": {INNER}}}', False),
+        (f'json:{{"backing": {{"driver": "null-co"}}, "driver": "qcow2", "file": {INNER}}}', False),
+        ("/b.qcow2", True),
+        (f'json:{{"driver": "raw", "offset": 512, "file": {INNER}}}', True),
+        ('json:{"driver": "nbd", "server": {"type": "unix", "path": "/a.qcow2"}}', True),
+    ],
+)
+def test_in_which_file_a_disk_was_is_known_however_it_is_described(path: str, elsewhere: bool) -> None:
+    then, now = (Disk(DiskId("vda"), 4096, 512, where) for where in ("/a.qcow2", path))
+    token = Token("qemu-bitmap", "safe", qemu_fleeced.life(then))
+    assert qemu_fleeced.is_elsewhere(now, token) is elsewhere
+    assert not qemu_fleeced.is_elsewhere(now, Token("qemu-bitmap", "safe", "size=4096")), "an old one does not know"
+    assert not qemu_fleeced.is_elsewhere(now, Token("qemu-bitmap", "safe", "size=4096;file=1;below=")), "nor libvirt's"
