@@ -21,9 +21,10 @@ from hvbackup.hypervisors.fake import FakeDisk, FakeHypervisor, FakeMachine, Tra
 from hvbackup.leases import Leases
 from hvbackup.model import SECOND, DiskId, Instant, KiB, MachineId, Outcome
 from hvbackup.moments import rfc3339
-from hvbackup.protect import beginning, points
+from hvbackup.protect import beginning, journaling, points
 from hvbackup.protect.cycles import OneByOne
 from hvbackup.protect.events import ContinuityLost, Cycle, Event, Folded, JournalStalled, Rhythm, TrackerLied, Trouble
+from hvbackup.protect.journaling import Journaling
 from hvbackup.protect.protection import Protection
 from hvbackup.protect.samples import Samples
 from hvbackup.service.moment import choose
@@ -511,6 +512,31 @@ def test_a_point_that_failed_for_whatever_reason_is_told_of_and_made_later(
     [trouble] = [e for e in events if isinstance(e, Trouble)]
     assert "ValueError: planted" in str(trouble.error)
     life.close()
+
+
+def test_a_host_that_stood_still_is_no_stalled_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has answered, and we run again before the thread that is to hear it."""
+    passed, heard = [0.0], threading.Event()
+    monkeypatch.setattr(
+        journaling, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    )
+    work = Journaling(SimpleNamespace(must_wait=False))  # type: ignore[arg-type]
+    wait, waits = work._changed.wait, 0
+
+    def stands_still(seconds: float | None = None) -> bool:
+        nonlocal waits
+        if threading.current_thread() is threading.main_thread():
+            waits += 1
+            if waits == 1:
+                passed[0] += 3600
+                return False
+            heard.set()
+            return wait(60)
+        return wait(seconds)
+
+    monkeypatch.setattr(work._changed, "wait", stands_still)
+    assert work.call(lambda: heard.wait(60)) is True
+    work.close()
 
 
 def test_without_its_own_point_a_life_is_refused_rather_than_laid_over_an_older_one(world: World) -> None:

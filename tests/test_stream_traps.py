@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hvbackup.errors import Busy, HostUnreachable, JournalGap, SpaceExhausted, StreamBroken, UsageError
+from hvbackup.hypervisors import qemu_stream_guard as guard
 from hvbackup.hypervisors.qemu_stream_guard import HUNG_SECONDS
 from hvbackup.hypervisors.qmp import CommandRefused
 from hvbackup.model import SECOND, DiskId, DiskRoot, Instant, LeaseId, MiB
@@ -474,3 +476,25 @@ def test_without_a_compiler_the_message_says_what_to_do(
 
 def test_a_stream_life_has_what_every_life_has() -> None:
     assert {"step", "close", "catch_up", "name_tokens"} <= set(dir(StreamLife))
+
+
+def test_a_host_that_stood_still_costs_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard may run again before the target does, and gives it the time to say that it lives."""
+    second, ring, now = 1_000_000_000, tmp_path / "ring", [100 * 1_000_000_000]
+    signs, looks, told = iter((100, 100, 100, 160, 160, 160)), [], list[str]()
+    passed = iter((0.1, 0.1, 60, 0.1, 2, 0.1))
+
+    def look(*_: object) -> tuple[list[int], list[int], list[int]]:
+        now[0] += int(next(passed) * second)
+        looks.append(now[0])
+        ring.write_bytes(bytes(guard.ALIVE_AT) + (next(signs) * second).to_bytes(8, "little"))
+        return [], [], []
+
+    monkeypatch.setattr(guard, "select", SimpleNamespace(select=look))
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic_ns=lambda: now[0]))
+    monkeypatch.setattr(guard, "say", told.append)
+    monkeypatch.setattr(guard, "killed", lambda _: True)
+    ring.write_bytes(bytes(4096))
+    assert guard.watch("p", "1", str(ring))
+    assert len(looks) == 6, "not at the third, after a minute in which nothing ran, but when it is silent at two"
+    assert told == ["its target gave no sign of life for 1 s"]

@@ -44,7 +44,8 @@ else:
 
 LOOK_SECONDS = 0.1
 HUNG_SECONDS = 1.0  # a target says that it lives ten times a second
-ALIVE_AT = 80  # where it says so in its ring: see target/ring.py
+ALIVE_AT, STATE_AT = 80, 88  # where it says so in its ring, and whether it records: see target/ring.py
+START_SECONDS = 5.0  # for a target to record: before, whatever is sent to it fails
 DEATH_SECONDS = 1.0  # for a killed process to be gone
 DRAIN_SECONDS = 15.0  # for mirrors to end in good order
 _RING = struct.Struct("<QQQ")  # magic, rows_max, data_max
@@ -65,13 +66,16 @@ def main(argv: Sequence[str]) -> int:
 
 def watch(prefix: str, pid: str, ring: str, monitor: str = "") -> bool:
     """Whether there are mirrors to be ended; no write of the guest waits for the target then."""
-    alive, line = os.open(ring, os.O_RDONLY), int(monitor or -1)
+    alive, line, silent = os.open(ring, os.O_RDONLY), int(monitor or -1), b""
     while True:
         readable = select.select([0], [], [], LOOK_SECONDS)[0]
         if readable and os.read(0, 1):
             return False
         line = swallow(line)
-        hung = time.monotonic_ns() - int.from_bytes(os.pread(alive, 8, ALIVE_AT), "little") > HUNG_SECONDS * 1e9
+        sign = os.pread(alive, 8, ALIVE_AT)
+        late = time.monotonic_ns() - int.from_bytes(sign, "little") > HUNG_SECONDS * 1e9
+        hung = late and sign == silent  # at two looks: where the whole host stood still we may run again before it does
+        silent = sign if late else b""
         if hung:
             say(f"its target gave no sign of life for {HUNG_SECONDS:g} s")
         if hung or readable:
@@ -222,8 +226,9 @@ def target(program: str, place: str, disks: Sequence[tuple[str, int]]) -> Iterat
         words = [word for name, size in disks for word in (str(size), name)]
         fds = (ring, listener.fileno())
         process = subprocess.Popen([program, *map(str, fds), *words], stdin=subprocess.PIPE, pass_fds=fds)
-    os.close(ring)
     try:
+        until(lambda: os.pread(ring, 8, STATE_AT) != bytes(8), START_SECONDS)
+        os.close(ring)
         yield
     finally:
         process.kill()

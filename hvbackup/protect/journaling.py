@@ -100,7 +100,11 @@ class Journaling:
     def _wait(self, seconds: float) -> None:
         """For the other thread to get on.  Raises JournalStalled when what it does takes longer."""
         self._changed.wait(STALL_SECONDS / 10)
-        if self._since is not None and time.monotonic() - self._since > seconds:
+        late = self._since
+        if late is None or time.monotonic() - late <= seconds:
+            return
+        self._changed.wait(STALL_SECONDS / 10)  # where the whole host stood still the disk may have answered long ago
+        if self._since == late:
             raise JournalStalled(
                 f"The journal's disk has not answered for {seconds:g} s; nothing is recorded until it does"
             )
