@@ -775,7 +775,7 @@ MUTANTS = (
     Mutant(
         "a machine kept frozen while the journal's disk stalls",
         "hvbackup/protect/journaling.py",
-        "        if self._since is not None and time.monotonic() - self._since > seconds:\n",
+        "        if late is None or time.monotonic() - late <= seconds:\n",
         "        if False:\n",
         (f"{PROTECT}test_a_journal_disk_that_takes_too_long_opens_a_gap",),
     ),
