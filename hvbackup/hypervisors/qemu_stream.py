@@ -36,6 +36,7 @@ from hvbackup.hypervisors.qmp import CommandRefused, Peer, Qmp
 from hvbackup.model import DiskId, Token
 
 TARGET_SOCKET = "tgt.sock"  # no longer than the name of the server's, whose path was looked at
+_DRAINS = 5  # of a guest that never pauses
 _FIRST_REPLY_SECONDS = 2.0  # of a second monitor: one that another program holds is none of ours
 
 _TAKEN = ("busy", "in use", "Need a root block node")  # the last one: another job has put a node above the disk's
@@ -93,15 +94,17 @@ class QemuStream:
             except CommandRefused as refused:
                 raise self._explained(refused) from refused
             until(lambda: self._ready(wire), "the beginning of its mirrors", s.path, s.settle_seconds)
-            before = {d.id: arrived(d.id) for d in self.disks}
-            wire.one(
-                "transaction", actions=[]
-            )  # drains: what was counted before has arrived, or went by before we were here
             self._seats = qemu_seats.seats_of(wire.one(s.ask), self._nodes())
-            counted, self._failed = self._counted(wire)
-            self._offset = {d: counted[d] - before[d] for d in counted}
+            self._offset = offsets([d.id for d in self.disks], arrived, lambda: self._drained(wire))
         if passed := self._passed(self._seats):
             raise StreamBroken(f"QEMU at {s.path} does not send the writes of {', '.join(passed)} through the mirror")
+
+    def _drained(self, wire: Wire) -> Mapping[DiskId, int]:
+        """Bytes that the guest has written, all of which have arrived, or went by before we were here."""
+        wire.one("transaction", actions=[])  # drains
+        counted, failed = self._counted(wire)
+        self._failed = self._failed or failed
+        return counted
 
     def _out_of_band(self) -> Iterator[_OutOfBand]:
         """A second monitor, for the watchdog: open before anything can hang.  Without one it has to come by the first."""
@@ -349,6 +352,24 @@ class QemuStream:
 
     def _wire(self) -> Wire:
         return Wire(self._set.path, self._set.reply_seconds)
+
+
+def offsets(
+    disks: Collection[DiskId], arrived: Arrived, drained: Callable[[], Mapping[DiskId, int]]
+) -> dict[DiskId, int]:
+    """How much QEMU has counted of each disk that never arrives: no less than that.
+
+    What arrives while QEMU drains makes it more, and so much could go past us unseen: it drains again, until nothing does.  To
+    ask what has arrived afterwards would be no way out: that is counted a moment later, and would be taken for missing.
+    """
+    found: dict[DiskId, int] = {}
+    for _ in range(_DRAINS):
+        before = {disk: arrived(disk) for disk in disks}
+        now = {disk: count - before[disk] for disk, count in drained().items()}
+        found = {disk: min(more, found.get(disk, more)) for disk, more in now.items()}
+        if not now or all(arrived(disk) == count for disk, count in before.items()):
+            break
+    return found
 
 
 def end_left(

@@ -13,6 +13,7 @@ from hvbackup.hypervisors import qemu_config, qemu_fleeced, qemu_server, qemu_st
 from hvbackup.hypervisors.qemu_config import CommandLine
 from hvbackup.hypervisors.qemu_graph import BlockGraph, Device, daemon_devices, device_id, qom_path, why_skipped
 from hvbackup.hypervisors.qemu_names import StoreNames
+from hvbackup.hypervisors.qemu_stream import offsets
 from hvbackup.hypervisors.qmp import Peer
 from hvbackup.model import Disk, DiskId, LeaseId, Token
 from hvbackup.nbd.uri import NbdUri
@@ -211,3 +212,16 @@ def test_in_which_file_a_disk_was_is_known_however_it_is_described(path: str, el
     assert qemu_fleeced.is_elsewhere(now, token) is elsewhere
     assert not qemu_fleeced.is_elsewhere(now, Token("qemu-bitmap", "safe", "size=4096")), "an old one does not know"
     assert not qemu_fleeced.is_elsewhere(now, Token("qemu-bitmap", "safe", "size=4096;file=1;below=")), "nor libvirt's"
+
+
+@pytest.mark.parametrize(("bursts", "slack"), [([0], 0), ([64, 0], 0), ([64, 512, 8, 64, 64], 8)])
+def test_what_arrives_while_a_stream_begins_hides_no_write_later(bursts: list[int], slack: int) -> None:
+    """100 bytes were written before; each burst arrives while QEMU drains, and is counted then."""
+    there, left = [0], list(bursts)
+
+    def drained() -> dict[DiskId, int]:
+        there[0] += left.pop(0)
+        return {DiskId("vda"): 100 + there[0]}
+
+    assert offsets([DiskId("vda")], lambda _: there[0], drained) == {"vda": 100 + slack}
+    assert not left
