@@ -364,8 +364,10 @@ class History:
         return runs
 
     def _lacks(self, first: int, last: int) -> StoreDamage:
+        why = next((f" ({why})" for name, why in self.lost if first <= (name.last or name.first) and name.first <= last), "")
         return StoreDamage(
-            f"The journal of machine {self._machine} has lost its facts {first} to {last}; moments that need them can't be read"
+            f"The journal of machine {self._machine} has lost its facts {first} to {last}{why}; "
+            "moments that need them can't be read"
         )
 
     def _follows(self, run: Run) -> int:
