@@ -101,8 +101,8 @@ LIBVIRT: tuple[Planted, ...] = (
     (
         "libvirt: another's backup ended",
         PULL,
-        "            if self._is_open(prefix):\n                self._domain.abort_job()\n",
-        "            if self._domain.busy():\n                self._domain.abort_job()\n",
+        "            if self._is_open(prefix):\n                self._abort(prefix)\n",
+        "            if self._domain.busy():\n                self._abort(prefix)\n",
         (f"{TRAPS}test_somebody_elses_backup_is_busy_at_once",),
         False,
     ),

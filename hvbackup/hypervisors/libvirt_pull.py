@@ -330,7 +330,7 @@ class Pull:
         """No backup with this prefix is open, and the machine runs as it did."""
         with contextlib.suppress(NotFound):  # it is gone, and the job with it
             if self._is_open(prefix):
-                self._domain.abort_job()
+                self._abort(prefix)
             end = time.monotonic() + self._room.limits.settle_seconds
             while self._is_open(prefix):
                 if time.monotonic() > end:
@@ -338,6 +338,14 @@ class Pull:
                 time.sleep(_POLL_SECONDS)
             if self._domain.paused_by_error():
                 self._domain.resume()
+
+    def _abort(self, prefix: str) -> None:
+        """Its end was asked for, or it has ended by itself.  Raises LibvirtRefused."""
+        try:
+            self._domain.abort_job()
+        except LibvirtRefused:
+            if self._is_open(prefix):
+                raise
 
     # --- release -------------------------------------------------------------------------------------------------------
 
