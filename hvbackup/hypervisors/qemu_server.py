@@ -68,10 +68,11 @@ def make_folder(folder: Path, peer: Peer) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """The folder of a lease is gone with everything in it."""
+    """The folder of a lease is gone with everything in it, whoever else removes things from it meanwhile."""
     for path in {folder, socket_path(folder).parent}:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
+        while path.exists():
+            with contextlib.suppress(FileNotFoundError):  # also where one file of many went before we came to it
+                shutil.rmtree(path)
 
 
 def stop(qmp: Qmp, folder: Path) -> bool:
