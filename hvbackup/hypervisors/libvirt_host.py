@@ -178,18 +178,14 @@ class Host:
         def metadata(_: Any, domain: libvirt.virDomain, __: int, namespace: str | None, ___: Any) -> None:
             happened(Happening("metadata", namespace or "", domain.UUIDString(), domain.name()))
 
-        wanted = {
+        wanted: Mapping[int, Callable[..., None]] = {
             libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE: lifecycle,
             libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE: metadata,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: disks,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: disks,
             libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2: disks,
         }
-        ids = [
-            self._run("events", partial(connection.domainEventRegisterAny, None, i, f, None), 0)
-            for i, f in wanted.items()
-        ]
-        connection.registerCloseCallback(lambda *_: lost(), None)
+        ids = self._listen(connection, wanted, lost)
 
         def stop() -> None:
             try:
@@ -198,6 +194,23 @@ class Host:
                 return  # the connection is gone, and the events with it
 
         return stop
+
+    def _listen(
+        self, connection: libvirt.virConnect, wanted: Mapping[int, Callable[..., None]], lost: Callable[[], None]
+    ) -> Sequence[int]:
+        """By what numbers events come; an end of the connection is told from before the first.  Raises HostUnreachable."""
+        self._run("events", lambda: connection.registerCloseCallback(lambda *_: lost(), None), 0)
+        ids: list[int] = []
+        try:
+            for event, told in wanted.items():
+                ids.append(self._run("events", partial(connection.domainEventRegisterAny, None, event, told, None), 0))
+            if not connection.isAlive():
+                raise HostUnreachable(f"libvirt at {self.uri}: The connection broke; is libvirtd running there?")
+        except HostUnreachable:
+            with suppress(libvirt.libvirtError, TimeoutError):
+                _within(self._reply_seconds, lambda: _deregister(connection, ids))
+            raise
+        return ids
 
     def close(self) -> None:
         """The connection is given back; idempotent."""
