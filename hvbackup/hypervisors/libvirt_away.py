@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+from hvbackup.errors import Busy, HostUnreachable
 from hvbackup.files import Files
 from hvbackup.hypervisors.libvirt_host import Host, LibvirtRefused
 from hvbackup.hypervisors.libvirt_room import BEGIN_WAIT_SECONDS, Room
@@ -25,34 +28,47 @@ def put(room: Room, host: Host, folder: Path, images: Mapping[str, bytes]) -> bo
 
     Raises HostUnreachable, Busy.
     """
-    Files(folder).replace(RECORD, json.dumps(sorted(images)).encode())
-    with Files(room.runtime).owner(_lock(host), f"The storage of {host.uri}", wait_seconds=BEGIN_WAIT_SECONDS):
+    record = {"files": sorted(images), "runtime": str(room.runtime)}
+    Files(folder).replace(RECORD, json.dumps(record).encode())
+    with _alone(room.runtime, host):
         try:
             for path, content in images.items():
                 host.remove_file(path)  # of a try that was refused
                 host.put_file(path, content, room.uid, room.gid)
         except LibvirtRefused:
             with contextlib.suppress(LibvirtRefused):
-                remove(host, folder)
+                _remove(host, folder)
             (folder / RECORD).unlink(missing_ok=True)  # libvirt makes files of these names now, and removes them
             return False
     return True
 
 
-def _lock(host: Host) -> str:
-    """Two of us would each take the other's pool for one that stays."""
-    return f"libvirt-storage-{hashlib.sha256(host.uri.encode()).hexdigest()[:16]}.lock"
-
-
 def remove(host: Host, folder: Path) -> None:
     """Nothing that a lease has on its machine's host is left; idempotent.  Raises HostUnreachable."""
-    for path in _recorded(folder):
+    if not (runtime := str(_recorded(folder).get("runtime", ""))):
+        return
+    try:
+        with _alone(Path(runtime), host):
+            _remove(host, folder)
+    except Busy as busy:
+        raise HostUnreachable(str(busy)) from busy
+
+
+def _alone(runtime: Path, host: Host) -> AbstractContextManager[None]:
+    """Two of us would each take the other's pool for one that stays.  Raises Busy."""
+    lock = f"libvirt-storage-{hashlib.sha256(host.uri.encode()).hexdigest()[:16]}.lock"
+    return Files(runtime).owner(lock, f"The storage of {host.uri}", wait_seconds=BEGIN_WAIT_SECONDS)
+
+
+def _remove(host: Host, folder: Path) -> None:
+    for path in _recorded(folder).get("files", []):
         host.remove_file(path)
     (folder / RECORD).unlink(missing_ok=True)
 
 
-def _recorded(folder: Path) -> Sequence[str]:
+def _recorded(folder: Path) -> dict[str, Any]:
     try:
-        return list(map(str, json.loads(Files(folder).read(RECORD))))
-    except (FileNotFoundError, ValueError, TypeError):
-        return []
+        found = json.loads(Files(folder).read(RECORD))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -209,6 +209,7 @@ def test_scratch_on_another_host_goes_when_its_process_dies(far: Far, vm: Libvir
     assert done.returncode == -signal.SIGKILL
     wait_until(lambda: not scratch(vm))
     wait_until(lambda: vm.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+    wait_until(lambda: not list((vm.folder / "s").rglob("away.json")))
     hypervisor = far.hypervisor(vm)
     hypervisor.release(hypervisor.machines()[0], LeaseId("dead"), [])
     assert not vm.leftovers()
