@@ -86,34 +86,39 @@ def read(sidecar: Sidecar, shell: Sequence[str] = ()) -> SidecarDisk:
 
 def _steady(sidecar: Sidecar, shell: Sequence[str]) -> bytes:
     """The same bytes twice: the machine may be writing."""
-    last = _bytes(sidecar, shell)
-    for _ in range(_TRIES):
+    last: bytes | None = None
+    for _ in range(_TRIES + 1):
         before, last = last, _bytes(sidecar, shell)
-        if before == last:
+        if last is not None and before == last:
             return last
     raise HostUnreachable(f"{sidecar.path} changes all the time; try again")
 
 
-def _bytes(sidecar: Sidecar, shell: Sequence[str]) -> bytes:
+def _bytes(sidecar: Sidecar, shell: Sequence[str]) -> bytes | None:
+    """None when a file went, or got another name, while they were read."""
     if shell:
         return _padded(_remote(sidecar, shell)) if sidecar.id == TPM else _remote(sidecar, shell)
     path = Path(sidecar.path)
     try:
         path.stat()
-        return _padded(_tar(path)) if sidecar.id == TPM else path.read_bytes()
+        return _tar(path) if sidecar.id == TPM else path.read_bytes()
     except OSError as error:
         raise HostUnreachable(f"{path} can't be read: {error.strerror}") from error
 
 
-def _tar(folder: Path) -> bytes:
-    """The folder's files, always in the same order and without what says nothing of their content."""
+def _tar(folder: Path) -> bytes | None:
+    """The folder's files, always in the same order and without what says nothing of their content; None when one went."""
     into = io.BytesIO()
     with tarfile.open(fileobj=into, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            data, member = path.read_bytes(), tarfile.TarInfo(str(path.relative_to(folder)))
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                return None
+            member = tarfile.TarInfo(str(path.relative_to(folder)))
             member.size, member.mode = len(data), 0o600
             tar.addfile(member, io.BytesIO(data))
-    return into.getvalue()
+    return _padded(into.getvalue())
 
 
 def _padded(data: bytes) -> bytes:
