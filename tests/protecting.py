@@ -89,21 +89,23 @@ class Worker:
     def between_cycles(self, guest: Guest) -> Iterator[None]:
         """No cycle is open, and none begins, until left: the process stands still, and QEMU has no job."""
         end = time.monotonic() + 120
-        self.process.send_signal(signal.SIGSTOP)
-        while not self._stopped() or any(guest.qmp("query-jobs") or time.sleep(0.1) for _ in range(2)):
+        self._stop()
+        while any(guest.qmp("query-jobs") or time.sleep(0.1) for _ in range(2)):  # twice: one may be on its way
             assert time.monotonic() < end, "a cycle is always open"
             self.process.send_signal(signal.SIGCONT)
             time.sleep(0.1)
-            self.process.send_signal(signal.SIGSTOP)
+            self._stop()
         try:
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
 
-    def _stopped(self) -> bool:
-        """All threads of it, when this returns."""
-        states = (Path(f"/proc/{self.process.pid}/task")).glob("*/stat")
-        return all(path.read_text().rpartition(") ")[2].startswith("T") for path in states)
+    def _stop(self) -> None:
+        """The process stands still when this returns."""
+        self.process.send_signal(signal.SIGSTOP)
+        while not Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].startswith("T"):
+            assert self.process.poll() is None, f"the worker ended: {self._path.read_text()[-2000:]}"
+            time.sleep(0.01)
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
