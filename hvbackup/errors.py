@@ -25,6 +25,9 @@ The class carries the exit code, the message says what, which one, and what to d
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+
 
 class HvbackupError(Exception):
     """Base of all errors meant for a person; `str()` is the whole message."""
@@ -122,3 +125,9 @@ class ChunkDamaged(StoreDamage):
 
 class PointDamaged(StoreDamage):
     """A point file cannot be read, or its signature does not match."""
+
+
+def trace(error: BaseException) -> None:
+    """Where an error comes from that nobody expected, on standard error, if anybody can be told."""
+    with contextlib.suppress(OSError, ValueError):
+        traceback.print_exception(error)

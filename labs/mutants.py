@@ -626,6 +626,20 @@ MUTANTS = (
         ("tests/test_stream_qemu.py::test_what_nobody_could_look_at_for_long_is_told_and_not_offered[long-ended]",),
     ),
     Mutant(
+        "a time in which nobody looked is one in which nobody could",
+        "hvbackup/protect/streaming.py",
+        "        return time.monotonic() - self._unasked if self._unasked else 0.0\n",
+        "        return time.monotonic() - self._seen[1]\n",
+        ("tests/test_stream_qemu.py::test_where_nobody_has_tried_to_look_nothing_is_in_doubt",),
+    ),
+    Mutant(
+        "the head of a file makes tokens new that are in doubt",
+        "hvbackup/store/journal/told.py",
+        '            if tokens != self.tokens or "doubt" in value:',
+        "            if True:",
+        ("tests/test_stream_qemu.py::test_what_nobody_could_look_at_for_long_is_told_and_not_offered[long-ended]",),
+    ),
+    Mutant(
         "nobody is told that no look succeeds",
         "hvbackup/protect/streaming.py",
         "            self._tell_silence(look.silence)\n",

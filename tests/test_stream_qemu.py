@@ -157,6 +157,12 @@ def test_what_nobody_could_look_at_for_long_is_told_and_not_offered(
             time.sleep(life.step())
         assert len(told) == 1
         assert "somebody else holds the monitor" in str(told[0])
+    life.recorder.rotate()  # the next file repeats the tokens
+    with daemon.guest("vdb") as guest:
+        guest.write(0, b"y" * 4096)
+    before = life.newest
+    while life.newest == before and time.monotonic() < end:
+        time.sleep(life.step())
     written = life.newest
     assert written != good
     if breaks:
@@ -177,6 +183,28 @@ def test_what_nobody_could_look_at_for_long_is_told_and_not_offered(
     history = History(store, protection.setting.machine.id)
     assert history.last
     assert images(history, history.last)["vda"] == on_disk(tmp_path)["vda"]
+
+
+def test_where_nobody_has_tried_to_look_nothing_is_in_doubt(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A life that had to make room first, or to wait for a disk, did not look meanwhile; QEMU was there."""
+    monkeypatch.setattr(looks, "LOOK_SECONDS", 600.0)
+    monkeypatch.setattr(streaming, "UNSEEN_SECONDS", 0.0)
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    with daemon.guest("vda") as guest:
+        guest.write(0, b"x" * 4096)
+    assert life.target
+    os.kill(life.target.pid, signal.SIGKILL)
+    with pytest.raises(StreamBroken):
+        while True:
+            time.sleep(life.step())
+    life.close()
+    history = History(store, protection.setting.machine.id)
+    assert not history.told.doubts
+    assert history.last
+    assert images(history, history.last)["vda"][:4096] == b"x" * 4096
 
 
 def test_a_bypass_that_a_look_had_found_counts_although_the_stream_broke_off_then(

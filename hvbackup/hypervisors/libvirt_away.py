@@ -45,10 +45,11 @@ def put(room: Room, host: Host, folder: Path, images: Mapping[str, bytes]) -> bo
 
 def remove(host: Host, folder: Path) -> None:
     """Nothing that a lease has on its machine's host is left; idempotent.  Raises HostUnreachable."""
-    if not (runtime := str(_recorded(folder).get("runtime", ""))):
+    if not (recorded := _recorded(folder)):
         return
+    runtime = recorded.get("runtime")
     try:
-        with _alone(Path(runtime), host):
+        with _alone(Path(runtime), host) if runtime else contextlib.nullcontext():
             _remove(host, folder)
     except Busy as busy:
         raise HostUnreachable(str(busy)) from busy
@@ -71,4 +72,4 @@ def _recorded(folder: Path) -> dict[str, Any]:
         found = json.loads(Files(folder).read(RECORD))
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {"files": found}  # as it was before there was a lock

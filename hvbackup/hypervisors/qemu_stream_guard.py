@@ -10,8 +10,10 @@ answers.  So they get one more, which keeps nothing: they are resumed, drain int
 yanked does not connect any more; then the machine is stopped for the moment in which it is cancelled.  A file says so meanwhile,
 MARKER: a try that broke off leaves it to the next one, and a guard that was killed to `release`, to let the machine go on.
 
-    python -I -S qemu_stream_guard.py watch SOCKET PREFIX PROGRAM MARKER PID RING [FD]    FD: a second monitor, out of band
-    python -I -S qemu_stream_guard.py relieve SOCKET PREFIX PROGRAM MARKER                end the mirrors that a dead run left
+    python -I -S qemu_stream_guard.py watch SOCKET PREFIX PROGRAM PID RING [FD] [--marker=MARKER]
+    python -I -S qemu_stream_guard.py relieve SOCKET PREFIX PROGRAM [--marker=MARKER]
+
+FD is a second monitor, out of band.  `relieve` ends the mirrors that a dead run left.
 
 A byte on standard input ends it, the end of input means that its parent died or can't end the mirrors.  What was wrong is said
 on standard output.  It is run as a file and needs nothing but the standard library, as qemu_watchdog.py, which it borrows from.
@@ -47,15 +49,18 @@ HUNG_SECONDS = 1.0  # a target says that it lives ten times a second
 ALIVE_AT, STATE_AT = 80, 88  # where it says so in its ring, and whether it records: see target/ring.py
 START_SECONDS = 5.0  # for a target to record: before, whatever is sent to it fails
 DEATH_SECONDS = 1.0  # for a killed process to be gone
+RESUME_SECONDS = 0.25  # between two tries
 DRAIN_SECONDS = 15.0  # for mirrors to end in good order
 _RING = struct.Struct("<QQQ")  # magic, rows_max, data_max
 _MAGIC, _ROWS, _BYTES = 0x31676E5262766800, 16, 4096
+_MARKER = "--marker="
 _HEADER_BYTES, _ROW_BYTES = 4096, 32
 
 
 def main(argv: Sequence[str]) -> int:
     """Look until told to stop or until something has to be done; then do it."""
-    what, socket_path, prefix, program, marker, *rest = argv
+    what, socket_path, prefix, program, *rest = (word for word in argv if not word.startswith(_MARKER))
+    marker = "".join(word.removeprefix(_MARKER) for word in argv if word.startswith(_MARKER))  # older ones name none
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # who ends a whole service wants us to let go of the guest first
     if what == "watch" and not watch(prefix, *rest):
@@ -141,7 +146,8 @@ def relieved(lines: io.BufferedRWPair, prefix: str, program: str, marker: str) -
             place = target_socket(lines, prefix)
             if place and mirrors(lines, prefix) and not os.path.exists(marker):  # one that we stopped waits no longer
                 stack.enter_context(target(program, place, exports(lines, prefix)))
-                until(lambda: ended_in_order(lines, prefix), DRAIN_SECONDS)
+                resumed: dict[str, float] = {}
+                until(lambda: ended_in_order(lines, prefix, resumed), DRAIN_SECONDS)
             if mirrors(lines, prefix):
                 by_force(lines, prefix, marker)
     finally:
@@ -151,19 +157,27 @@ def relieved(lines: io.BufferedRWPair, prefix: str, program: str, marker: str) -
             command(lines, "job-dismiss", {"id": job["id"]})
 
 
-def ended_in_order(lines: io.BufferedRWPair, prefix: str) -> bool:
-    """Whether no mirror is left.  Those that stopped are resumed, again where QEMU had no connection; others are told to end."""
+def ended_in_order(lines: io.BufferedRWPair, prefix: str, resumed: dict[str, float]) -> bool:
+    """Whether no mirror is left.  Those that stopped are resumed, and others told to end.
+
+    Where QEMU has no connection yet a resumed one stops again, with an error that every monitor is told of: not too often.
+    """
     left = mirrors(lines, prefix)
     for job in left:
-        stopped = job["status"] in ("paused", "standby")
-        command(lines, "block-job-resume" if stopped else "block-job-cancel", {"device": job["id"]})
+        name, now = job["id"], time.monotonic()
+        if job["status"] not in ("paused", "standby"):
+            command(lines, "block-job-cancel", {"device": name})
+        elif now - resumed.get(name, 0.0) >= RESUME_SECONDS:
+            resumed[name] = now
+            command(lines, "block-job-resume", {"device": name})
     return not left
 
 
 def by_force(lines: io.BufferedRWPair, prefix: str, marker: str) -> None:
     """The mirrors are cancelled; a machine does not run meanwhile, so that no write is under way.  `go_on` is to follow."""
     if command(lines, "query-status").get("return", {}).get("running", False):
-        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
+        with contextlib.suppress(OSError):  # without its folder, or room in it: the machine is to go on all the same
+            os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
         command(lines, "stop")
     for job in mirrors(lines, prefix):
         command(lines, "job-cancel", {"id": job["id"]})

@@ -86,7 +86,7 @@ class StreamGuard(Watch):
         self, socket_path: Path, prefix: str, marker: Path, target: int, ring: Path, fds: Sequence[int]
     ) -> None:
         """`marker`: of a machine that is stopped, see `qemu_stop`."""
-        arguments = [*_relieved(socket_path, prefix, marker), str(target), str(ring), *map(str, fds)]
+        arguments = [*_relieved(socket_path, prefix), str(target), str(ring), *map(str, fds), _marked(marker)]
         self.start([sys.executable, "-I", "-S", str(_GUARD), "watch", *arguments], fds)
 
     def relieve(self, seconds: float) -> None:
@@ -101,13 +101,17 @@ def relieve(socket_path: Path, prefix: str, marker: Path, seconds: float) -> Non
 
     If not, the machine may stand still; then the marker is there.
     """
-    words = ["relieve", *_relieved(socket_path, prefix, marker)]
+    words = ["relieve", *_relieved(socket_path, prefix), _marked(marker)]
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [sys.executable, "-I", "-S", str(_GUARD), *words], stdin=subprocess.DEVNULL, timeout=seconds, check=False
         )
 
 
-def _relieved(socket_path: Path, prefix: str, marker: Path) -> list[str]:
-    """What the guard needs to know to end mirrors."""
-    return [str(socket_path.absolute()), prefix, str(TARGET), str(marker.absolute())]
+def _relieved(socket_path: Path, prefix: str) -> list[str]:
+    """What the guard needs to know to end mirrors.  Its words stay as they are: workers run on while files are upgraded."""
+    return [str(socket_path.absolute()), prefix, str(TARGET)]
+
+
+def _marked(marker: Path) -> str:
+    return f"--marker={marker.absolute()}"

@@ -31,14 +31,17 @@ def begin(setting: Setting, why: str) -> AnyLife:
     """A life has begun: a moment of it is durable.  `why` says why there may be a gap before it."""
     began = time.monotonic()
     setting.machine = present(setting)
-    if setting.hypervisor.can.cycles:  # before the journal is taken from whoever protects it where it runs
-        cast(Cycling, setting.hypervisor).refuse_off(setting.machine)
+    if not (setting.untold or rings.is_left(setting)):  # else that comes first
+        _refuse_off(setting)  # before the journal is taken from whoever protects it where it runs
     recorder = Recorder(setting.store, setting.machine.id, setting.machine.disks, setting.sealing, setting.steps)
     history = History(setting.store, setting.machine.id)  # of files that are settled: what it counts stays
     recorder.doubts = history.live_doubts()
     try:
-        if rings.salvage(setting, recorder, history) or _told_doubt(setting, recorder, history):
+        if rings.salvage(setting, recorder, history):
             history = History(setting.store, setting.machine.id)
+        if _told_doubt(setting, recorder, history):
+            history = History(setting.store, setting.machine.id)
+        _refuse_off(setting)
         if setting.is_full():
             with contextlib.suppress(HvbackupError):
                 recorder.finish()  # what waits to be sealed becomes smaller
@@ -53,9 +56,17 @@ def begin(setting: Setting, why: str) -> AnyLife:
     return life
 
 
+def _refuse_off(setting: Setting) -> None:
+    if setting.hypervisor.can.cycles:
+        cast(Cycling, setting.hypervisor).refuse_off(setting.machine)
+
+
 def _told_doubt(setting: Setting, recorder: Recorder, history: History) -> bool:
     """What the last life found, and could not write down, is in the journal.  Whether there was anything."""
-    if not setting.untold or not history.recorded:
+    if not setting.untold:
+        return False
+    if not history.recorded:
+        setting.untold = None
         return False
     doubt, tokens = setting.untold
     setting.tell_doubt(recorder, history.recorded.t, tokens, doubt)

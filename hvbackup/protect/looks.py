@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -65,8 +66,9 @@ class Looks:
         try:
             tokens = None
             if settle and time.monotonic() - self._settled >= SETTLE_SECONDS:
-                tokens = self._stream.settle()
                 self._settled = time.monotonic()
+                with contextlib.suppress(HostUnreachable):  # or refused, which must not keep us from looking
+                    tokens = self._stream.settle()
             self._stream.check(self._arrived)  # afterwards: what went past us before is in the earlier checkpoints
             look.good, look.tokens = newest, tokens
         except StreamBroken as e:

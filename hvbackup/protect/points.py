@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from hvbackup import memory
-from hvbackup.errors import HvbackupError, Interrupted, NotFound, StoreDamage
+from hvbackup.errors import HvbackupError, Interrupted, NotFound, StoreDamage, trace
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, DiskId, Instant, Outcome, Token
 from hvbackup.protect.events import ContinuityLost, Folded, Trouble
@@ -140,7 +139,7 @@ class Points:
         except HvbackupError as e:
             self._failed(moment, e)
         except Exception as e:  # noqa: BLE001 - of a thread of its own: nobody else would say it, or try again
-            traceback.print_exception(e)
+            trace(e)
             self._failed(moment, HvbackupError(f"No point could be made: {type(e).__name__}: {e}"))
 
     def _failed(self, moment: Moment, error: HvbackupError) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from hvbackup.capture import Options, Progress
-from hvbackup.errors import Busy, HostUnreachable, HvbackupError, Interrupted, SpaceExhausted, StoreDamage
+from hvbackup.errors import Busy, HostUnreachable, HvbackupError, Interrupted, SpaceExhausted, StoreDamage, trace
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
 from hvbackup.model import SECOND, Consistency, Machine
@@ -100,7 +99,7 @@ class Protection:
             self._teller(event)
         except Exception as e:  # noqa: BLE001 - a pipe that nobody reads, a full disk
             if str(e) != self._told_of:  # once, not with every moment
-                traceback.print_exception(e)
+                trace(e)
             self._told_of = str(e)
 
     def _go_on(self, _: Progress) -> None:
@@ -147,7 +146,7 @@ class Protection:
                 return e
             raise e
         if str(e) != self._unexpected:  # once, not every minute
-            traceback.print_exception(e)
+            trace(e)
         self._unexpected = str(e)
         return HvbackupError(f"Protection of machine {self.setting.machine.name} met an error: {type(e).__name__}: {e}")
 

@@ -34,6 +34,15 @@ def ring_path(setting: Setting) -> Path:
     return private(folder) / f"{name}.ring"
 
 
+def is_left(setting: Setting) -> bool:
+    """Whether a life of ours that was killed may have left something that its journal lacks, and nobody has gone on with that."""
+    if setting.rhythm.rings is None or not (path := ring_path(setting)).exists() or not (ring := rings.find(path)):
+        return False
+    stream = History(setting.store, setting.machine.id).told.stream
+    ring.close()
+    return stream is not None and stream.ring == ring.id
+
+
 def salvage(setting: Setting, recorder: Recorder, history: History) -> bool:
     """What the guest was told in a life that was killed is in the journal when this returns.  Whether there was anything.
 

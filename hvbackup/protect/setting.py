@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from hvbackup.capture import Options
+from hvbackup.errors import Busy
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
 from hvbackup.model import DiskId, Instant, Machine, Token
@@ -55,7 +56,11 @@ class Setting:
         Where it can't be written the next life begins with it, before anything else is believed.
         """
         self.untold = doubt, tokens
-        seq = recorder.barrier(t, tokens, doubt=doubt)
+        try:
+            seq = recorder.barrier(t, tokens, doubt=doubt)
+        except Busy:
+            self.untold = None  # whoever took the journal over has moments of its own since
+            raise
         self.untold = None
         return seq
 

@@ -78,7 +78,8 @@ class StreamLife:
     _seen: tuple[Instant, float] = (Instant(0), 0.0)  # when that look began: wall and monotonic clock
     _came: float = 0.0  # when the newest moment did, but for those that only name tokens
     _looks: Looks | None = None
-    _unseen: bool = False  # and somebody was told
+    _unasked: float = 0.0  # when the first look began of those to which nobody has answered since the newest good one
+    _told: bool = False  # of that
     _kept_up: float = 0.0
     _called_until: float = 0.0  # no standing back until then
     _since: Streamed | None = None  # what to report with the next look
@@ -337,9 +338,13 @@ class StreamLife:
         self.newest = Moment(self.setting.tell_doubt(self.recorder, self.newest.t, tokens, doubt), self.newest.t)
 
     def _doubt_unseen(self) -> None:
-        unseen = time.monotonic() - self._seen[1]
-        if self._closed and unseen > UNSEEN_SECONDS:
-            self._doubt(f"nobody could look at its QEMU for {unseen:.0f} s before the stream ended", None)
+        if self._closed and self._silent > UNSEEN_SECONDS:
+            self._doubt(f"nobody could look at its QEMU for {self._silent:.0f} s before the stream ended", None)
+
+    @property
+    def _silent(self) -> float:
+        """For how many seconds QEMU could not be asked; a time in which nobody tried counts for nothing."""
+        return time.monotonic() - self._unasked if self._unasked else 0.0
 
     def _heed(self, look: Look) -> None:
         """Raises StreamBroken, and StreamBypassed once no moment is offered any more that may lack a write."""
@@ -348,9 +353,10 @@ class StreamLife:
         if look.error:
             raise look.error
         if look.silence:
+            self._unasked = self._unasked or look.began
             self._tell_silence(look.silence)
         if look.good:
-            self._good, self._seen, self._unseen = look.good, (look.t, look.began), False
+            self._good, self._seen, self._unasked, self._told = look.good, (look.t, look.began), 0.0, False
         if look.tokens and self.target:
             self._record(self.target)  # what the new checkpoints don't hold has arrived before
             self.tokens = look.tokens
@@ -372,9 +378,9 @@ class StreamLife:
 
     def _tell_silence(self, why: HostUnreachable) -> None:
         """Somebody is told, once, when nobody has been able to look at QEMU for long."""
-        if self._unseen or time.monotonic() - self._seen[1] <= UNSEEN_SECONDS:
+        if self._told or self._silent <= UNSEEN_SECONDS:
             return
-        self._unseen = True
+        self._told = True
         name = self.setting.machine.name
         self.setting.report(
             Trouble(

@@ -6,7 +6,6 @@ A machine under protection has a worker: a thread of the process that runs `prot
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from hvbackup import memory
 from hvbackup.bandwidth import pace_of
 from hvbackup.capture import Options, system_clock
 from hvbackup.config import Places
-from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError
+from hvbackup.errors import HostUnreachable, HvbackupError, NotFound, UsageError, trace
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.model import SECOND, Consistency, Instant, Machine, MiB
 from hvbackup.protect.events import Event, Rhythm
@@ -70,8 +69,8 @@ class Worker:
         except HvbackupError as e:
             self.error = e
         except Exception as e:  # noqa: BLE001 - handed to whoever waits for the thread
-            traceback.print_exception(e)
             self.error = HvbackupError(f"Protection of machine {self.machine.name} ended: {type(e).__name__}: {e}")
+            trace(e)
 
 
 @contextmanager

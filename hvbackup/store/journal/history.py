@@ -225,7 +225,10 @@ class History:
         if not self.told.clocks:
             return moment.t
         run = next(run for run in reversed(self.runs) if run.name.first <= moment.seq)
-        return Instant(int(run.facts["t"][moment.seq - run.name.first]))
+        try:
+            return Instant(int(run.facts["t"][moment.seq - run.name.first]))
+        except StoreDamage:
+            return moment.t
 
     def newest_at(self, t: Instant) -> Moment | None:
         """The newest moment not after `t`, whether or not `t` is in a gap."""
@@ -364,7 +367,9 @@ class History:
         return runs
 
     def _lacks(self, first: int, last: int) -> StoreDamage:
-        why = next((f" ({why})" for name, why in self.lost if first <= (name.last or name.first) and name.first <= last), "")
+        why = next(
+            (f" ({why})" for name, why in self.lost if first <= (name.last or name.first) and name.first <= last), ""
+        )
         return StoreDamage(
             f"The journal of machine {self._machine} has lost its facts {first} to {last}{why}; "
             "moments that need them can't be read"

@@ -131,8 +131,9 @@ class Told:
         if stream := value.get("stream"):
             self.stream = Streamed(str(stream["ring"]), int(stream["rows"]), seq)
         if "tokens" in value:
-            self.tokens = {DiskId(d): token for d, token in value["tokens"].items()}
-            self.tokens_seq = seq
+            tokens = {DiskId(d): token for d, token in value["tokens"].items()}
+            if tokens != self.tokens or "doubt" in value:  # the head of a file repeats them, which proves nothing
+                self.tokens, self.tokens_seq = tokens, seq
 
     def withhold(self, lost: Doubt) -> None:
         """These moments need a file that can't be read."""
