@@ -79,7 +79,7 @@ class FoldedMachine:
 def frozen_at(history: History, moment: Moment) -> FoldedMachine:
     """The machine at a moment, as a capture sees it.  Raises NotFound, ChunkDamaged."""
     base, told = history.base(moment), history.told_until(moment.seq)
-    tokens = told.tokens if told.tokens_seq == moment.seq else {}
+    tokens = told.tokens if told.named_seq == moment.seq else {}
     disks = []
     for disk_id in told.disks:
         view = history.view(moment, disk_id)

@@ -628,7 +628,7 @@ MUTANTS = (
     Mutant(
         "a time in which nobody looked is one in which nobody could",
         "hvbackup/protect/streaming.py",
-        "        return time.monotonic() - self._unasked if self._unasked else 0.0\n",
+        "        return ended - began\n",
         "        return time.monotonic() - self._seen[1]\n",
         ("tests/test_stream_qemu.py::test_where_nobody_has_tried_to_look_nothing_is_in_doubt",),
     ),
@@ -638,6 +638,22 @@ MUTANTS = (
         '            if tokens != self.tokens or "doubt" in value:',
         "            if True:",
         ("tests/test_stream_qemu.py::test_what_nobody_could_look_at_for_long_is_told_and_not_offered[long-ended]",),
+    ),
+    Mutant(
+        "points of a stream have no tokens",
+        "hvbackup/fold.py",
+        "told.named_seq == moment.seq",
+        "told.tokens_seq == moment.seq",
+        ("tests/test_stream_qemu.py::test_every_point_of_a_stream_has_tokens",),
+    ),
+    Mutant(
+        "a machine that was stopped goes on only if that could be written down",
+        "hvbackup/hypervisors/qemu_stream_guard.py",
+        "        stopped.append(prefix)\n",
+        "        pass\n",
+        (
+            "tests/test_stream_guest_traps.py::test_a_machine_that_was_stopped_goes_on_whether_or_not_that_could_be_written_down[False-]",
+        ),
     ),
     Mutant(
         "nobody is told that no look succeeds",
@@ -656,7 +672,7 @@ MUTANTS = (
     Mutant(
         "a doubt that could not be written is forgotten",
         "hvbackup/protect/setting.py",
-        "        self.untold = doubt, tokens\n",
+        "        self.keep_doubt(doubt, tokens, recorder.epoch)\n",
         "",
         ("tests/test_stream_qemu.py::test_a_doubt_that_could_not_be_written_down_is_what_the_next_life_begins_with",),
     ),

@@ -460,13 +460,17 @@ def test_a_lie_found_where_no_sample_is_known_leaves_no_moment_good() -> None:
     assert not beginning._doubt(Told(), None, None)
 
 
+def full_disk(*_: object) -> NoReturn:
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["a pipe", "both"])
 def test_who_can_not_be_told_keeps_nobody_from_protecting(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     """The other end of a pipe is gone, or the disk of a log full: that protection ended would be told to nobody either."""
     if full:
-        monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))  # noqa: SIM115
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=full_disk, flush=full_disk))
     told = 0
 
     def nobody(_: Event) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 import hvbackup.hypervisors
 from hvbackup.errors import Busy, HostUnreachable, StreamBroken
+from hvbackup.hypervisors import qemu_stream_guard as guarding
 from hvbackup.hypervisors.qemu_stop import marker
 from hvbackup.hypervisors.qemu_stream import QemuStream
 from hvbackup.hypervisors.qemu_stream_guard import HUNG_SECONDS, RESUME_SECONDS
@@ -186,6 +187,53 @@ def test_a_target_that_can_not_be_killed_is_cut_off_out_of_band(guest: Guest, st
     again.step()
     again.close()
     assert_is_the_disk(guest, folder, History(store, protection.setting.machine.id))
+
+
+class StuckMirror:
+    """A QEMU, as far as the guard asks: its one mirror does not end but by force."""
+
+    def __init__(self) -> None:
+        self.running, self.mirrors, self.said = True, ["p-m0"], list[str]()
+
+    def command(self, _: object, what: str, arguments: object = None) -> dict[str, object]:
+        self.said.append(what)
+        if what in ("stop", "cont"):
+            self.running = what == "cont"
+        if what == "job-cancel":
+            assert not self.running
+            self.mirrors.clear()
+        if what == "query-status":
+            return {"return": {"running": self.running, "status": "running" if self.running else "paused"}}
+        jobs = [{"id": name, "type": "mirror", "status": "ready"} for name in self.mirrors]
+        return {"return": jobs if what == "query-jobs" else []}
+
+
+@pytest.mark.parametrize("named", ["", "no/such/folder/stopped", "stopped"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_machine_that_was_stopped_goes_on_whether_or_not_that_could_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, cut: bool
+) -> None:
+    """Older workers name no marker; a folder may be gone, and a disk full.  The monitor breaks off after `stop`, with `cut`."""
+    qemu, breaks = StuckMirror(), [cut]
+
+    def command(lines: object, what: str, arguments: object = None) -> dict[str, object]:
+        said = qemu.command(lines, what, arguments)
+        if what == "stop" and breaks[0]:
+            raise OSError("no answer in time")
+        if what == "cont" and breaks[0]:
+            breaks[0], qemu.running = False, False
+            raise OSError("no answer in time")
+        return said
+
+    monkeypatch.setattr(guarding, "command", command)
+    monkeypatch.setattr(guarding, "speak", lambda _, work: work(None))
+    monkeypatch.setattr(guarding, "RETRY_SECONDS", 0.01)
+    place = str(tmp_path / named) if named else ""
+    guarding.relieve("socket", "p-", "program", place)
+    assert qemu.running
+    assert not qemu.mirrors
+    assert qemu.said.count("cont") == 1 + cut
+    assert not list(tmp_path.iterdir())
 
 
 class CutAtStop:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ from hvbackup.store.format import layout as f
 from hvbackup.store.journal import recorder
 from hvbackup.store.journal.history import History, Moment
 from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.told import Told
 from hvbackup.store.store import Store, init
+from hvbackup.target.ring import Ring
 from tests.hypervisors.daemon import Daemon, make_image, node, only
 from tests.protecting import in_memory
 from tests.scribe import Scribe
@@ -233,6 +236,46 @@ def test_a_bypass_that_a_look_had_found_counts_although_the_stream_broke_off_the
     assert doubt.after == good.seq
 
 
+def test_a_bypass_that_was_found_before_the_journal_failed_is_what_the_next_life_begins_with(
+    daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "LOOK_SECONDS", 0.05)
+    protection = protection_of(store, daemon, rhythm(tmp_path))
+    life = begun(protection)
+    with monkeypatch.context() as patch:
+        patch.setattr(life.stream, "check", refuses(StreamBypassed("planted: a write went past us")))
+        patch.setattr(Recorder, "flush", refuses(SpaceExhausted("planted: the store is full")))
+        assert life._looks
+        time.sleep(0.1)
+        life._looks.poll(life.newest)
+        life._looks.join()
+        with daemon.guest("vda") as guest:
+            guest.write(0, b"x" * 4096)
+        with pytest.raises(SpaceExhausted):
+            life.step()
+        life.close()
+    assert protection.setting.untold
+    again = begun(protection)
+    again.close()
+    assert again.how == "captured", "no token is believed"
+    [doubt] = History(store, protection.setting.machine.id).told.doubts
+    assert "went past us" in doubt.why
+
+
+def test_every_point_of_a_stream_has_tokens(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """Also where checkpoints are older than its moment: whoever begins at the point reads what changed since them."""
+    life = begun(protection_of(store, daemon, rhythm(tmp_path)))
+    for number in range(2):
+        with daemon.guest("vda") as guest:
+            guest.write(0, bytes([number + 1]) * 4096)
+        before = life.newest
+        while life.newest == before:
+            time.sleep(life.step())
+        point = life.points.fold(life.points.prepare(life)).point
+        assert [d.token for d in point.disks] == [life.tokens[d.disk.id] for d in point.disks]
+    life.close()
+
+
 def test_a_doubt_that_could_not_be_written_down_is_what_the_next_life_begins_with(
     daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +307,19 @@ def test_a_doubt_that_could_not_be_written_down_is_what_the_next_life_begins_wit
     [doubt] = History(store, protection.setting.machine.id).told.doubts
     assert doubt.after < good.seq + 1 <= doubt.until
     assert protection.setting.untold is None
+
+
+def test_a_ring_is_not_what_the_journal_lacks_where_somebody_has_gone_on() -> None:
+    """With another stream, or with cycles, on another host perhaps: what is left in it is older than what they recorded."""
+    told, ring = Told(), cast(Ring, SimpleNamespace(id="ours"))
+    assert not rings._is_newest(told, ring)
+    told.tell(5, 5, {"tokens": {"vda": {"value": "one"}}, "stream": {"ring": "ours", "rows": 0}})
+    told.tell(9, 9, {"disks": [], "tokens": {"vda": {"value": "one"}}, "stream": {"ring": "ours", "rows": 3}})
+    assert rings._is_newest(told, ring)
+    told.tell(12, 12, {"tokens": {"vda": {"value": "a cycle's"}}})
+    assert not rings._is_newest(told, ring)
+    told.tell(15, 15, {"tokens": {"vda": {"value": "two"}}, "stream": {"ring": "theirs", "rows": 0}})
+    assert not rings._is_newest(told, ring)
 
 
 def test_a_ring_that_fills_during_the_last_look_is_no_bypass(

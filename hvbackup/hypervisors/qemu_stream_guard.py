@@ -130,28 +130,30 @@ def yank(line: int, prefix: str) -> None:
 
 def relieve(socket_path: str, prefix: str, program: str, marker: str) -> None:
     """No mirror is left and the machine goes on when this returns, or QEMU is gone.  A busy monitor is tried again and again."""
+    stopped: list[str] = []  # what we did to the machine, in this try or an earlier one
     while True:
         try:
-            return speak(socket_path, lambda lines: relieved(lines, prefix, program, marker))
+            return speak(socket_path, lambda lines: relieved(lines, prefix, program, marker, stopped))
         except Gone:
             return None
         except (OSError, ValueError, KeyError):
             time.sleep(RETRY_SECONDS)
 
 
-def relieved(lines: io.BufferedRWPair, prefix: str, program: str, marker: str) -> None:
+def relieved(lines: io.BufferedRWPair, prefix: str, program: str, marker: str, stopped: list[str]) -> None:
     """The mirrors drain into a target that keeps nothing, and end; or are cancelled by force while nothing is written."""
     try:
         with contextlib.ExitStack() as stack:
             place = target_socket(lines, prefix)
-            if place and mirrors(lines, prefix) and not os.path.exists(marker):  # one that we stopped waits no longer
+            waits = stopped or os.path.exists(marker)
+            if place and mirrors(lines, prefix) and not waits:  # a machine that we stopped waits no longer
                 stack.enter_context(target(program, place, exports(lines, prefix)))
                 resumed: dict[str, float] = {}
                 until(lambda: ended_in_order(lines, prefix, resumed), DRAIN_SECONDS)
             if mirrors(lines, prefix):
-                by_force(lines, prefix, marker)
+                by_force(lines, prefix, marker, stopped)
     finally:
-        go_on(lines, marker)
+        go_on(lines, marker, stopped)
     for job in command(lines, "query-jobs")["return"]:
         if job["id"].startswith(prefix):
             command(lines, "job-dismiss", {"id": job["id"]})
@@ -173,23 +175,25 @@ def ended_in_order(lines: io.BufferedRWPair, prefix: str, resumed: dict[str, flo
     return not left
 
 
-def by_force(lines: io.BufferedRWPair, prefix: str, marker: str) -> None:
+def by_force(lines: io.BufferedRWPair, prefix: str, marker: str, stopped: list[str]) -> None:
     """The mirrors are cancelled; a machine does not run meanwhile, so that no write is under way.  `go_on` is to follow."""
     if command(lines, "query-status").get("return", {}).get("running", False):
-        with contextlib.suppress(OSError):  # without its folder, or room in it: the machine is to go on all the same
+        with contextlib.suppress(OSError):  # without its folder, or room in it, only we know
             os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
+        stopped.append(prefix)
         command(lines, "stop")
     for job in mirrors(lines, prefix):
         command(lines, "job-cancel", {"id": job["id"]})
     until(lambda: not mirrors(lines, prefix), DRAIN_SECONDS)
 
 
-def go_on(lines: io.BufferedRWPair, marker: str) -> None:
+def go_on(lines: io.BufferedRWPair, marker: str, stopped: list[str]) -> None:
     """A machine that we stopped, in this try or one before it, runs again.  Raises OSError when it does not."""
-    if not os.path.exists(marker):
+    if not stopped and not os.path.exists(marker):
         return
     if command(lines, "query-status")["return"]["status"] == "paused" and "error" in command(lines, "cont"):
         raise OSError("it does not go on")
+    stopped.clear()
     with contextlib.suppress(FileNotFoundError):  # `release` was faster
         os.unlink(marker)
 

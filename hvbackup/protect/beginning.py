@@ -63,13 +63,13 @@ def _refuse_off(setting: Setting) -> None:
 
 def _told_doubt(setting: Setting, recorder: Recorder, history: History) -> bool:
     """What the last life found, and could not write down, is in the journal.  Whether there was anything."""
-    if not setting.untold:
+    untold, last = setting.untold, history.recorded
+    if not untold:
         return False
-    if not history.recorded:
-        setting.untold = None
+    if not last or recorder.epoch > untold.epoch + 1:
+        setting.untold = None  # somebody else has recorded moments since, of which we have nothing to say
         return False
-    doubt, tokens = setting.untold
-    setting.tell_doubt(recorder, history.recorded.t, tokens, doubt)
+    setting.tell_doubt(recorder, last.t, untold.tokens, untold.doubt)
     return True
 
 

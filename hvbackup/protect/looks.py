@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hvbackup.errors import HostUnreachable, StreamBroken
+from hvbackup.errors import DiskReplaced, HostUnreachable, StreamBroken
 from hvbackup.hypervisors import Stream
 from hvbackup.model import DiskId, Instant, Token
 from hvbackup.store.journal.history import Moment
@@ -23,6 +22,7 @@ class Look:
 
     t: Instant  # when it began
     began: float  # by the monotonic clock
+    ended: float = 0.0
     good: Moment | None = None  # nothing went past us until this moment
     tokens: Mapping[DiskId, Token] | None = None  # checkpoints that were made: what had arrived before is not in them
     error: Exception | None = None
@@ -52,10 +52,14 @@ class Looks:
             self._thread.start()
         return None
 
-    def last(self, newest: Moment) -> list[Look]:
-        """What a look has found that nobody was told of, and one more; nobody looks any more when this returns."""
+    def unheard(self) -> list[Look]:
+        """What a look has found that nobody was told of; nobody looks any more when this returns."""
         self.join()
-        found = [self._found] if self._found else []
+        return [self._found] if self._found else []
+
+    def last(self, newest: Moment) -> list[Look]:
+        """As `unheard`, and what one more finds, where there is anybody to ask."""
+        found = self.unheard()
         if self._broke() or (found and found[0].silence):
             return found
         self._look(newest, settle=False)
@@ -67,17 +71,27 @@ class Looks:
             tokens = None
             if settle and time.monotonic() - self._settled >= SETTLE_SECONDS:
                 self._settled = time.monotonic()
-                with contextlib.suppress(HostUnreachable):  # or refused, which must not keep us from looking
-                    tokens = self._stream.settle()
+                tokens = self._settle()
             self._stream.check(self._arrived)  # afterwards: what went past us before is in the earlier checkpoints
             look.good, look.tokens = newest, tokens
-        except StreamBroken as e:
+        except (StreamBroken, DiskReplaced) as e:
             if not self._broke():
                 look.error = e
         except HostUnreachable as e:
             look.silence = e  # somebody else holds the monitor; a QEMU that is gone cuts its connections
         except Exception as e:  # noqa: BLE001 - handed to the thread of the life, which ends with it
             look.error = e
+        finally:
+            look.ended = time.monotonic()
+
+    def _settle(self) -> Mapping[DiskId, Token] | None:
+        """New checkpoints; None where QEMU refuses them now, which must keep nobody from looking."""
+        try:
+            return self._stream.settle()
+        except (StreamBroken, DiskReplaced):
+            raise
+        except HostUnreachable:
+            return None
 
     def join(self) -> None:
         """Nobody looks any more."""

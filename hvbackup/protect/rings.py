@@ -18,6 +18,7 @@ from hvbackup.protect.setting import Setting
 from hvbackup.store.format import layout as f
 from hvbackup.store.journal.history import History
 from hvbackup.store.journal.recorder import Recorder
+from hvbackup.store.journal.told import Told
 from hvbackup.target import ring as rings
 from hvbackup.target.ring import Ring
 
@@ -38,9 +39,13 @@ def is_left(setting: Setting) -> bool:
     """Whether a life of ours that was killed may have left something that its journal lacks, and nobody has gone on with that."""
     if setting.rhythm.rings is None or not (path := ring_path(setting)).exists() or not (ring := rings.find(path)):
         return False
-    stream = History(setting.store, setting.machine.id).told.stream
-    ring.close()
-    return stream is not None and stream.ring == ring.id
+    with contextlib.closing(ring):
+        return _is_newest(History(setting.store, setting.machine.id).told, ring)
+
+
+def _is_newest(told: Told, ring: Ring) -> bool:
+    """Whether nobody has gone on since, with another stream, or with cycles, which name tokens of their own."""
+    return told.stream is not None and told.stream.ring == ring.id and told.tokens_seq <= told.stream.seq
 
 
 def salvage(setting: Setting, recorder: Recorder, history: History) -> bool:
@@ -62,7 +67,7 @@ def salvage(setting: Setting, recorder: Recorder, history: History) -> bool:
 
 def _append(recorder: Recorder, history: History, ring: Ring) -> bool:
     told, (row, at) = history.told, ring.tails
-    if told.stream is None or told.stream.ring != ring.id:
+    if told.stream is None or not _is_newest(told, ring):
         return False
     if any(doubt.holds(told.stream.seq) for doubt in told.doubts):
         return False  # something went past the stream: what is left would be laid over moments that lack it

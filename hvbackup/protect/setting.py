@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from hvbackup.capture import Options
-from hvbackup.errors import Busy
 from hvbackup.hypervisors import Hypervisor
 from hvbackup.leases import Leases
 from hvbackup.model import DiskId, Instant, Machine, Token
@@ -19,6 +18,15 @@ from hvbackup.store.journal.recorder import Recorder, Steps
 from hvbackup.store.journal.sealing import Sealing
 from hvbackup.store.journal.window import journal_bytes
 from hvbackup.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """A doubt that could not be written down, and the tokens that prove nothing, in this epoch of the journal."""
+
+    doubt: dict[str, object]
+    tokens: Mapping[DiskId, Token] | None
+    epoch: int
 
 
 @dataclass(slots=True)
@@ -37,9 +45,7 @@ class Setting:
     seat: MachineSeat | None = None  # the next moment is to be one with other machines
     left: int | None = None  # bytes that changed behind the newest point, where the journal had no room for them
     damaged: bool = False  # no point could be made of the newest one and the journal: something of them can't be read
-    untold: tuple[dict[str, object], Mapping[DiskId, Token] | None] | None = (
-        None  # a doubt that could not be written down
-    )
+    untold: Untold | None = None
     sealing: Sealing = field(init=False)
     steps: Steps = field(init=False)  # of the clock, since we run
 
@@ -55,14 +61,14 @@ class Setting:
 
         Where it can't be written the next life begins with it, before anything else is believed.
         """
-        self.untold = doubt, tokens
-        try:
-            seq = recorder.barrier(t, tokens, doubt=doubt)
-        except Busy:
-            self.untold = None  # whoever took the journal over has moments of its own since
-            raise
+        self.keep_doubt(doubt, tokens, recorder.epoch)
+        seq = recorder.barrier(t, tokens, doubt=doubt)
         self.untold = None
         return seq
+
+    def keep_doubt(self, doubt: dict[str, object], tokens: Mapping[DiskId, Token] | None, epoch: int) -> None:
+        """The next life begins with it."""
+        self.untold = Untold(doubt, tokens, epoch)
 
     def take_seat(self) -> MachineSeat | None:
         """The place at a common moment, for the moment that is made now."""

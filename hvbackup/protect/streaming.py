@@ -49,7 +49,8 @@ SET_MAX_BYTES = 256 * MiB  # of a usual closing set
 FRAME_BYTES = 768 * KiB  # taken out of the ring at a time: fits the processor's cache, and is many writes
 KEEP_UP_SECONDS = 1.0  # between two looks at whether a point is due
 IDLE_SECONDS = 5.0  # a guest that writes nothing has a moment so often: of a look that found the machine there
-UNSEEN_SECONDS = 30.0  # without a look: then it is told, and the moments since are good only once there was another
+NEVER = 0.0, 0.0
+UNSEEN_SECONDS = 60.0  # without a look: then it is told, and the moments since are good only once there was another
 CALLED_SECONDS = 10.0  # whoever had to be called does not stand back for so long
 LEFT_ALONE = "a stream leaves the guest alone"
 
@@ -78,7 +79,9 @@ class StreamLife:
     _seen: tuple[Instant, float] = (Instant(0), 0.0)  # when that look began: wall and monotonic clock
     _came: float = 0.0  # when the newest moment did, but for those that only name tokens
     _looks: Looks | None = None
-    _unasked: float = 0.0  # when the first look began of those to which nobody has answered since the newest good one
+    _unasked: tuple[float, float] = (
+        NEVER  # when the looks began, and ended, that found nobody to ask since the newest good one
+    )
     _told: bool = False  # of that
     _kept_up: float = 0.0
     _called_until: float = 0.0  # no standing back until then
@@ -141,7 +144,10 @@ class StreamLife:
 
         Whoever can't ask QEMU closes all the same; moments of a long time in which nobody could are not offered either.
         """
-        if not (self._looks and self._closed) or self._failed:
+        if not (self._looks and self._closed):
+            return
+        if self._failed:
+            self._remember(self._looks.unheard())
             return
         try:
             if not self._broke_off():
@@ -333,30 +339,51 @@ class StreamLife:
     def _doubt(self, why: str, tokens: Mapping[DiskId, Token] | None) -> None:
         """No moment since the newest good look is offered.  Without tokens those before it are as good as they were."""
         self._closed = False  # what is in the ring belongs to no moment either
+        seq = self.setting.tell_doubt(self.recorder, self.newest.t, tokens, self._doubted(why))
+        self.newest = Moment(seq, self.newest.t)
+
+    def _doubted(self, why: str) -> dict[str, object]:
         good = self._good or self.newest
-        doubt: dict[str, object] = {"after": good.seq, "start": int(good.t), "why": why}
-        self.newest = Moment(self.setting.tell_doubt(self.recorder, self.newest.t, tokens, doubt), self.newest.t)
+        return {"after": good.seq, "start": int(good.t), "why": why}
+
+    def _distrusted(self, error: Exception) -> Mapping[DiskId, Token] | None:
+        """The tokens that prove nothing any more."""
+        return None if isinstance(error, StreamUncertain) else self.tokens
 
     def _doubt_unseen(self) -> None:
         if self._closed and self._silent > UNSEEN_SECONDS:
-            self._doubt(f"nobody could look at its QEMU for {self._silent:.0f} s before the stream ended", None)
+            self._doubt(self._silence(), None)
+
+    def _remember(self, unheard: Sequence[Look]) -> None:
+        """What has to be doubted, where the journal takes nothing more, is what the next life begins with."""
+        for look in unheard:
+            if isinstance(look.error, StreamBypassed):
+                self.setting.keep_doubt(
+                    self._doubted(str(look.error)), self._distrusted(look.error), self.recorder.epoch
+                )
+        if self._silent > UNSEEN_SECONDS and not self.setting.untold:
+            self.setting.keep_doubt(self._doubted(self._silence()), None, self.recorder.epoch)
 
     @property
     def _silent(self) -> float:
         """For how many seconds QEMU could not be asked; a time in which nobody tried counts for nothing."""
-        return time.monotonic() - self._unasked if self._unasked else 0.0
+        began, ended = self._unasked
+        return ended - began
+
+    def _silence(self) -> str:
+        return f"nobody could look at its QEMU for {self._silent:.0f} s before the stream ended"
 
     def _heed(self, look: Look) -> None:
         """Raises StreamBroken, and StreamBypassed once no moment is offered any more that may lack a write."""
         if isinstance(look.error, StreamBypassed):
-            self._doubt(str(look.error), None if isinstance(look.error, StreamUncertain) else self.tokens)
+            self._doubt(str(look.error), self._distrusted(look.error))
         if look.error:
             raise look.error
         if look.silence:
-            self._unasked = self._unasked or look.began
+            self._unasked = self._unasked[0] or look.began, look.ended
             self._tell_silence(look.silence)
         if look.good:
-            self._good, self._seen, self._unasked, self._told = look.good, (look.t, look.began), 0.0, False
+            self._good, self._seen, self._unasked, self._told = look.good, (look.t, look.began), NEVER, False
         if look.tokens and self.target:
             self._record(self.target)  # what the new checkpoints don't hold has arrived before
             self.tokens = look.tokens

@@ -216,6 +216,11 @@ def make(path: Path, size: int = DEFAULT_BYTES) -> Ring:
 def find(path: Path) -> Ring | None:
     """A ring that somebody left; None when there is none."""
     try:
-        return Ring(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except (FileNotFoundError, UsageError, ValueError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return Ring(fd)
+    except (UsageError, ValueError):
+        os.close(fd)
         return None

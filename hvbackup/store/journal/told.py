@@ -95,7 +95,8 @@ class Told:
     lost: list[Doubt] = field(default_factory=list)  # what needs a file that can't be read
     good: Moment | None = None  # the newest moment at which the tracker's word was tested
     tokens: dict[DiskId, dict[str, Any]] = field(default_factory=dict)
-    tokens_seq: int = -1
+    tokens_seq: int = -1  # where they were told first
+    named_seq: int = -1  # and last
     epoch: int = -1
     stream: Streamed | None = None  # the ring of the newest stream, as it was told last
     base: int = 0  # a view may not build upon a point before this sequence number
@@ -134,6 +135,7 @@ class Told:
             tokens = {DiskId(d): token for d, token in value["tokens"].items()}
             if tokens != self.tokens or "doubt" in value:  # the head of a file repeats them, which proves nothing
                 self.tokens, self.tokens_seq = tokens, seq
+            self.named_seq = seq
 
     def withhold(self, lost: Doubt) -> None:
         """These moments need a file that can't be read."""
