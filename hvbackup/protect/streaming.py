@@ -79,9 +79,7 @@ class StreamLife:
     _seen: tuple[Instant, float] = (Instant(0), 0.0)  # when that look began: wall and monotonic clock
     _came: float = 0.0  # when the newest moment did, but for those that only name tokens
     _looks: Looks | None = None
-    _unasked: tuple[float, float] = (
-        NEVER  # when the looks began, and ended, that found nobody to ask since the newest good one
-    )
+    _unasked: tuple[float, float] = NEVER  # from when to when looks found nobody to ask, since the newest good one
     _told: bool = False  # of that
     _kept_up: float = 0.0
     _called_until: float = 0.0  # no standing back until then

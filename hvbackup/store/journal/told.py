@@ -133,7 +133,8 @@ class Told:
             self.stream = Streamed(str(stream["ring"]), int(stream["rows"]), seq)
         if "tokens" in value:
             tokens = {DiskId(d): token for d, token in value["tokens"].items()}
-            if tokens != self.tokens or "doubt" in value:  # the head of a file repeats them, which proves nothing
+            # The head of a file repeats them, which proves nothing.
+            if tokens != self.tokens or "doubt" in value or "base" in value:
                 self.tokens, self.tokens_seq = tokens, seq
             self.named_seq = seq
 
