@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from hvbackup.capture import Options
-from hvbackup.errors import NotFound, SpaceExhausted, StoreDamage
+from hvbackup.errors import Busy, NotFound, SpaceExhausted, StoreDamage
 from hvbackup.fold import fold
 from hvbackup.model import SECOND, Instant, KiB
 from hvbackup.store.format import layout as f
@@ -544,10 +545,14 @@ def test_nobody_waits_for_all_that_is_too_much_when_the_disk_is_filled_by_others
     queue.finish()
 
 
+@pytest.mark.parametrize("learns", [True, False], ids=["learns it", "never learns it"])
 def test_a_writer_that_does_not_know_it_was_replaced_has_no_say_any_more(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, learns: bool
 ) -> None:
     """It has just ended its log when that is sealed for it."""
+    if not learns:
+        monkeypatch.setattr(Recorder, "_refuse_replaced", lambda _: None)
+        monkeypatch.setattr(store.files.kernel, "links", lambda _: 1)
     commit_empty_point(store, SIZE)
     old = Recorder(store, MACHINE, DISKS)
     record(old, 1)
@@ -564,8 +569,9 @@ def test_a_writer_that_does_not_know_it_was_replaced_has_no_say_any_more(
     new = Recorder(store, MACHINE, DISKS)
     new.write(VDA, Instant(3 * SECOND), [(0, 3)], b"new")
     newest = new.barrier(Instant(3 * SECOND), {})
-    old.write(VDA, Instant(4 * SECOND), [(0, 3)], b"bad")
-    old.barrier(Instant(4 * SECOND), {})
+    with pytest.raises(Busy, match="taken over") if learns else contextlib.nullcontext():
+        old.write(VDA, Instant(4 * SECOND), [(0, 3)], b"bad")
+        old.barrier(Instant(4 * SECOND), {})
     history = History(store, MACHINE)
     assert history.last
     assert history.last.seq == newest
