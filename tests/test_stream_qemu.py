@@ -95,16 +95,18 @@ def remarks(history: History) -> set[int]:
     return {int(seq) for seqs in found for seq in seqs}
 
 
+def look_often(monkeypatch: pytest.MonkeyPatch, **limits: float) -> None:
+    """A look at QEMU begins ten times a second, and what it has found is acted upon at once; with other limits of a stream."""
+    monkeypatch.setattr(looks, "LOOK_SECONDS", 0.1)
+    for name, value in {"KEEP_UP_SECONDS": 0.0, **limits}.items():
+        monkeypatch.setattr(streaming, name, value)
+
+
 def test_an_idle_guest_has_moments_of_looks_that_found_it_there(
     daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that has moved writes somewhere else: that nothing arrives does not say that nothing was written."""
-    for module, name, value in (
-        (looks, "LOOK_SECONDS", 0.1),
-        (streaming, "KEEP_UP_SECONDS", 0),
-        (streaming, "IDLE_SECONDS", 1.0),
-    ):
-        monkeypatch.setattr(module, name, value)
+    look_often(monkeypatch, IDLE_SECONDS=1.0)
     life = begun(protection_of(store, daemon, rhythm(tmp_path)))
 
     def unknown(_: object) -> None:
@@ -138,12 +140,7 @@ def test_what_nobody_could_look_at_for_long_is_told_and_not_offered(
     daemon: Daemon, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool, breaks: bool
 ) -> None:
     """Somebody who keeps the monitor can do with it what no stream shows; a QEMU that is gone can't be asked any more."""
-    for module, name, value in (
-        (looks, "LOOK_SECONDS", 0.05),
-        (streaming, "KEEP_UP_SECONDS", 0),
-        (streaming, "UNSEEN_SECONDS", 0.0 if long else 600.0),
-    ):
-        monkeypatch.setattr(module, name, value)
+    look_often(monkeypatch, UNSEEN_SECONDS=0.0 if long else 600.0)
     events: list[Event] = []
     protection = protection_of(store, daemon, rhythm(tmp_path), events)
     life = begun(protection)
@@ -403,12 +400,7 @@ def test_a_clock_that_is_set_is_told_and_followed(
             file.seek(0)
             file.write((was + minutes * 60).to_bytes(8, "little", signed=True))
 
-    for module, name, value in (
-        (looks, "LOOK_SECONDS", 0.1),
-        (streaming, "KEEP_UP_SECONDS", 0),
-        (streaming, "IDLE_SECONDS", 1.0),
-    ):
-        monkeypatch.setattr(module, name, value)
+    look_often(monkeypatch, IDLE_SECONDS=1.0)
     events: list[Event] = []
     protection = protection_of(store, daemon, rhythm(tmp_path), events)
     protection.setting.options = replace(protection.setting.options, clock=clock)

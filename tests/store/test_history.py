@@ -128,8 +128,14 @@ def test_a_takeover_drops_what_no_barrier_closed_and_keeps_every_moment(store: S
         history.by_seq(first + 1)
 
 
-def test_a_fenced_writer_is_ignored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_in_the_dark(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No writer learns that it was replaced."""
     monkeypatch.setattr(Recorder, "_refuse_replaced", lambda _: None)
+    monkeypatch.setattr(store.files.kernel, "links", lambda _: 1)
+
+
+def test_a_fenced_writer_is_ignored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_in_the_dark(store, monkeypatch)
     commit_empty_point(store, SIZE)
     old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
     old.write(VDA, Instant(SECOND), [(0, 3)], b"old")
@@ -151,8 +157,7 @@ def test_a_fenced_writer_that_was_between_two_logs_is_ignored(
     store: Store, monkeypatch: pytest.MonkeyPatch, learns: bool
 ) -> None:
     if not learns:
-        monkeypatch.setattr(Recorder, "_refuse_replaced", lambda _: None)
-        monkeypatch.setattr(store.files.kernel, "links", lambda _: 1)
+        keep_in_the_dark(store, monkeypatch)
     commit_empty_point(store, SIZE)
     old = Recorder(store, MACHINE, [Disk(VDA, SIZE)])
     old.write(VDA, Instant(SECOND), [(0, 3)], b"old")

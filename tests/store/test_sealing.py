@@ -26,7 +26,7 @@ from hvbackup.store.journal.recorder import Recorder
 from hvbackup.store.journal.runs import OpenRun
 from hvbackup.store.journal.sealing import Sealing
 from hvbackup.store.store import Store
-from tests.store.test_history import MACHINE, SIZE, VDA, commit_empty_point, life, store, whole
+from tests.store.test_history import MACHINE, SIZE, VDA, commit_empty_point, keep_in_the_dark, life, store, whole
 from tests.store.test_stream_journal import DISKS
 
 __all__ = ["store"]
@@ -551,8 +551,7 @@ def test_a_writer_that_does_not_know_it_was_replaced_has_no_say_any_more(
 ) -> None:
     """It has just ended its log when that is sealed for it."""
     if not learns:
-        monkeypatch.setattr(Recorder, "_refuse_replaced", lambda _: None)
-        monkeypatch.setattr(store.files.kernel, "links", lambda _: 1)
+        keep_in_the_dark(store, monkeypatch)
     commit_empty_point(store, SIZE)
     old = Recorder(store, MACHINE, DISKS)
     record(old, 1)
